@@ -1,0 +1,47 @@
+# batchgen: `make run` completes the sample prompts, `make test` checks everything; each sets itself up in .venv.
+
+PYTHON ?= python3
+INPUT  ?= data/prompts/sample.jsonl
+OUTPUT ?= $(basename $(basename $(notdir $(INPUT)))).completions.parquet
+MODEL  ?= tales
+ARGS   ?=
+
+BIN := .venv/bin
+
+.PHONY: help
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: .venv/run  ## Complete prompts: make run [INPUT=prompts.jsonl] [OUTPUT=...] [MODEL=tales] [ARGS="--temperature 0.8"]
+ifeq ($(origin INPUT)-$(origin MODEL),file-file)
+	@echo "Sample prompts on the embedded model tales. Your own on GPT-2: make run INPUT=prompts.jsonl MODEL=124M (README: Getting GPT-2)"
+endif
+	@$(BIN)/batchgen generate "$(INPUT)" --output "$(OUTPUT)" --model "$(MODEL)" $(ARGS)
+
+.PHONY: test
+test: lint  ## Lint, check types and run the tests.
+	@$(BIN)/pytest
+
+.PHONY: lint
+lint: .venv/dev  ## Lint, formatting, types, and which module may import which.
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+
+.PHONY: clean
+clean:  ## Remove .venv and caches; outputs stay.
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find batchgen jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip runs only when pyproject.toml has changed since it last did.
+.venv/run: pyproject.toml
+	@test -x $(BIN)/python || { echo "Installing into .venv (once) ..."; $(PYTHON) -m venv .venv; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/dev: .venv/run
+	@echo "Installing the development tools into .venv (once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,177 @@
+"""The small records that pass between the floors: what is asked for, and what came of it."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from batchgen.errors import UsageError
+
+FinishReason = Literal["stop", "length"]
+Status = Literal["ok", "rejected", "failed"]
+
+MAX_SEED = 2**63 - 1
+MAX_N = 1024
+MAX_LOGPROBS = 100
+
+# field: (type, lowest, highest, words for the range)
+_RANGES: dict[str, tuple[type, float, float, str]] = {
+    "max_tokens": (int, 1, 2**31 - 1, "1 or more"),
+    "temperature": (float, 0.0, 100.0, "0 (greedy), or 0.001 to 100"),
+    "top_k": (int, 0, 2**31 - 1, "0 (off) or more"),
+    "top_p": (float, 0.0, 1.0, "above 0, up to 1 (off)"),
+    "min_p": (float, 0.0, 1.0, "0 (off) to 1"),
+    "repetition_penalty": (float, 0.01, 100.0, "0.01 to 100, 1 is off"),
+    "presence_penalty": (float, -100.0, 100.0, "-100 to 100, 0 is off"),
+    "frequency_penalty": (float, -100.0, 100.0, "-100 to 100, 0 is off"),
+    "min_tokens": (int, 0, 2**31 - 1, "0 to max_tokens"),
+    "n": (int, 1, MAX_N, f"1 to {MAX_N}"),
+    "seed": (int, 0, MAX_SEED, f"0 to {MAX_SEED}"),
+    "logprobs": (int, 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one prompt is to be completed; names and meanings are vLLM's.
+
+    temperature 0 is greedy. Order of work on the logits: penalties and logit_bias, min_tokens,
+    temperature, top_k, top_p, min_p. Raises UsageError, with the range, on a value out of it.
+    """
+
+    max_tokens: int = 40
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    n: int = 1
+    seed: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (kind, low, high, words) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name == "logprobs":
+                continue
+            _check_range(name, value, kind, low, high, words)
+        if 0.0 < self.temperature < 0.001:
+            raise UsageError(f"temperature {self.temperature!r} is out of range ({_RANGES['temperature'][3]})")
+        if self.top_p == 0.0:
+            raise UsageError(f"top_p 0.0 is out of range ({_RANGES['top_p'][3]}); greedy is temperature 0")
+        if self.min_tokens > self.max_tokens:
+            raise UsageError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}; lower it")
+        for token, bias in self.logit_bias:
+            if not -100.0 <= bias <= 100.0:
+                raise UsageError(f"logit_bias {bias!r} of token {token} is out of range (-100 to 100)")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _check_range(name: str, value: object, kind: type, low: float, high: float, words: str) -> None:
+    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        raise UsageError(f"{name} {value!r} is out of range ({words})")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One input row that could be read: row is its 0-based number, place its `file:line`."""
+
+    row: int
+    place: str
+    id: str | None
+    prompt: str
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One input row that cannot be generated, and why; it gets its output row all the same."""
+
+    row: int
+    place: str
+    id: str | None
+    prompt: str | None
+    error: str
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRequest:
+    """A request that fits the model: 1 <= len(prompt_token_ids), and that + max_tokens <= n_ctx."""
+
+    row: int
+    place: str
+    id: str | None
+    prompt: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+
+    def with_max_tokens(self, max_tokens: int) -> "TokenizedRequest":
+        params = replace(self.params, max_tokens=max_tokens, min_tokens=min(self.params.min_tokens, max_tokens))
+        return replace(self, params=params)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A contiguous run of input rows, done by one worker call and written as one part."""
+
+    index: int
+    items: tuple[TokenizedRequest | Rejected, ...]
+
+    @property
+    def first_row(self) -> int:
+        return self.items[0].row
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRow:
+    """One row of the output: one sample of one input row; the fields are the columns."""
+
+    row: int
+    sample: int
+    id: str | None
+    prompt: str | None
+    completion: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    finish_reason: FinishReason | None
+    status: Status
+    error: str | None
+    seed: int | None
+    completion_token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a worker sends back of a finished chunk: a few hundred bytes, never the rows.
+
+    rows counts output rows (a row for each sample of an input row), and ok + rejected + failed == rows.
+    """
+
+    chunk: int
+    path: str
+    sha256: str
+    input_rows: int
+    rows: int
+    ok: int
+    rejected: int
+    failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float = 0.0
+
+    def finished(self, sha256: str, seconds: float) -> "Receipt":
+        return replace(self, sha256=sha256, seconds=seconds)

@@ -1,0 +1,16 @@
+"""What holds for all tests: one BLAS thread, as batchgen's workers have, and models from nowhere but the test."""
+
+import pytest
+from threadpoolctl import threadpool_limits
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_blas_thread():
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_models_of_the_user(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("BATCHGEN_MODELS", str(tmp_path_factory.getbasetemp() / "models"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
