@@ -1,0 +1,1 @@
+"""GPT-2 in NumPy: its configuration, its parameters, its forward pass."""

@@ -1,0 +1,414 @@
+"""GPT-2's forward pass over packed rows with a KV cache: picoGPT's functions, each writing where it is told.
+
+A *row* is one position of one sequence. One pass takes rows of many sequences at once: whole prompts (prefill)
+and last tokens (decode) go through the same matrix products, and only attention looks at whose they are.
+
+What makes a row's bits independent of its neighbours, on a BLAS whose matrix products are so (`engine/probe.py`):
+every product has at least `min_rows` rows; every sum over keys has a fixed order (kv_cache.BLOCK); nothing else
+mixes rows. Everything is float32: NumPy 2 promotes to float64 on contact with an np.float64, so constants are
+Python floats.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from batchgen.gpt2.config import LAYER_NORM_EPS, GPT2Config
+from batchgen.gpt2.kv_cache import BLOCK, LANES, KVArena, Segment, round_up
+from batchgen.gpt2.params import Array, Block, Linear, Norm, Params
+
+QUERY_BLOCK = 64  # queries of a prompt that attend together: the scores of one block stay in the L2 cache
+DECODE_GROUP = 32  # sequences whose scores are normalised together
+ROW_BLOCK = 32  # rows through the elementwise part of an MLP at a time: 32 x 3072 floats stay in the L2 cache
+
+# OpenBLAS computes products of up to 100**3 multiplications with other kernels, which do not split long sums as
+# the large ones do.
+_SMALL_PRODUCT = 100**3
+
+
+def min_rows(config: GPT2Config) -> int:
+    """How many rows every product has at least: never 1 (another routine), never so few that BLAS calls it small."""
+    return min(max(2, _SMALL_PRODUCT // config.n_embd**2 + 1), 1024)
+
+
+# --- picoGPT's functions ---------------------------------------------------------------------------------------
+
+
+def gelu(x: Array, scratch: Array) -> Array:
+    """x -> x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x**3), in place: tanh's GELU (Hendrycks, 2016), rearranged.
+
+    0.5 (1 + tanh u) = 1 / (1 + exp(-2u)); where exp overflows to infinity the quotient is the correct 0.
+    """
+    t = np.multiply(x, x, out=scratch)
+    t *= -2 * 0.7978845608028654 * 0.044715
+    t -= 2 * 0.7978845608028654
+    t *= x
+    np.exp(t, out=t)
+    t += 1.0
+    return np.divide(x, t, out=x)
+
+
+def softmax(x: Array, n_block: int) -> Array:
+    """Exponentials over the last axis [..., n_block*BLOCK] in place, unnormalised, and their sums [..., 1].
+
+    Summed block onto block and then within one: the same bits whatever number of masked blocks follows.
+    """
+    x -= x.max(axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    total: Array = x.reshape(*x.shape[:-1], n_block, BLOCK).sum(axis=-2).sum(axis=-1, keepdims=True)
+    return total
+
+
+def layer_norm(x: Array, g: Array, b: Array, out: Array, eps: float = LAYER_NORM_EPS) -> Array:
+    """[n_row, n_embd] -> [n_row, n_embd], each row to mean 0 and variance 1, then scaled and shifted."""
+    np.subtract(x, x.mean(axis=-1, keepdims=True), out=out)
+    scale = np.vecdot(out, out)[:, None]  # [n_row, 1]
+    scale /= x.shape[-1]
+    scale += eps
+    np.sqrt(scale, out=scale)
+    out /= scale
+    out *= g
+    out += b
+    return out
+
+
+def linear(x: Array, w: Array, b: Array, out: Array) -> Array:
+    """[n_row, in] @ [in, out] + [out] -> [n_row, out]."""
+    np.matmul(x, w, out=out)
+    out += b
+    return out
+
+
+def ffn(x: Array, c_fc: Linear, c_proj: Linear, hidden: Array, scratch: Array, out: Array) -> Array:
+    """[n_row, n_embd] -> [n_row, 4*n_embd] -> [n_row, n_embd]."""
+    np.matmul(x, c_fc["w"], out=hidden)
+    for first in range(0, len(hidden), ROW_BLOCK):
+        rows = hidden[first : first + ROW_BLOCK]
+        rows += c_fc["b"]
+        gelu(rows, scratch[: len(rows)])
+    return linear(hidden, **c_proj, out=out)
+
+
+# --- attention -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Prefill:
+    """Consecutive positions of one segment, read in this pass as rows first_row ... first_row + n_row - 1."""
+
+    segment: Segment
+    token_ids: Sequence[int]
+    n_logits: int = 0  # of how many of its last rows the logits are wanted
+    first_row: int = 0  # set by the pass
+    first_position: int = 0
+
+    @property
+    def n_row(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(slots=True, eq=False)
+class _Span:
+    """Rows lo ... hi-1 of a decode group, which attend to the first n_key keys of one segment."""
+
+    segment: Segment
+    lo: int
+    hi: int
+    n_key: int
+
+
+@dataclass(slots=True, eq=False)
+class _DecodeGroup:
+    """Neighbouring decode rows whose scores lie in one array [n_seq, n_head, 2, n_block*BLOCK].
+
+    The axis of 2 is for a segment that one sequence has alone: its query is a row, and a row of zeros, since a
+    product of a single row is another routine with other bits.
+    """
+
+    first_row: int
+    segments: list[Segment]  # the last of each sequence's path
+    n_block: int
+    spans: list[_Span]
+    mask: Array  # [n_seq, 1, n_block*BLOCK], 0 where there is a key, -inf elsewhere
+
+    @property
+    def n_seq(self) -> int:
+        return len(self.segments)
+
+
+def _n_block(n_key: int) -> int:
+    return -(-n_key // BLOCK)
+
+
+def _decode_groups(segments: Sequence[Segment]) -> list[_DecodeGroup]:
+    """Cut decode rows into groups: neighbours of one length in blocks, or with a first segment in common."""
+    groups: list[_DecodeGroup] = []
+    first = 0
+    for i in range(1, len(segments) + 1):
+        if i < len(segments) and i - first < DECODE_GROUP:
+            before, here = segments[i - 1], segments[i]
+            if here.path[0] is before.path[0] or _n_block(here.end) == _n_block(before.end):
+                continue
+        groups.append(_decode_group(first, list(segments[first:i])))
+        first = i
+    return groups
+
+
+def _decode_group(first_row: int, segments: list[Segment]) -> _DecodeGroup:
+    ends = np.array([segment.end for segment in segments])
+    n_block = _n_block(int(ends.max()))
+    empty = np.arange(n_block * BLOCK) >= ends[:, None]
+    mask = np.where(empty, np.float32(-np.inf), np.float32(0))[:, None]
+    spans: list[_Span] = []
+    for depth in range(max(len(segment.path) for segment in segments)):
+        for i, segment in enumerate(segments):
+            if depth >= len(segment.path):
+                continue
+            part = segment.path[depth]
+            if spans and spans[-1].segment is part and spans[-1].hi == i:
+                spans[-1].hi = i + 1
+            else:
+                spans.append(_Span(part, i, i + 1, part.length))
+    return _DecodeGroup(first_row, segments, n_block, spans, mask)
+
+
+def scores(q: Array, segment: Segment, layer: int, n_key: int, out: Array) -> None:
+    """[n_head, n_q, d_head] @ [n_head, d_head, n_key] -> the segment's columns of out [n_head, n_q, all keys].
+
+    n_key is rounded up to LANES: the columns past it hold whatever the cache does, for the caller to mask.
+    """
+    width = round_up(n_key, LANES)
+    np.matmul(q, segment.k[layer][:, :, :width], out=out[:, :, segment.start : segment.start + width])
+
+
+def weigh_values(p: Array, segment: Segment, layer: int, n_key: int, out: Array) -> None:
+    """[n_head, n_q, all keys] weights, values -> out [n_head, n_block, n_q, d_head]: the sum of each block of keys."""
+    n_head, n_q, _ = p.shape
+    v = segment.v[layer]  # [n_head, n_cap, d_head]
+    first_block, n_full = segment.start // BLOCK, n_key // BLOCK
+    p = p[:, :, segment.start : segment.start + n_key]
+    whole = n_full * BLOCK
+    if n_full:
+        weights = p[:, :, :whole].reshape(n_head, n_q, n_full, BLOCK).transpose(0, 2, 1, 3)
+        values = v[:, :whole].reshape(n_head, n_full, BLOCK, v.shape[2])
+        np.matmul(weights, values, out=out[:, first_block : first_block + n_full])
+    if n_key > whole:
+        np.matmul(p[:, :, whole:], v[:, whole:n_key], out=out[:, first_block + n_full])
+
+
+class Forward:
+    """One model's forward pass with its work buffers: up to max_rows rows a pass, logits of max_logits of them."""
+
+    def __init__(self, params: Params, config: GPT2Config, max_rows: int, max_logits: int) -> None:
+        self.params, self.config = params, config
+        self.min_rows = min_rows(config)
+        self.max_rows, self.max_logits = max_rows, max_logits
+        n_row = max(max_rows, self.min_rows) + 1  # one more, so that a single last query can be taken as two
+        n_embd = config.n_embd
+        self._x = np.zeros((n_row, n_embd), np.float32)
+        self._norm = np.zeros((n_row, n_embd), np.float32)
+        self._qkv = np.zeros((n_row, 3 * n_embd), np.float32)
+        self._attended = np.zeros((n_row, n_embd), np.float32)
+        self._hidden = np.zeros((n_row, 4 * n_embd), np.float32)
+        self._scratch = np.zeros((ROW_BLOCK, 4 * n_embd), np.float32)
+        self._logits = np.zeros((max(max_logits, self.min_rows), config.n_vocab), np.float32)
+        n_q, n_block = max(QUERY_BLOCK, 2 * DECODE_GROUP), _n_block(config.n_ctx)
+        self._scores = np.zeros(n_q * config.n_head * n_block * BLOCK, np.float32)
+        self._weighed = np.zeros(n_q * config.n_head * n_block * config.d_head, np.float32)
+        self._pairs = np.zeros((DECODE_GROUP, config.n_head, 2, config.d_head), np.float32)
+        hidden = np.arange(QUERY_BLOCK + BLOCK) > np.arange(QUERY_BLOCK)[:, None]
+        self._causal = np.where(hidden, np.float32(-np.inf), np.float32(0))  # columns from the first query's own key
+
+    def __call__(
+        self,
+        decode_ids: Sequence[int] = (),
+        decode_segments: Sequence[Segment] = (),
+        prefills: Sequence[Prefill] = (),
+    ) -> Array:
+        """Read one more token of each decode segment and the tokens of each prefill, keeping their keys and values.
+
+        Decode and prefill rows share every matrix product (what vLLM calls chunked prefill). Sequences that share
+        segments should be neighbours in decode_segments; a prefill's parents must have been read, or come before.
+        Returns logits [n_decode + the prefills' n_logits, n_vocab], in that order: a view, until the next call.
+        """
+        n_row = self._at_least(self._embed(decode_ids, decode_segments, prefills))
+        groups = _decode_groups(decode_segments)
+        last = self.config.n_layer - 1
+        with np.errstate(over="ignore"):  # exp in gelu, see there
+            for layer in range(last):
+                self._transformer_block(layer, n_row, groups, prefills)
+            n_logits = self._last_block(last, n_row, groups, prefills)
+        return self._lm_head(n_logits)
+
+    def _embed(self, decode_ids: Sequence[int], segments: Sequence[Segment], prefills: Sequence[Prefill]) -> int:
+        """Token and position embeddings of all rows into _x; counts them into their segments' lengths."""
+        token_ids = list(decode_ids)
+        positions = [segment.end for segment in segments]
+        for segment in segments:
+            segment.length += 1
+        for prefill in prefills:
+            prefill.first_row = len(token_ids)
+            prefill.first_position = prefill.segment.end
+            token_ids.extend(prefill.token_ids)
+            positions.extend(range(prefill.first_position, prefill.first_position + prefill.n_row))
+            prefill.segment.length += prefill.n_row
+        x = self._x[: len(token_ids)]
+        np.take(self.params["wte"], token_ids, axis=0, out=x, mode="clip")
+        x += self.params["wpe"][positions]
+        self._x[len(token_ids) : self.min_rows] = 0
+        return len(token_ids)
+
+    def _at_least(self, n_row: int) -> int:
+        """Enough rows for every product; the rows added are computed like the others, and nobody reads them."""
+        return max(n_row, self.min_rows)
+
+    def _transformer_block(
+        self, layer: int, n_row: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]
+    ) -> None:
+        """_x [n_row, n_embd] -> _x, through multi-head attention and the MLP."""
+        block = self.params["blocks"][layer]
+        x, norm, qkv = self._x[:n_row], self._norm[:n_row], self._qkv[:n_row]
+        linear(layer_norm(x, **block["ln_1"], out=norm), **block["attn"]["c_attn"], out=qkv)
+        self._write_cache(layer, groups, prefills)
+        for group in groups:
+            self._attend_decode(layer, group)
+        for prefill in prefills:
+            self._attend_prefill(layer, prefill, 0)
+        self._project(block, n_row)
+
+    def _last_block(self, layer: int, n_row: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]) -> int:
+        """As _transformer_block, but beyond the cache only for the rows whose logits are wanted, moved to the front."""
+        block = self.params["blocks"][layer]
+        wanted = np.arange(groups[-1].first_row + groups[-1].n_seq if groups else 0)
+        for prefill in prefills:
+            end = prefill.first_row + prefill.n_row
+            wanted = np.append(wanted, np.arange(end - prefill.n_logits, end))
+        n_embd, n_logits = self.config.n_embd, len(wanted)
+        x, norm, qkv = self._x[:n_row], self._norm[:n_row], self._qkv[:n_row]
+        w, b = block["attn"]["c_attn"]["w"], block["attn"]["c_attn"]["b"]
+        layer_norm(x, **block["ln_1"], out=norm)
+        linear(norm, w[:, n_embd:], b[n_embd:], out=qkv[:, n_embd:])  # keys and values of all rows
+        self._write_cache(layer, groups, prefills)
+        if not n_logits:
+            return 0
+        n = self._at_least(n_logits)
+        chosen, q = self._hidden.reshape(-1)[: 2 * n * n_embd].reshape(2, n, n_embd)
+        np.take(norm, wanted, axis=0, out=chosen[:n_logits], mode="clip")
+        qkv[wanted, :n_embd] = linear(chosen, w[:, :n_embd], b[:n_embd], out=q)[:n_logits]
+        for group in groups:
+            self._attend_decode(layer, group)
+        for prefill in prefills:
+            if prefill.n_logits:
+                self._attend_prefill(layer, prefill, prefill.n_row - prefill.n_logits)
+        x[:n_logits] = x[wanted]
+        self._attended[:n_logits] = self._attended[wanted]
+        self._project(block, n)
+        return n_logits
+
+    def _project(self, block: Block, n_row: int) -> None:
+        """The rest of a block after attention: _attended through c_proj and the MLP, each added to _x."""
+        x, norm, attended = self._x[:n_row], self._norm[:n_row], self._attended[:n_row]
+        x += linear(attended, **block["attn"]["c_proj"], out=norm)
+        layer_norm(x, **block["ln_2"], out=norm)
+        x += ffn(norm, **block["mlp"], hidden=self._hidden[:n_row], scratch=self._scratch, out=attended)
+
+    def _lm_head(self, n_logits: int) -> Array:
+        """_x [n_logits, n_embd] -> logits [n_logits, n_vocab], through the contiguous copy of wte.T."""
+        if n_logits:
+            n = self._at_least(n_logits)
+            norm = layer_norm(self._x[:n], **self.params["ln_f"], out=self._norm[:n])
+            np.matmul(norm, self.params["lm_head"], out=self._logits[:n])
+        return self._logits[:n_logits]
+
+    def _heads(self, which: int, first: int, last: int) -> Array:
+        """Queries (0), keys (1) or values (2) of rows first ... last-1, [n_row, n_head, d_head]."""
+        c = self.config
+        return self._qkv[first:last, which * c.n_embd : (which + 1) * c.n_embd].reshape(-1, c.n_head, c.d_head)
+
+    def _write_cache(self, layer: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]) -> None:
+        """Keys and values of all rows into their segments."""
+        for group in groups:
+            last = group.first_row + group.n_seq
+            keys, values = self._heads(1, group.first_row, last), self._heads(2, group.first_row, last)
+            for i, segment in enumerate(group.segments):
+                segment.k[layer][:, :, segment.length - 1] = keys[i]
+                segment.v[layer][:, segment.length - 1] = values[i]
+        for prefill in prefills:
+            first, last = prefill.first_row, prefill.first_row + prefill.n_row
+            lo = prefill.first_position - prefill.segment.start
+            prefill.segment.k[layer][:, :, lo : lo + prefill.n_row] = self._heads(1, first, last).transpose(1, 2, 0)
+            prefill.segment.v[layer][:, lo : lo + prefill.n_row] = self._heads(2, first, last).transpose(1, 0, 2)
+
+    def _attend_decode(self, layer: int, group: _DecodeGroup) -> None:
+        """Rows of a group: queries against all their keys, into _attended."""
+        n_seq, n_block = group.n_seq, group.n_block
+        n_head, d_head = self.config.n_head, self.config.d_head
+        rows = slice(group.first_row, group.first_row + n_seq)
+        q = self._heads(0, rows.start, rows.stop)
+        pairs = self._pairs[:n_seq]
+        np.multiply(q, d_head**-0.5, out=pairs[:, :, 0])
+        together = pairs[:, :, 0].transpose(1, 0, 2)  # [n_head, n_seq, d_head]
+        s = self._scores[: n_seq * n_head * 2 * n_block * BLOCK].reshape(n_seq, n_head, 2, n_block * BLOCK)
+        o = self._weighed[: n_seq * n_head * n_block * 2 * d_head].reshape(n_seq, n_head, n_block, 2, d_head)
+        for span in group.spans:
+            if span.hi - span.lo == 1:
+                scores(pairs[span.lo], span.segment, layer, span.n_key, out=s[span.lo])
+            else:
+                out = s[span.lo : span.hi, :, 0].transpose(1, 0, 2)
+                scores(together[:, span.lo : span.hi], span.segment, layer, span.n_key, out=out)
+        p = s[:, :, 0]  # [n_seq, n_head, n_key]
+        p += group.mask
+        total = softmax(p, n_block)
+        o[...] = 0  # blocks past a sequence's end
+        for span in group.spans:
+            if span.hi - span.lo == 1:
+                weigh_values(s[span.lo], span.segment, layer, span.n_key, out=o[span.lo])
+            else:
+                weights = p[span.lo : span.hi].transpose(1, 0, 2)
+                weigh_values(
+                    weights, span.segment, layer, span.n_key, out=o[span.lo : span.hi, :, :, 0].transpose(1, 2, 0, 3)
+                )
+        attended = self._attended[rows].reshape(n_seq, n_head, d_head)
+        np.divide(o[:, :, :, 0].sum(axis=2), total, out=attended)
+
+    def _attend_prefill(self, layer: int, prefill: Prefill, first_query: int) -> None:
+        """Rows of a prefill from first_query on: queries against the keys up to their own, into _attended."""
+        n_head, d_head = self.config.n_head, self.config.d_head
+        path = prefill.segment.path
+        for lo in range(first_query, prefill.n_row, QUERY_BLOCK):
+            n_row = min(QUERY_BLOCK, prefill.n_row - lo)
+            n_q = max(n_row, 2)  # never a product of one row; the second is not used
+            row, position = prefill.first_row + lo, prefill.first_position + lo
+            n_key = position + n_row
+            n_block = _n_block(n_key)
+            q = (self._heads(0, row, row + n_q) * d_head**-0.5).transpose(1, 0, 2)  # [n_head, n_q, d_head]
+            s = self._scores[: n_head * n_q * n_block * BLOCK].reshape(n_head, n_q, n_block * BLOCK)
+            for segment in path:
+                scores(q, segment, layer, min(segment.length, n_key - segment.start), out=s)
+            s[:, :, position:] += self._causal[:n_q, : n_block * BLOCK - position]
+            total = softmax(s, n_block)
+            o = self._weighed[: n_head * n_block * n_q * d_head].reshape(n_head, n_block, n_q, d_head)
+            for segment in path:
+                weigh_values(s, segment, layer, min(segment.length, n_key - segment.start), out=o)
+            attended = self._attended[row : row + n_row].reshape(n_row, n_head, d_head).transpose(1, 0, 2)
+            np.divide(o.sum(axis=1)[:, :n_row], total[:, :n_row], out=attended)
+
+
+def gpt2(
+    inputs: Sequence[int],
+    wte: Array,
+    wpe: Array,
+    blocks: list[Block],
+    ln_f: Norm,
+    n_head: int,
+    lm_head: Array | None = None,
+) -> Array:
+    """[n_seq] token ids -> [n_seq, n_vocab] logits of every position: picoGPT's `gpt2`, in float32."""
+    config = GPT2Config(len(wte), len(wpe), wte.shape[1], n_head, len(blocks))
+    head = np.ascontiguousarray(wte.T) if lm_head is None else lm_head
+    params = Params(wte=wte, wpe=wpe, blocks=blocks, ln_f=ln_f, lm_head=head)
+    segment = KVArena(config, len(inputs)).allocate(len(inputs), start=0)
+    assert segment is not None
+    forward = Forward(params, config, max_rows=len(inputs), max_logits=len(inputs))
+    return forward(prefills=[Prefill(segment, inputs, n_logits=len(inputs))])

@@ -1,0 +1,74 @@
+"""A GPT-2's parameters as picoGPT keeps them, a nested dict of arrays, and how to build one."""
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from batchgen.gpt2.config import GPT2Config
+
+Array = npt.NDArray[np.float32]
+
+
+class Norm(TypedDict):
+    g: Array  # [n_embd]
+    b: Array  # [n_embd]
+
+
+class Linear(TypedDict):
+    w: Array  # [in, out]
+    b: Array  # [out]
+
+
+class Attn(TypedDict):
+    c_attn: Linear  # [n_embd, 3*n_embd]
+    c_proj: Linear  # [n_embd, n_embd]
+
+
+class Mlp(TypedDict):
+    c_fc: Linear  # [n_embd, 4*n_embd]
+    c_proj: Linear  # [4*n_embd, n_embd]
+
+
+class Block(TypedDict):
+    ln_1: Norm
+    attn: Attn
+    ln_2: Norm
+    mlp: Mlp
+
+
+class Params(TypedDict):
+    """Keys and shapes of picoGPT's `load_gpt2_params_from_tf_ckpt`; lm_head is wte.T made contiguous."""
+
+    wte: Array  # [n_vocab, n_embd]
+    wpe: Array  # [n_ctx, n_embd]
+    blocks: list[Block]
+    ln_f: Norm
+    lm_head: Array  # [n_embd, n_vocab]
+
+
+def nest(tensors: Mapping[str, Array], n_layer: int) -> Params:
+    """Nest tensors by their names, `h3/attn/c_attn/w` -> params["blocks"][3]["attn"]["c_attn"]["w"]."""
+    root: dict[str, Any] = {"blocks": [{} for _ in range(n_layer)]}
+    for name, array in tensors.items():
+        *path, leaf = name.split("/")
+        node = root
+        if path and path[0][1:].isdigit():
+            node = root["blocks"][int(path.pop(0)[1:])]
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = array
+    return root  # type: ignore[return-value]
+
+
+def random_tensors(config: GPT2Config, seed: int = 0) -> dict[str, Array]:
+    """Make GPT-2-like random weights (std 0.02, norms near one), and lm_head; for tests and benchmarks."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, Array] = {}
+    for name, shape in config.tensor_shapes().items():
+        noise = rng.standard_normal(shape, dtype=np.float32)
+        noise *= np.float32(0.02)
+        tensors[name] = noise + np.float32(1) if name.endswith("/g") else noise
+    tensors["lm_head"] = np.ascontiguousarray(tensors["wte"].T)
+    return tensors

@@ -1,0 +1,46 @@
+"""gpt2/kv_cache.py: memory is taken as asked, given back whole, and never handed out twice."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.gpt2.config import GPT2Config
+from batchgen.gpt2.kv_cache import LANES, KVArena, round_up
+
+CONFIG = GPT2Config(n_vocab=10, n_ctx=64, n_embd=8, n_head=2, n_layer=2)
+
+
+@given(st.lists(st.tuples(st.integers(1, 70), st.integers(0, 100)), max_size=60))
+def test_segments_never_overlap_and_all_memory_comes_back(steps):
+    """Each step takes a segment of some size, or gives back one of those held."""
+    arena = KVArena(CONFIG, 300)
+    held = []
+    for size, which in steps:
+        if held and which % 3 == 0:
+            arena.release(held.pop(which % len(held)))
+            continue
+        segment = arena.allocate(size, start=0)
+        if segment is None:
+            taken = sum(s.v.shape[2] for s in held)
+            assert max((room for _, room in arena.free), default=0) < round_up(size, LANES)
+            assert taken + sum(room for _, room in arena.free) == arena.n_tokens
+            continue
+        assert segment.k.shape == (2, 2, 4, round_up(size, LANES))
+        assert not any(np.shares_memory(segment.k, s.v) or np.shares_memory(segment.v, s.k) for s in held)
+        held.append(segment)
+    for segment in held:
+        arena.release(segment)
+    assert arena.free == [(0, arena.n_tokens)]
+
+
+def test_a_full_arena_says_none():
+    arena = KVArena(CONFIG, 32)
+    assert arena.allocate(32, start=0) is not None
+    assert arena.allocate(1, start=0) is None
+
+
+def test_the_path_leads_from_the_first_position():
+    arena = KVArena(CONFIG, 300)
+    root = arena.allocate(64, start=0)
+    leaf = arena.allocate(5, start=64, parent=root)
+    assert leaf.path == (root, leaf)
