@@ -1,0 +1,37 @@
+"""Write an OpenAI checkpoint with TensorFlow: python write_tf_checkpoint.py DIRECTORY '{"n_vocab": ...}' SEED.
+
+Run as a process of its own, because TensorFlow prints and warns, and the tests make warnings errors. The
+weights are random_tensors(config, seed) under OpenAI's names and shapes (linear weights have a 1 in front).
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+
+import tensorflow as tf  # noqa: E402
+
+from batchgen.gpt2.config import GPT2Config  # noqa: E402
+from batchgen.gpt2.params import random_tensors  # noqa: E402
+
+
+def main(directory: Path, hparams: dict[str, int], seed: int) -> None:
+    tensors = random_tensors(GPT2Config(**hparams), seed)
+    del tensors["lm_head"]
+    tf1 = tf.compat.v1
+    with tf.Graph().as_default(), tf1.Session() as session:
+        for name, array in tensors.items():
+            value = array[None] if array.ndim == 2 and name.startswith("h") else array
+            given = tf1.placeholder(tf.float32, value.shape)
+            variable = tf1.get_variable(f"model/{name}", initializer=given)
+            session.run(variable.initializer, {given: value})
+        tf1.train.Saver().save(session, str(directory / "model.ckpt"))
+    (directory / "hparams.json").write_text(json.dumps(hparams, indent=2))
+    (directory / "encoder.json").write_text('{"<|endoftext|>": 0}')
+    (directory / "vocab.bpe").write_text("#version: 0.2\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))
