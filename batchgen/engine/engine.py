@@ -1,0 +1,126 @@
+"""The engine: schedule, forward, sample, step after step, until every prompt has its completions."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from batchgen.engine.sampler import sample
+from batchgen.engine.scheduler import Scheduler, tokens_needed
+from batchgen.engine.sequence import Completion, Prompt, Sequence, expand
+from batchgen.errors import UsageError
+from batchgen.gpt2.config import GPT2Config
+from batchgen.gpt2.forward import Forward
+from batchgen.gpt2.kv_cache import KVArena
+from batchgen.gpt2.params import Params
+from batchgen.types import FinishReason
+
+MAX_BATCH = 256  # sequences in flight; past it products gain nothing
+MAX_ROWS = 1024  # rows of one pass
+MIB = 2**20
+
+
+def kv_bytes_per_token(config: GPT2Config) -> int:
+    return 2 * config.n_layer * config.n_embd * 4
+
+
+class Engine:
+    """One model with its buffers and its cache, to be used for one list of prompts after another."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: GPT2Config,
+        *,
+        eos_id: int | None,
+        kv_bytes: int,
+        max_batch: int = MAX_BATCH,
+        share_prefixes: bool = True,
+    ) -> None:
+        """kv_bytes bounds the keys and values in flight; raises UsageError where not even one sequence fits."""
+        self.config, self.eos_id, self.share_prefixes = config, eos_id, share_prefixes
+        self.max_batch = max_batch
+        per_token = kv_bytes_per_token(config)
+        needed = tokens_needed(config.n_ctx, 0) * per_token
+        if kv_bytes < needed:
+            raise UsageError(
+                f"memory budget {kv_bytes / MIB:.0f} MiB is too small for one sequence of n_ctx {config.n_ctx}: "
+                f"its keys and values need {needed / MIB:.0f} MiB; raise --kv-memory to {-(-needed // MIB)}M"
+            )
+        largest = max_batch * tokens_needed(config.n_ctx, 0)
+        self.arena = KVArena(config, min(kv_bytes // per_token, largest))
+        self.forward = Forward(params, config, max_rows=max(MAX_ROWS, max_batch), max_logits=max_batch)
+
+    def generate(self, prompts: Seq[Prompt]) -> Iterator[Completion]:
+        """Complete the prompts; yields each sample as it ends, so not in the prompts' order."""
+        for finished, _ in self.steps(prompts):
+            yield from finished
+
+    def steps(self, prompts: Seq[Prompt]) -> Iterator[tuple[list[Completion], list[tuple[Sequence, int]]]]:
+        """One step of all running sequences after another: what it finished, and each sequence's new token."""
+        self._check(prompts)
+        scheduler = Scheduler(expand(prompts), self.arena, self.max_batch, self.share_prefixes)
+        try:
+            while scheduler.busy:
+                yield self._step(scheduler)
+        finally:  # a caller that stops listening leaves no memory taken
+            self.arena.clear()
+
+    def _step(self, scheduler: Scheduler) -> tuple[list[Completion], list[tuple[Sequence, int]]]:
+        scheduler.admit()
+        running = scheduler.running
+        running.sort(key=_neighbours)
+        prefills, ready = scheduler.next_prefills(self.forward.max_rows - len(running))
+        last_ids = [sequence.token_ids[-1] for sequence in running]
+        segments = [sequence.segment for sequence in running if sequence.segment is not None]
+        logits = self.forward(last_ids, segments, prefills)
+        sampled = list(running)
+        source = list(range(len(running)))  # the row of logits of each
+        for row, (leader, followers) in enumerate(ready, start=len(running)):
+            scheduler.start(leader, followers)
+            sampled += [leader, *followers]
+            source += [row] * (1 + len(followers))
+        if len(source) > len(logits):
+            logits = logits[source]
+        tokens = sample(logits, sampled, self.eos_id)
+        return self._append(scheduler, sampled, tokens), list(zip(sampled, tokens, strict=True))
+
+    def _append(self, scheduler: Scheduler, sequences: list[Sequence], tokens: list[int]) -> list[Completion]:
+        finished: list[Completion] = []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            reason = self._finish_reason(sequence, token)
+            if reason != "stop":
+                sequence.token_ids.append(token)
+            if reason:
+                scheduler.finish(sequence)
+                finished += sequence.completions(reason)
+        return finished
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        p = sequence.params
+        if token in p.stop_token_ids or (token == self.eos_id and not p.ignore_eos):
+            return "stop"
+        return "length" if len(sequence.token_ids) + 1 >= p.max_tokens else None
+
+    def _check(self, prompts: Seq[Prompt]) -> None:
+        """The caller has validated the prompts; this guards the arrays against a caller that has not."""
+        n_vocab, n_ctx = self.config.n_vocab, self.config.n_ctx
+        for prompt in prompts:
+            ids = np.asarray(prompt.token_ids)
+            p = prompt.params
+            if not len(ids) or len(ids) + p.max_tokens > n_ctx:
+                raise UsageError(
+                    f"row {prompt.row}: {len(ids)} prompt tokens + {p.max_tokens} max_tokens; "
+                    f"there must be at least one and at most n_ctx {n_ctx}"
+                )
+            named = [*p.stop_token_ids, *(token for token, _ in p.logit_bias)]
+            for token in (int(ids.min()), int(ids.max()), *named):
+                if not 0 <= token < n_vocab:
+                    raise UsageError(f"row {prompt.row}: token id {token} is outside the vocabulary of {n_vocab}")
+
+
+def _neighbours(sequence: Sequence) -> tuple[int, int]:
+    """Sort key that brings together sequences that share a prefix, then those of similar length."""
+    assert sequence.segment is not None
+    shares = sequence.segment.parent is not None
+    return (sequence.order, 0) if shares else (-1, sequence.segment.end)

@@ -1,0 +1,251 @@
+"""engine/: every prompt is completed as if it were alone, whatever runs beside it."""
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchgen.engine.engine import Engine, kv_bytes_per_token
+from batchgen.engine.probe import blas_info, is_batch_invariant
+from batchgen.engine.sequence import Completion, Prompt, sample_seeds, uniforms
+from batchgen.errors import UsageError
+from batchgen.gpt2 import pico
+from batchgen.gpt2.kv_cache import BLOCK
+from batchgen.types import SamplingParams
+from tests.models import TINY, sharp_params
+
+EOS = TINY.n_vocab - 1
+PER_TOKEN = kv_bytes_per_token(TINY)
+PARAMS = sharp_params(TINY)
+PICO = {key: value for key, value in PARAMS.items() if key != "lm_head"}
+INVARIANT = is_batch_invariant(PARAMS, TINY)
+needs_invariance = pytest.mark.skipif(not INVARIANT, reason=f"{blas_info()} rounds a row differently in company")
+
+
+def prompt(row: int, token_ids: list[int], **params) -> Prompt:
+    sampling = SamplingParams(**params)
+    return Prompt(row, tuple(token_ids), sampling, sample_seeds(sampling.seed, row, sampling.n))
+
+
+def mixed_prompts(seed: int, n: int = 40) -> list[Prompt]:
+    """Prompts of all lengths, with shared stems, repeats and every kind of sampling."""
+    rng = random.Random(seed)
+    stem = [rng.randrange(EOS) for _ in range(3 * BLOCK)]
+    kinds = [
+        {},
+        {"temperature": 0.9, "n": 3},
+        {"temperature": 1.2, "top_k": 7},
+        {"temperature": 0.7, "top_p": 0.9, "logprobs": 3},
+        {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3},
+        {"min_tokens": 5, "presence_penalty": 0.5, "frequency_penalty": 0.5, "stop_token_ids": (3, 4)},
+        {"ignore_eos": True, "logit_bias": ((5, 2.0),), "n": 2, "logprobs": 0},
+    ]
+    prompts = []
+    for row in range(n):
+        ids = [rng.randrange(EOS) for _ in range(rng.randrange(1, 150))]
+        if row % 3 == 1:
+            ids = (stem[: rng.choice([BLOCK, 70, 2 * BLOCK, 130, 3 * BLOCK])] + ids)[:200]
+        if row % 7 == 3:
+            ids = list(prompts[row - 2].token_ids)
+        prompts.append(prompt(row, ids, max_tokens=rng.randrange(6, 40), **kinds[row % len(kinds)]))
+    return prompts
+
+
+def run(prompts: list[Prompt], tokens: int = 20_000, **options) -> dict[tuple[int, int], Completion]:
+    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=tokens * PER_TOKEN, **options)
+    completions = {(c.row, c.sample): c for c in engine.generate(prompts)}
+    assert engine.arena.free == [(0, engine.arena.n_tokens)]
+    return completions
+
+
+def test_every_sample_of_every_prompt_is_completed_once():
+    prompts = mixed_prompts(0)
+    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=2000 * PER_TOKEN)
+    keys = [(c.row, c.sample) for c in engine.generate(prompts)]
+    assert sorted(keys) == [(p.row, sample) for p in prompts for sample in range(p.params.n)]
+
+
+def test_greedy_completions_equal_pico():
+    prompts = [replace(p, params=SamplingParams(max_tokens=p.params.max_tokens)) for p in mixed_prompts(1)]
+    for p in prompts:
+        expected = pico.generate(list(p.token_ids), PICO, TINY.n_head, p.params.max_tokens)
+        stopped = EOS in expected
+        found = run(prompts if p is prompts[0] else [p])[p.row, 0]
+        assert list(found.token_ids) == expected[: expected.index(EOS) if stopped else None]
+        assert found.finish_reason == ("stop" if stopped else "length")
+
+
+@needs_invariance
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 60), st.booleans(), st.sampled_from([300, 700, 20_000]), st.randoms())
+def test_completions_do_not_depend_on_company(seed, max_batch, share_prefixes, tokens, shuffler):
+    """Batch size, memory, sharing and order change nothing: tokens and log-probabilities bit for bit."""
+    prompts = mixed_prompts(seed, n=25)
+    expected = run(prompts)
+    shuffled = list(prompts)
+    shuffler.shuffle(shuffled)
+    assert run(shuffled, tokens, max_batch=max_batch, share_prefixes=share_prefixes) == expected
+
+
+@needs_invariance
+def test_a_completion_is_that_of_the_prompt_alone():
+    prompts = mixed_prompts(5)
+    together = run(prompts)
+    for p in prompts:
+        assert all(together[key] == value for key, value in run([p], 300, max_batch=1).items())
+
+
+def test_the_same_run_gives_the_same_bits():
+    prompts = mixed_prompts(2)
+    assert run(prompts, 900, max_batch=9) == run(prompts, 900, max_batch=9)
+
+
+def test_an_engine_used_again_gives_the_same_bits():
+    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN)
+    prompts = mixed_prompts(3)
+    first = {(c.row, c.sample): c for c in engine.generate(prompts)}
+    assert {(c.row, c.sample): c for c in engine.generate(prompts)} == first
+
+
+def test_a_caller_that_stops_listening_leaves_the_engine_usable():
+    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN)
+    prompts = mixed_prompts(3)
+    next(iter(engine.generate(prompts)))
+    assert engine.arena.free == [(0, engine.arena.n_tokens)]
+    assert len({(c.row, c.sample) for c in engine.generate(prompts)}) == sum(p.params.n for p in prompts)
+
+
+def test_equal_greedy_requests_are_generated_once_and_sampled_ones_are_not():
+    same = [prompt(row, [1, 2, 3], max_tokens=4, n=2) for row in range(3)]
+    drawn = [prompt(row, [1, 2, 3], max_tokens=4, temperature=1.0) for row in range(10, 13)]
+    engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=900 * PER_TOKEN)
+    widths = [len(sampled) for _, sampled in engine.steps([*same, *drawn])]
+    assert widths == [4, 4, 4, 4]
+    completions = run([*same, *drawn])
+    assert len({completions[row, sample].token_ids for row in range(3) for sample in range(2)}) == 1
+    assert len({completions[row, 0].token_ids for row in (10, 11, 12)}) == 3
+
+
+def test_a_shared_prefix_is_read_once():
+    stem = list(range(2 * BLOCK))
+    prompts = [prompt(row, [*stem, 400 + row], max_tokens=2) for row in range(10)]
+    engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=9000 * PER_TOKEN)
+    rows = []
+    embed = engine.forward._embed
+    engine.forward._embed = lambda ids, segments, prefills: (
+        rows.append(sum(p.n_row for p in prefills)) or embed(ids, segments, prefills)
+    )
+    assert len(list(engine.generate(prompts))) == 10
+    assert sum(rows) == 2 * BLOCK + 10
+
+
+def test_the_samples_of_a_prompt_share_its_prefill():
+    engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=9000 * PER_TOKEN)
+    rows = []
+    embed = engine.forward._embed
+    engine.forward._embed = lambda ids, segments, prefills: (
+        rows.append(sum(p.n_row for p in prefills)) or embed(ids, segments, prefills)
+    )
+    ids = list(range(100))
+    assert len(list(engine.generate([prompt(0, ids, max_tokens=3, n=8, temperature=1.0)]))) == 8
+    assert sum(rows) == 100
+
+
+def test_a_slot_is_refilled_in_the_step_after_it_comes_free():
+    prompts = [prompt(row, [row], max_tokens=1 + row % 5, ignore_eos=True) for row in range(30)]
+    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=2000 * PER_TOKEN, max_batch=4)
+    widths = [len(sampled) for _, sampled in engine.steps(prompts)]
+    total = sum(1 + row % 5 for row in range(30))
+    assert sum(widths) == total
+    assert widths[: total // 4 - 5] == [4] * (total // 4 - 5)
+
+
+def test_random_numbers_depend_on_seed_row_sample_and_position_alone():
+    assert sample_seeds(7, 3, 5)[:2] == sample_seeds(7, 3, 2)
+    seeds = {sample_seeds(seed, row, 2)[sample] for seed in range(3) for row in range(50) for sample in range(2)}
+    assert len(seeds) == 300
+    np.testing.assert_array_equal(uniforms(9, 50)[:10], uniforms(9, 10))
+
+
+def test_logprobs_are_of_the_model_itself_and_end_with_the_completion():
+    completion = run([prompt(0, [5, 6], max_tokens=6, temperature=0.5, logprobs=4)])[0, 0]
+    ids = [5, 6]
+    for token, logprob, top in zip(completion.token_ids, completion.logprobs, completion.top_logprobs, strict=True):
+        row = pico.gpt2(ids, **PICO, n_head=TINY.n_head)[-1].astype(np.float64)
+        expected = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        assert logprob == pytest.approx(expected[token], abs=1e-3)
+        assert [i for i, _ in top] == np.argsort(-expected)[:4].tolist()
+        ids.append(token)
+
+
+def test_a_completion_does_not_hold_the_token_that_ended_it():
+    ids = [1, 2, 3]
+    free = run([prompt(0, ids, max_tokens=10, ignore_eos=True)])[0, 0].token_ids
+    stopped = run([prompt(0, ids, max_tokens=10, ignore_eos=True, stop_token_ids=(free[4],))])[0, 0]
+    first = free.index(free[4])
+    assert stopped.token_ids == free[:first]
+    assert stopped.finish_reason == "stop"
+
+
+def test_bad_prompts_and_budgets_are_refused_before_any_work():
+    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN)
+    good = prompt(0, [1])
+    for bad, words in [
+        (prompt(7, [500]), "row 7: token id 500 is outside the vocabulary of 500"),
+        (prompt(7, [-1]), "token id -1 is outside"),
+        (prompt(7, []), "at least one"),
+        (prompt(7, [1] * 250), "250 prompt tokens . 40 max_tokens"),
+        (prompt(7, [1], stop_token_ids=(900,)), "token id 900"),
+        (prompt(7, [1], logit_bias=((900, 1.0),)), "token id 900"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            next(engine.steps([good, bad]))
+    with pytest.raises(UsageError, match="too small for one sequence of n_ctx 256.* raise --kv-memory to 1M"):
+        Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=10)
+
+
+def test_no_prompts_give_no_completions():
+    assert run([]) == {}
+
+
+def _has_avx512() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "avx512vl" in cpuinfo.read_text()
+
+
+@pytest.mark.parametrize(("core_type", "invariant"), [("SKYLAKEX", True), ("HASWELL", False)])
+def test_the_probe_tells_the_kernels_apart(core_type, invariant):
+    if core_type == "SKYLAKEX" and not _has_avx512():
+        pytest.skip("this processor has no AVX-512")
+    if blas_info().name != "openblas":
+        pytest.skip(f"NumPy here uses {blas_info().name}, which has no OPENBLAS_CORETYPE")
+    code = (
+        "from batchgen.engine.probe import *; from tests.models import *;"
+        "print(blas_info().core_type, is_batch_invariant(sharp_params(TINY), TINY))"
+    )
+    environment = os.environ | {"OPENBLAS_CORETYPE": core_type, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found, answer = done.stdout.split()
+    assert found.upper() == core_type
+    assert answer == str(invariant)
+
+
+@pytest.mark.skipif("BATCHGEN_INNER" in os.environ, reason="the inner run")
+@pytest.mark.parametrize("core_type", ["SKYLAKEX", "HASWELL"])
+def test_the_engine_holds_its_laws_on_either_kernel(core_type):
+    """The laws on bits once more in a process of its own, with AVX-512 kernels and with AVX2 ones."""
+    if core_type == "SKYLAKEX" and not _has_avx512():
+        pytest.skip("this processor has no AVX-512")
+    environment = os.environ | {"OPENBLAS_CORETYPE": core_type, "OPENBLAS_NUM_THREADS": "1", "BATCHGEN_INNER": "1"}
+    laws = "company or alone or same_bits or equal_pico"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "-k", laws, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert ("rounds a row differently" in done.stdout) == (core_type == "HASWELL")

@@ -1,0 +1,164 @@
+"""engine/sampler.py against written-out references, and its draws against the exact distribution."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchgen.engine import sampler
+from batchgen.engine.sequence import Prompt, Sequence
+from batchgen.types import SamplingParams
+
+
+def sequence(random: float | None = 0.5, token_ids=(), prompt_ids=(0,), **params) -> Sequence:
+    sampling = SamplingParams(**{"max_tokens": 100, "temperature": 0.0 if random is None else 1.0} | params)
+    draws = None if random is None else np.full(100, random)
+    return Sequence(Prompt(0, tuple(prompt_ids), sampling, (0,)), 0, 0, draws, token_ids=list(token_ids))
+
+
+def allowed(logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
+    """The exact distribution that a token is drawn from, by sorting everything, in float64."""
+    x = logits.astype(np.float64) / temperature
+    if top_k:
+        x[x < np.sort(x)[-min(top_k, len(x))]] = -np.inf
+    p = np.exp(x - x.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= top_p]] = 0
+    p[p < min_p * p.max()] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("n_vocab", [70, 257, 5000])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"temperature": 0.3},
+        {"top_k": 5},
+        {"top_k": 40, "top_p": 0.8},
+        {"top_p": 0.5},
+        {"top_p": 0.999},
+        {"min_p": 0.1},
+        {"min_p": 1e-6, "temperature": 3.0},
+        {"top_k": 60, "top_p": 0.9, "min_p": 0.05, "temperature": 1.7},
+        {"top_k": 10**6},
+    ],
+)
+def test_draws_follow_the_exact_distribution(n_vocab, filters):
+    """An even comb of random numbers must hit each token in proportion to its probability."""
+    logits = np.random.default_rng(n_vocab).normal(0, 2.5, n_vocab).astype(np.float32)
+    n = 4000
+    comb = (np.arange(n) + 0.5) / n
+    sequences = [sequence(u, **filters) for u in comb]
+    tokens = sampler.sample(np.repeat(logits[None], n, axis=0), sequences, eos_id=None)
+    expected = allowed(logits, **{"temperature": 1.0} | filters)
+    found = np.bincount(tokens, minlength=n_vocab) / n
+    assert np.abs(found - expected).max() < 1.5 / n
+    assert not found[expected == 0].any()
+
+
+def test_random_draws_pass_a_chi_square_test():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 1.5, 300).astype(np.float32)
+    for filters in ({}, {"top_k": 20}, {"top_p": 0.9}):
+        n = 20_000
+        sequences = [sequence(u, **filters) for u in rng.random(n)]
+        tokens = sampler.sample(np.repeat(logits[None], n, axis=0), sequences, eos_id=None)
+        expected = allowed(logits, **filters) * n
+        counts = np.bincount(tokens, minlength=300)
+        cells = expected > 5
+        assert counts[expected == 0].sum() == 0
+        statistic = float(((counts[cells] - expected[cells]) ** 2 / expected[cells]).sum())
+        freedom = int(cells.sum()) - 1
+        assert statistic < freedom + 5 * np.sqrt(2 * freedom)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_row_is_sampled_as_if_it_were_alone(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    n_vocab = data.draw(st.sampled_from([3, 64, 200, 9000]))
+    n_row = data.draw(st.integers(1, 9))
+    logits = (rng.normal(0, 3, (n_row, n_vocab)) // data.draw(st.sampled_from([1e-9, 0.5, 3]))).astype(np.float32)
+    kind = st.fixed_dictionaries(
+        {},
+        optional={
+            "top_k": st.integers(0, 300),
+            "top_p": st.floats(0.01, 1),
+            "min_p": st.floats(0, 1),
+            "temperature": st.sampled_from([0.001, 0.5, 1.0, 50.0]),
+            "logprobs": st.integers(0, 5),
+        },
+    )
+    kinds = [data.draw(kind) for _ in range(n_row)]
+    draws = [data.draw(st.none() | st.floats(0, 1, exclude_max=True)) for _ in range(n_row)]
+    for draw, one in zip(draws, kinds, strict=True):
+        if draw is None:
+            one["temperature"] = 0.0
+    together = [sequence(draw, **one) for draw, one in zip(draws, kinds, strict=True)]
+    tokens = sampler.sample(logits.copy(), together, eos_id=None)
+    for i, (draw, one) in enumerate(zip(draws, kinds, strict=True)):
+        alone = sequence(draw, **one)
+        assert sampler.sample(logits[i : i + 1].copy(), [alone], eos_id=None) == [tokens[i]]
+        assert alone.logprobs == together[i].logprobs
+        assert alone.top_logprobs == together[i].top_logprobs
+
+
+@given(st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([5, 64, 1000, 6401]), st.booleans())
+def test_candidates_are_the_largest_and_all_their_ties(seed, k, n_vocab, coarse):
+    logits = np.random.default_rng(seed).normal(0, 2, (3, n_vocab)).astype(np.float32)
+    if coarse:
+        logits = np.round(logits)
+    ids, values = sampler.candidates(logits, k)
+    for row in range(3):
+        order = np.argsort(-logits[row], kind="stable")
+        kth = logits[row, order[min(k, n_vocab) - 1]]
+        wanted = order[logits[row, order] >= kth]
+        assert ids[row, : len(wanted)].tolist() == wanted.tolist()
+        assert values[row, : len(wanted)].tolist() == logits[row, wanted].tolist()
+
+
+def test_greedy_takes_the_first_of_the_largest():
+    logits = np.array([[0, 5, 5, 1], [9, 0, 0, 0]], np.float32)
+    assert sampler.sample(logits, [sequence(None), sequence(None)], None) == [1, 0]
+
+
+def test_the_last_random_number_never_draws_a_forbidden_token():
+    logits = np.full((1, 200), -np.inf, np.float32)
+    logits[0, 7] = 1.0
+    logits[0, 9] = 0.5
+    for filters in ({}, {"top_k": 150}, {"top_p": 0.999}, {"min_p": 0.001}):
+        for u in (0.0, 1 - 2**-53):
+            assert sampler.sample(logits.copy(), [sequence(u, **filters)], None)[0] in (7, 9)
+
+
+def test_penalties_are_those_of_their_papers():
+    logits = np.array([2.0, -1.0, 0.5, 3.0, 1.0], np.float32)
+    base = {"token_ids": (1, 1, 3), "prompt_ids": (0, 3)}
+    row = logits.copy()
+    sampler.penalise(row, sequence(repetition_penalty=2.0, **base), None)
+    assert row.tolist() == [1.0, -2.0, 0.5, 1.5, 1.0]
+    row = logits.copy()
+    sampler.penalise(row, sequence(presence_penalty=0.5, frequency_penalty=0.25, **base), None)
+    assert row.tolist() == [2.0, -2.0, 0.5, 2.25, 1.0]
+    row = logits.copy()
+    sampler.penalise(row, sequence(logit_bias=((2, 10.0), (0, -1.0)), **base), None)
+    assert row.tolist() == [1.0, -1.0, 10.5, 3.0, 1.0]
+
+
+def test_min_tokens_forbids_every_way_to_stop():
+    row = np.zeros(5, np.float32)
+    sampler.penalise(row, sequence(min_tokens=3, stop_token_ids=(1,), token_ids=(0, 0)), eos_id=4)
+    assert np.isneginf(row).tolist() == [False, True, False, False, True]
+    row = np.zeros(5, np.float32)
+    sampler.penalise(row, sequence(min_tokens=2, stop_token_ids=(1,), token_ids=(0, 0)), eos_id=4)
+    assert not np.isneginf(row).any()
+
+
+def test_log_softmax_sums_to_one():
+    logits = np.random.default_rng(0).normal(0, 30, (4, 999)).astype(np.float32)
+    found = sampler.log_softmax(logits)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.exp(found.astype(np.float64)).sum(axis=1), 1, rtol=1e-4)
