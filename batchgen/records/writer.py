@@ -1,0 +1,221 @@
+"""Output files: a part for every chunk, and their merge, which takes the output's name in one rename.
+
+At every instant the output path is absent, its previous version, or the complete new file. Closing a
+pq.ParquetWriter writes a valid footer over whatever it got so far, after an exception too, so nothing is ever
+written under the final name: only a file that was closed, counted and synced is renamed to it.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.errors import OutputError, UsageError
+from batchgen.records.schema import rows_to_table
+from batchgen.types import OutputRow
+
+GROUP_ROWS = 65_536
+GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
+BATCH_ROWS = 8_192
+SUFFIXES = (".parquet", ".jsonl")
+FEW_VALUES = ["finish_reason", "status", "error"]  # worth a dictionary; the other columns hardly repeat
+
+PARQUET_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": FEW_VALUES,
+    "write_statistics": ["row", "sample", "status"],
+    "write_page_checksum": True,
+}
+
+# ---- files that are whole or not there
+
+
+@contextmanager
+def _output_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{out}: cannot be written: {reason}; make room or choose another path") from error
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename in the directory outlast a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(out: Path) -> Path:
+    """Always the same for one output, so that the next run finds what a killed one left: a lock keeps others out."""
+    return out.with_name(f".{out.name}.batchgen-tmp")
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file in the same folder that takes the name `out` on success, and goes on any error.
+
+    A temporary that a killed run left is cleared away first.
+    """
+    temporary = _temporary(out)
+    with _output_errors(out):
+        temporary.unlink(missing_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, out)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(out.parent)
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- parts
+
+
+@contextmanager
+def _parquet_writer(file: BinaryIO, schema: pa.Schema) -> Iterator[Any]:
+    """A pq.ParquetWriter that is always closed here, never by the garbage collector."""
+    writer = pq.ParquetWriter(file, schema, **PARQUET_OPTIONS)
+    try:
+        yield writer
+    except BaseException:
+        with suppress(OSError, pa.ArrowException):  # the first error is the one to tell; the file is removed
+            writer.close()
+        raise
+    writer.close()
+
+
+def write_part(rows: Sequence[OutputRow], path: Path, schema: pa.Schema) -> str:
+    """Write one chunk's rows to a new file, on disk when this returns its SHA-256; equal rows give equal bytes."""
+    with _output_errors(path):
+        with open(path, "xb") as file:
+            with _parquet_writer(file, schema) as writer:
+                writer.write_table(rows_to_table(rows, schema), row_group_size=GROUP_ROWS)
+            file.flush()
+            os.fsync(file.fileno())
+        return _file_sha256(path)
+
+
+def _part_batches(part: Path, schema: pa.Schema) -> Iterator[Any]:
+    """Yield a part's record batches with their checksums verified; OutputError names a damaged part."""
+    try:
+        with pq.ParquetFile(part, page_checksum_verification=True, pre_buffer=False) as file:
+            if not file.schema_arrow.equals(schema):
+                raise OutputError(f"{part}: the part has other columns than this run's; run again with --restart")
+            yield from file.iter_batches(BATCH_ROWS, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).split("\n")[0]
+        raise OutputError(f"{part}: the part is damaged ({reason}); delete it and run again") from error
+
+
+# ---- merge
+
+
+def _groups(batches: Iterable[Any]) -> Iterator[list[Any]]:
+    """Gather small batches into row groups of up to GROUP_ROWS rows and about GROUP_BYTES bytes."""
+    group: list[Any] = []
+    rows = size = 0
+    for batch in batches:
+        if group and (rows + len(batch) > GROUP_ROWS or size + batch.nbytes > GROUP_BYTES):
+            yield group
+            group, rows, size = [], 0, 0
+        group.append(batch)
+        rows += len(batch)
+        size += batch.nbytes
+    if group:
+        yield group
+
+
+def _write_parquet(batches: Iterable[Any], file: BinaryIO, schema: pa.Schema, metadata: dict[str, str]) -> None:
+    with _parquet_writer(file, schema.with_metadata(metadata)) as writer:
+        for group in _groups(batches):
+            writer.write_table(pa.Table.from_batches(group, schema), row_group_size=GROUP_ROWS)
+
+
+def _write_json_lines(batches: Iterable[Any], file: BinaryIO, schema: pa.Schema, metadata: dict[str, str]) -> None:
+    r"""One object a line, keys in the schema's order; JSON lines have no place for metadata.
+
+    JSON escapes every control character, so the only b"\n" in the file are the ends of the rows.
+    """
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    for batch in batches:
+        columns = [column.to_pylist() for column in batch.columns]
+        rows = (dict(zip(schema.names, values, strict=True)) for values in zip(*columns, strict=True))
+        file.write("".join(encode(row) + "\n" for row in rows).encode())
+
+
+def _counted(batches: Iterable[Any], expected_rows: int, out: Path) -> Iterator[Any]:
+    """Pass the batches on, and raise at their end unless they made up the expected number of rows."""
+    rows = 0
+    for batch in batches:
+        rows += len(batch)
+        yield batch
+    if rows != expected_rows:
+        raise OutputError(f"{out}: the parts hold {rows} rows, not {expected_rows}; run again with --restart")
+
+
+def merge_parts(
+    parts: Iterable[Path], out: Path, schema: pa.Schema, metadata: dict[str, str], expected_rows: int
+) -> None:
+    """Write all rows of the parts, in order, to a .parquet or .jsonl file that appears complete or not at all.
+
+    Memory is one row group, whatever the number of parts; metadata goes into a Parquet file's own. Raises
+    OutputError for a damaged part, a wrong number of rows, or a file that cannot be written.
+
+    metadata={"batchgen": manifest_json} -> pq.read_schema(out).metadata[b"batchgen"]
+    """
+    write: Callable[..., None] = _write_json_lines if out.suffix.lower() == ".jsonl" else _write_parquet
+    batches = (batch for part in parts for batch in _part_batches(part, schema))
+    with _replacing(out) as file:
+        write(_counted(batches, expected_rows, out), file, schema, metadata)
+
+
+# ---- before the run
+
+
+def check_output(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuse, before any work, an output path that could not be written or must not be replaced."""
+    if out.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{out}: the suffix {out.suffix!r} is neither of {', '.join(SUFFIXES)}; name the output so")
+    with _output_errors(out):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            _temporary(out).lstat()  # asks for the longest of the names; is_symlink and the like would answer False
+        if out.is_symlink():
+            raise OutputError(f"{out}: a symbolic link, which would be replaced; name the file it points to")
+        if out.is_dir():
+            raise OutputError(f"{out}: a directory; name a file in it, such as {out / 'completions.parquet'}")
+        if out.exists() and not out.is_file():
+            raise OutputError(f"{out}: a pipe or device, which cannot be replaced at once; name a regular file")
+        for path in inputs:
+            if out.exists() and path.exists() and out.samefile(path):
+                raise OutputError(f"{out}: this is the input {path}; choose another name for the output")
+    _check_folder(out)
+
+
+def _check_folder(out: Path) -> None:
+    """Permissions are asked by really creating a file: for root, and on a read-only mount, the bits do not tell."""
+    folder = out.parent
+    if not folder.is_dir():
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise OutputError(f"{out}: {folder} is {what}; create it (mkdir -p) or choose another")
+    try:
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".batchgen-").close()  # noqa: SIM115  # made and gone
+    except OSError as error:
+        raise OutputError(f"{out}: the folder cannot be written: {error.strerror}; choose another") from error

@@ -1,0 +1,72 @@
+"""The output's columns: their order, their types, and how rows become them."""
+
+from dataclasses import fields
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from batchgen.records.schema import output_schema, rows_to_table
+from batchgen.types import OutputRow
+
+ROWS = [
+    OutputRow(0, 0, "a", "Once", " upon a time", 1, 3, "stop", "ok", None, 7, (2402, 257, 640), (-0.5, -1.0, 0.0)),
+    OutputRow(1, 0, None, None, None, None, None, None, "rejected", "p.jsonl:2: not JSON", None),
+]
+
+
+def test_columns_are_in_the_documented_order() -> None:
+    assert output_schema().names == [
+        "row",
+        "sample",
+        "id",
+        "prompt",
+        "completion",
+        "prompt_tokens",
+        "completion_tokens",
+        "finish_reason",
+        "status",
+        "error",
+        "seed",
+    ]
+
+
+@pytest.mark.parametrize(("token_ids", "logprobs"), [(False, False), (True, False), (False, True), (True, True)])
+def test_asked_for_columns_come_last(token_ids: bool, logprobs: bool) -> None:
+    names = output_schema(token_ids=token_ids, logprobs=logprobs).names
+    assert names[11:] == ["completion_token_ids"] * token_ids + ["logprobs"] * logprobs
+
+
+def test_only_row_sample_and_status_are_never_null() -> None:
+    schema = output_schema(token_ids=True, logprobs=True)
+    assert [field.name for field in schema if not field.nullable] == ["row", "sample", "status"]
+
+
+def test_types_hold_what_the_rows_may_carry() -> None:
+    schema = output_schema(token_ids=True, logprobs=True)
+    types = {field.name: field.type for field in schema}
+    assert types["row"] == types["seed"] == pa.int64()
+    assert types["sample"] == types["prompt_tokens"] == types["completion_tokens"] == pa.int32()
+    assert types["completion_token_ids"] == pa.list_(pa.int32())
+    assert types["logprobs"] == pa.list_(pa.float32())
+
+
+def test_the_columns_are_the_fields_of_the_output_row() -> None:
+    assert output_schema(token_ids=True, logprobs=True).names == [field.name for field in fields(OutputRow)]
+
+
+def test_rows_come_back_as_they_went_in() -> None:
+    schema = output_schema(token_ids=True, logprobs=True)
+    table = rows_to_table(ROWS, schema)
+    assert table.schema == schema
+    table.validate(full=True)
+    for row, record in zip(ROWS, table.to_pylist(), strict=True):
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+        }
+        assert OutputRow(**values) == row
+
+
+def test_zero_rows_keep_the_full_schema() -> None:
+    table = rows_to_table([], output_schema(token_ids=True))
+    assert (table.num_rows, table.schema) == (0, output_schema(token_ids=True))

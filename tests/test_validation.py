@@ -1,0 +1,175 @@
+"""The length law: prompt_tokens + max_tokens <= n_ctx, whatever the policy; and the words of every rejection."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.types import Rejected, Request, SamplingParams, TokenizedRequest
+from batchgen.validation import OnTooLong, validate
+
+N_CTX = 1024
+
+
+class Letters:
+    """One token a character, its code point; counts how often it was asked."""
+
+    eos_id: int | None = 50256
+    longest_token_bytes = 4
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.calls += 1
+        return [ord(letter) for letter in text]
+
+
+def request(prompt: str, max_tokens: int = 40, min_tokens: int = 0) -> Request:
+    return Request(16, "prompts.jsonl:17", "a", prompt, SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens))
+
+
+def accepted(outcome: TokenizedRequest | Rejected) -> TokenizedRequest:
+    assert isinstance(outcome, TokenizedRequest), outcome
+    return outcome
+
+
+def rejected(outcome: TokenizedRequest | Rejected) -> Rejected:
+    assert isinstance(outcome, Rejected), outcome
+    return outcome
+
+
+def test_a_short_prompt_passes_with_all_it_had() -> None:
+    got = accepted(validate(request("fox"), Letters(), N_CTX))
+    assert got == TokenizedRequest(16, "prompts.jsonl:17", "a", "fox", (102, 111, 120), SamplingParams())
+
+
+@pytest.mark.parametrize("on_too_long", ["reject", "truncate-left", "shorten"])
+def test_exact_fit_is_accepted(on_too_long: OnTooLong) -> None:
+    prompt = "x" * (N_CTX - 40)
+    got = accepted(validate(request(prompt), Letters(), N_CTX, on_too_long))
+    assert (len(got.prompt_token_ids), got.params.max_tokens) == (N_CTX - 40, 40)
+
+
+def test_one_token_too_many_is_rejected_with_place_values_limit_and_remedy() -> None:
+    got = rejected(validate(request("x" * 1009), Letters(), N_CTX))
+    assert got.error == (
+        "prompts.jsonl:17: 1009 prompt tokens + 40 max_tokens exceed n_ctx 1024; "
+        "lower max_tokens to 15 or pass --on-too-long truncate-left"
+    )
+    assert (got.row, got.id, got.prompt, got.prompt_tokens) == (16, "a", "x" * 1009, 1009)
+
+
+@pytest.mark.parametrize("length", [1024, 1500])
+def test_where_no_max_tokens_helps_none_is_named(length: int) -> None:
+    got = rejected(validate(request("x" * length), Letters(), N_CTX))
+    assert got.error == (
+        f"prompts.jsonl:17: {length} prompt tokens + 40 max_tokens exceed n_ctx 1024; pass --on-too-long truncate-left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "on_too_long", "remedy"),
+    [
+        (5, "reject", "lower max_tokens to 1019 or pass --on-too-long shorten"),
+        (5, "truncate-left", "lower max_tokens to 1019 or pass --on-too-long shorten"),
+        (1024, "reject", "lower max_tokens below 1024 and pass --on-too-long truncate-left"),
+        (1024, "shorten", "lower max_tokens below 1024 and pass --on-too-long truncate-left"),
+        (1024, "truncate-left", "lower max_tokens below 1024"),
+    ],
+)
+def test_max_tokens_of_the_whole_context_names_what_would_help(
+    length: int, on_too_long: OnTooLong, remedy: str
+) -> None:
+    got = rejected(validate(request("x" * length, max_tokens=1024), Letters(), N_CTX, on_too_long))
+    assert got.error.endswith(f"+ 1024 max_tokens exceed n_ctx 1024; {remedy}")
+
+
+def test_truncate_left_keeps_the_last_tokens() -> None:
+    prompt = "".join(chr(1000 + index) for index in range(1009))
+    got = accepted(validate(request(prompt), Letters(), N_CTX, "truncate-left"))
+    assert got.prompt_token_ids == tuple(range(1000 + 25, 1000 + 1009))
+    assert (got.params.max_tokens, got.prompt) == (40, prompt)
+
+
+def test_shorten_lowers_max_tokens_and_with_it_min_tokens() -> None:
+    got = accepted(validate(request("x" * 1009, min_tokens=20), Letters(), N_CTX, "shorten"))
+    assert (len(got.prompt_token_ids), got.params.max_tokens, got.params.min_tokens) == (1009, 15, 15)
+
+
+def test_shorten_rejects_a_prompt_that_leaves_no_room() -> None:
+    assert accepted(validate(request("x" * 1023), Letters(), N_CTX, "shorten")).params.max_tokens == 1
+    got = rejected(validate(request("x" * 1024), Letters(), N_CTX, "shorten"))
+    assert (got.error.split("; ")[1], got.prompt_tokens) == ("pass --on-too-long truncate-left", 1024)
+
+
+def test_an_empty_prompt_is_rejected_with_its_remedy() -> None:
+    got = rejected(validate(request(""), Letters(), N_CTX))
+    assert got.error.startswith("prompts.jsonl:17: the prompt is empty")
+    assert got.error.endswith("pass --empty-prompt unconditional")
+    assert got.prompt_tokens == 0
+
+
+def test_unconditional_starts_from_the_end_of_text_token() -> None:
+    got = accepted(validate(request(""), Letters(), N_CTX, empty_prompt="unconditional"))
+    assert (got.prompt, got.prompt_token_ids) == ("", (50256,))
+
+
+def test_unconditional_needs_an_end_of_text_token() -> None:
+    tokenizer = Letters()
+    tokenizer.eos_id = None
+    got = rejected(validate(request(""), tokenizer, N_CTX, empty_prompt="unconditional"))
+    assert "no <|endoftext|>" in got.error
+
+
+def test_the_end_of_text_token_takes_its_place_in_the_context() -> None:
+    got = validate(request("", max_tokens=1024), Letters(), N_CTX, empty_prompt="unconditional")
+    assert "lower max_tokens to 1023" in rejected(got).error
+
+
+def test_rejected_rows_pass_through_unchanged() -> None:
+    row = Rejected(3, "p.jsonl:4", "x", None, "p.jsonl:4: not JSON")
+    assert validate(row, Letters(), N_CTX) is row
+
+
+@pytest.mark.parametrize("on_too_long", ["reject", "shorten"])
+def test_a_prompt_of_megabytes_is_rejected_without_being_tokenized(on_too_long: OnTooLong) -> None:
+    tokenizer = Letters()
+    got = rejected(validate(request("x" * 20_000_000), tokenizer, N_CTX, on_too_long))
+    assert tokenizer.calls == 0
+    assert got.error == (
+        "prompts.jsonl:17: more than 1024 prompt tokens + 40 max_tokens exceed n_ctx 1024; "
+        "pass --on-too-long truncate-left"
+    )
+    assert got.prompt_tokens is None
+
+
+def test_the_longest_prompt_that_could_fit_is_tokenized() -> None:
+    tokenizer = Letters()
+    validate(request("x" * N_CTX * tokenizer.longest_token_bytes), tokenizer, N_CTX)
+    assert tokenizer.calls == 1
+
+
+@given(
+    length=st.integers(0, 40),
+    max_tokens=st.integers(1, 40),
+    n_ctx=st.integers(1, 32),
+    on_too_long=st.sampled_from(["reject", "truncate-left", "shorten"]),
+)
+def test_every_accepted_request_fits_and_every_remedy_works(
+    length: int, max_tokens: int, n_ctx: int, on_too_long: OnTooLong
+) -> None:
+    asked = request("x" * length, max_tokens)
+    got = validate(asked, Letters(), n_ctx, on_too_long, "unconditional")
+    if isinstance(got, TokenizedRequest):
+        assert 1 <= len(got.prompt_token_ids) <= n_ctx - got.params.max_tokens
+        return
+    lower = got.error.partition("lower max_tokens to ")[2].split(" ")[0]
+    if lower:
+        retry = replace(asked, params=SamplingParams(max_tokens=int(lower)))
+        assert isinstance(validate(retry, Letters(), n_ctx, "reject", "unconditional"), TokenizedRequest)
+    if got.error.endswith("or pass --on-too-long shorten"):
+        assert isinstance(validate(asked, Letters(), n_ctx, "shorten", "unconditional"), TokenizedRequest)
+    if got.error.endswith("pass --on-too-long truncate-left") and max_tokens < n_ctx:
+        assert isinstance(validate(asked, Letters(), n_ctx, "truncate-left", "unconditional"), TokenizedRequest)

@@ -1,0 +1,407 @@
+"""The output path is absent, its previous version, or the complete new file; and nothing else is left behind."""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchgen.errors import OutputError, UsageError
+from batchgen.records import writer
+from batchgen.records.schema import output_schema, rows_to_table
+from batchgen.records.writer import check_output, merge_parts, write_part
+from batchgen.types import OutputRow
+
+SCHEMA = output_schema()
+TEMPORARY = ".out.parquet.batchgen-tmp"
+METADATA = {"batchgen": '{"model": "tales"}'}
+
+
+def ok(row: int, sample: int = 0, prompt: str = "Once") -> OutputRow:
+    return OutputRow(row, sample, f"id-{row}", prompt, f" upon {row}\n", 1, 4, "length", "ok", None, 7, (1, 2, row))
+
+
+def bad(row: int) -> OutputRow:
+    return OutputRow(row, 0, None, None, None, None, None, None, "rejected", f"p.jsonl:{row + 1}: not JSON", None)
+
+
+def write_parts(folder: Path, sizes: list[int], schema: pa.Schema = SCHEMA) -> tuple[list[Path], list[OutputRow]]:
+    parts: list[Path] = []
+    rows: list[OutputRow] = []
+    for index, size in enumerate(sizes):
+        part = [bad(row) if row % 5 == 3 else ok(row) for row in range(len(rows), len(rows) + size)]
+        parts.append(folder / f"{index:08}.parquet")
+        write_part(part, parts[-1], schema)
+        rows += part
+    return parts, rows
+
+
+def records(rows: list[OutputRow], schema: pa.Schema = SCHEMA) -> list[dict[str, Any]]:
+    table: list[dict[str, Any]] = rows_to_table(rows, schema).to_pylist()
+    return table
+
+
+@pytest.fixture
+def parts_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def out_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Every write past the limit fails, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+# ---- parts
+
+
+def test_a_part_is_hashed_as_it_lies_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    digest = write_part([ok(0), bad(1)], path, SCHEMA)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert pq.read_table(path).to_pylist() == records([ok(0), bad(1)])
+
+
+def test_equal_rows_give_equal_bytes(tmp_path: Path) -> None:
+    rows = [ok(row) if row % 3 else bad(row) for row in range(1000)]
+    assert len({write_part(rows, tmp_path / name, SCHEMA) for name in ("a", "b", "c")}) == 1
+
+
+def test_a_part_never_overwrites(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    path.write_bytes(b"there")
+    with pytest.raises(OutputError, match="File exists"):
+        write_part([ok(0)], path, SCHEMA)
+    assert path.read_bytes() == b"there"
+
+
+def test_a_part_on_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    with file_size_limit(2000), pytest.raises(OutputError, match="cannot be written: File too large; make room"):
+        write_part([ok(row, prompt=os.urandom(50).hex()) for row in range(1000)], path, SCHEMA)
+
+
+# ---- merge
+
+
+@pytest.mark.parametrize("token_ids", [False, True])
+def test_a_merge_keeps_every_row_in_order(parts_folder: Path, out_folder: Path, token_ids: bool) -> None:
+    schema = output_schema(token_ids=token_ids)
+    parts, rows = write_parts(parts_folder, [3, 1, 10, 7], schema)
+    out = out_folder / "out.parquet"
+    merge_parts(parts, out, schema, METADATA, len(rows))
+    table = pq.read_table(out, page_checksum_verification=True)
+    assert table.schema.equals(schema)
+    assert table.to_pylist() == records(rows, schema)
+    assert pq.ParquetFile(out).num_row_groups == 1
+    assert list(out_folder.iterdir()) == [out]
+
+
+def test_json_lines_hold_the_same_rows(parts_folder: Path, out_folder: Path) -> None:
+    schema = output_schema(token_ids=True)
+    rows = [ok(0, prompt='\u2028"\n\0\x85é\U0001f98a'), bad(1), ok(2, sample=1)]
+    write_part(rows, parts_folder / "0", schema)
+    out = out_folder / "out.jsonl"
+    merge_parts([parts_folder / "0"], out, schema, METADATA, 3)
+    lines = out.read_bytes().split(b"\n")
+    assert [json.loads(line) for line in lines[:-1]] == records(rows, schema)
+    assert lines[-1] == b""
+    assert list(json.loads(lines[0])) == schema.names
+    assert "é\U0001f98a".encode() in lines[0]
+    assert list(out_folder.iterdir()) == [out]
+
+
+@given(sizes=st.lists(st.integers(0, 9), max_size=12), group_rows=st.integers(1, 20), batch_rows=st.integers(1, 20))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+def test_row_groups_are_bounded_and_coalesced(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], group_rows: int, batch_rows: int
+) -> None:
+    folder = tmp_path_factory.mktemp("merge")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)  # hundreds of files
+        patch.setattr(writer, "GROUP_ROWS", group_rows)
+        patch.setattr(writer, "BATCH_ROWS", batch_rows)
+        parts, rows = write_parts(folder, sizes)
+        merge_parts(parts, folder / "out.parquet", SCHEMA, {}, len(rows))
+    assert pq.read_table(folder / "out.parquet").to_pylist() == records(rows)
+    metadata = pq.read_metadata(folder / "out.parquet")
+    groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+    batch = min(group_rows, batch_rows, 9)
+    assert all(size <= group_rows for size in groups)
+    assert all(size + after > group_rows - batch for size, after in zip(groups, groups[1:], strict=False))
+
+
+def test_large_rows_make_small_row_groups(
+    parts_folder: Path, out_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "GROUP_BYTES", 10_000)
+    parts = [parts_folder / str(row) for row in range(9)]
+    for row, part in enumerate(parts):
+        write_part([ok(row, prompt="x" * 4000)], part, SCHEMA)
+    merge_parts(parts, out_folder / "o.parquet", SCHEMA, {}, 9)
+    assert 4 <= pq.ParquetFile(out_folder / "o.parquet").num_row_groups <= 5
+
+
+def test_a_merge_does_not_depend_on_how_rows_were_cut_into_parts_but_for_row_groups(
+    parts_folder: Path, out_folder: Path
+) -> None:
+    tables = []
+    for name, sizes in (("a", [20]), ("b", [1, 0, 19])):
+        (parts_folder / name).mkdir()
+        parts, rows = write_parts(parts_folder / name, sizes)
+        merge_parts(parts, out_folder / f"{name}.parquet", SCHEMA, {}, len(rows))
+        tables.append(pq.read_table(out_folder / f"{name}.parquet"))
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize("empty_parts", [0, 2])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_zero_rows_make_an_empty_file_of_the_full_schema(
+    parts_folder: Path, out_folder: Path, empty_parts: int, suffix: str
+) -> None:
+    parts, _ = write_parts(parts_folder, [0] * empty_parts)
+    out = out_folder / f"out.{suffix}"
+    merge_parts(parts, out, SCHEMA, METADATA, 0)
+    if suffix == "jsonl":
+        assert out.read_bytes() == b""
+    else:
+        assert pq.read_table(out).num_rows == 0
+        assert pq.read_schema(out).equals(SCHEMA)
+
+
+def test_the_manifest_is_in_the_file(parts_folder: Path, out_folder: Path) -> None:
+    parts, rows = write_parts(parts_folder, [2])
+    out = out_folder / "out.parquet"
+    merge_parts(parts, out, SCHEMA, METADATA, len(rows))
+    assert pq.read_schema(out).metadata == {b"batchgen": b'{"model": "tales"}'}
+    assert pq.read_metadata(out).metadata[b"batchgen"] == b'{"model": "tales"}'
+
+
+def test_columns_are_zstd_with_page_checksums(parts_folder: Path, out_folder: Path) -> None:
+    parts, rows = write_parts(parts_folder, [50])
+    merge_parts(parts, out_folder / "o.parquet", SCHEMA, {}, len(rows))
+    for path in (parts[0], out_folder / "o.parquet"):
+        group = pq.read_metadata(path).row_group(0)
+        assert {group.column(index).compression for index in range(group.num_columns)} == {"ZSTD"}
+        data = bytearray(path.read_bytes())
+        column = group.column(SCHEMA.names.index("prompt"))
+        data[column.data_page_offset + column.total_compressed_size - 3] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(OSError, match="CRC checksum"):
+            pq.read_table(path, page_checksum_verification=True)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_permissions_are_those_of_a_new_file(parts_folder: Path, out_folder: Path, umask: int) -> None:
+    parts, rows = write_parts(parts_folder, [1])
+    old = os.umask(umask)
+    try:
+        merge_parts(parts, out_folder / "out.parquet", SCHEMA, {}, len(rows))
+    finally:
+        os.umask(old)
+    assert (out_folder / "out.parquet").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_the_file_is_synced_before_its_rename_and_the_folder_after(
+    parts_folder: Path, out_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, rows = write_parts(parts_folder, [5])
+    out = out_folder / "out.parquet"
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def traced_fsync(descriptor: int) -> None:
+        calls.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def traced_replace(old: Path, new: Path) -> None:
+        assert pq.read_table(old).num_rows == len(rows)  # whole, footer and all
+        calls.append(f"rename {old.name} {new.name}")
+        replace(old, new)
+
+    monkeypatch.setattr("os.fsync", traced_fsync)
+    monkeypatch.setattr("os.replace", traced_replace)
+    merge_parts(parts, out, SCHEMA, {}, len(rows))
+    assert calls == [f"sync {TEMPORARY}", f"rename {TEMPORARY} out.parquet", "sync out"]
+
+
+# ---- faults: each of them must leave the previous file, or none, and no temporary
+
+
+def flip_a_byte(part: Path) -> None:
+    column = pq.read_metadata(part).row_group(0).column(SCHEMA.names.index("completion"))
+    data = bytearray(part.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 3] ^= 1
+    part.write_bytes(data)
+
+
+def other_columns(part: Path) -> None:
+    part.unlink()
+    write_part([ok(0)], part, output_schema(token_ids=True))
+
+
+FAULTS = {
+    "flipped byte": (flip_a_byte, "the part is damaged"),
+    "cut": (lambda part: os.truncate(part, 100), "the part is damaged"),
+    "gone": (lambda part: part.unlink(), "the part is damaged"),
+    "other columns": (other_columns, "the part has other columns"),
+    "too few rows": (lambda part: (part.unlink(), write_part([ok(0)], part, SCHEMA)), "the parts hold 31 rows, not 60"),
+}
+
+
+@pytest.mark.parametrize("previous", [None, b"the previous version"])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_part_leaves_the_output_as_it_was(
+    parts_folder: Path, out_folder: Path, fault: str, suffix: str, previous: bytes | None
+) -> None:
+    parts, rows = write_parts(parts_folder, [30, 30])
+    spoil, message = FAULTS[fault]
+    spoil(parts[1])
+    out = out_folder / f"out.{suffix}"
+    if previous is not None:
+        out.write_bytes(previous)
+    with pytest.raises(OutputError, match=message) as caught:
+        merge_parts(parts, out, SCHEMA, METADATA, len(rows))
+    assert "\n" not in str(caught.value)
+    assert [path.read_bytes() for path in out_folder.iterdir()] == ([] if previous is None else [previous])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_an_exception_in_the_middle_leaves_nothing(
+    parts_folder: Path, out_folder: Path, suffix: str, error: type[BaseException]
+) -> None:
+    parts, _ = write_parts(parts_folder, [30])
+
+    def interrupted() -> Iterator[Path]:
+        yield parts[0]
+        raise error
+
+    with pytest.raises(error):
+        merge_parts(interrupted(), out_folder / f"out.{suffix}", SCHEMA, METADATA, 30)
+    assert list(out_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_full_disk_is_an_output_error_and_leaves_nothing(parts_folder: Path, out_folder: Path, suffix: str) -> None:
+    rows = [ok(row, prompt=os.urandom(50).hex()) for row in range(2000)]
+    write_part(rows, parts_folder / "0", SCHEMA)
+    out = out_folder / f"out.{suffix}"
+    size = sum(path.stat().st_size for path in parts_folder.iterdir())
+    for limit in (0, 100, size // 2, size - 200):
+        with file_size_limit(limit), pytest.raises(OutputError, match=r"out\.\w+: cannot be written: File too large;"):
+            merge_parts([parts_folder / "0"], out, SCHEMA, METADATA, len(rows))
+        assert list(out_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
+def test_a_failing_disk_is_an_output_error_and_leaves_nothing(
+    parts_folder: Path, out_folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    parts, rows = write_parts(parts_folder, [5])
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(call, fail)
+    with pytest.raises(OutputError, match="cannot be written: Input/output error"):
+        merge_parts(parts, out_folder / "out.parquet", SCHEMA, {}, len(rows))
+    assert list(out_folder.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_cleared_away(parts_folder: Path, out_folder: Path) -> None:
+    parts, rows = write_parts(parts_folder, [5])
+    (out_folder / TEMPORARY).write_bytes(b"half a file")
+    merge_parts(parts, out_folder / "out.parquet", SCHEMA, {}, len(rows))
+    assert [path.name for path in out_folder.iterdir()] == ["out.parquet"]
+
+
+# ---- check_output
+
+
+def test_a_good_output_path_passes_and_is_not_made(out_folder: Path) -> None:
+    for name in ("new.parquet", "new.jsonl", "NEW.PARQUET"):
+        check_output(out_folder / name, [])
+    assert list(out_folder.iterdir()) == []
+
+
+def test_a_previous_output_passes_untouched(out_folder: Path) -> None:
+    (out_folder / "old.parquet").write_bytes(b"old")
+    check_output(out_folder / "old.parquet", [out_folder / "missing.jsonl"])
+    assert [path.read_bytes() for path in out_folder.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out", "out.parquet.gz", ".parquet"])
+def test_an_unknown_suffix_is_a_usage_error(out_folder: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"neither of \.parquet, \.jsonl"):
+        check_output(out_folder / name, [])
+
+
+def test_the_input_itself_is_refused_under_any_name(out_folder: Path) -> None:
+    source = out_folder / "in.jsonl"
+    source.write_bytes(b"{}")
+    (out_folder / "hard.jsonl").hardlink_to(source)
+    for out in (source, out_folder / ".." / "out" / "in.jsonl", out_folder / "hard.jsonl"):
+        with pytest.raises(OutputError, match="this is the input"):
+            check_output(out, [out_folder / "missing.jsonl", source])
+
+
+def test_what_a_rename_cannot_replace_is_refused(out_folder: Path) -> None:
+    (out_folder / "target.jsonl").write_bytes(b"")
+    (out_folder / "link.jsonl").symlink_to("target.jsonl")
+    (out_folder / "dangling.jsonl").symlink_to("nothing")
+    (out_folder / "folder.jsonl").mkdir()
+    os.mkfifo(out_folder / "pipe.jsonl")
+    for name, message in [
+        ("link", "a symbolic link"),
+        ("dangling", "a symbolic link"),
+        ("folder", "a directory; name a file in it"),
+        ("pipe", "a pipe or device"),
+    ]:
+        with pytest.raises(OutputError, match=message):
+            check_output(out_folder / f"{name}.jsonl", [])
+
+
+def test_a_folder_that_is_not_there_or_none_is_refused(out_folder: Path) -> None:
+    (out_folder / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"is no such folder; create it \(mkdir -p\)"):
+        check_output(out_folder / "missing" / "o.parquet", [])
+    with pytest.raises(OutputError, match="is not a folder"):
+        check_output(out_folder / "file" / "o.parquet", [])
+    with pytest.raises(OutputError, match="cannot be written: File name too long"):
+        check_output(out_folder / ("x" * 300 + ".parquet"), [])
+
+
+def test_a_folder_that_takes_no_files_is_refused(out_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    with pytest.raises(OutputError, match="the folder cannot be written: Read-only file system; choose another"):
+        check_output(out_folder / "o.parquet", [])
