@@ -46,3 +46,8 @@ def write_byte_model(directory: Path, config: GPT2Config = BYTES, seed: int = 0)
         directory, config, tensors.items(), name=directory.name, source={"kind": "test"}, tokenizer_dir=vocabulary
     )
     return directory
+
+
+def has_avx512() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "avx512vl" in cpuinfo.read_text()

@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from batchgen.errors import UsageError
 from batchgen.gpt2 import pico
 from batchgen.gpt2.kv_cache import BLOCK
 from batchgen.types import SamplingParams
-from tests.models import TINY, sharp_params
+from tests.models import TINY, has_avx512, sharp_params
 
 EOS = TINY.n_vocab - 1
 PER_TOKEN = kv_bytes_per_token(TINY)
@@ -215,33 +214,11 @@ def test_no_prompts_give_no_completions():
     assert run([]) == {}
 
 
-def _has_avx512() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "avx512vl" in cpuinfo.read_text()
-
-
-@pytest.mark.parametrize(("core_type", "invariant"), [("SKYLAKEX", True), ("HASWELL", False)])
-def test_the_probe_tells_the_kernels_apart(core_type, invariant):
-    if core_type == "SKYLAKEX" and not _has_avx512():
-        pytest.skip("this processor has no AVX-512")
-    if blas_info().name != "openblas":
-        pytest.skip(f"NumPy here uses {blas_info().name}, which has no OPENBLAS_CORETYPE")
-    code = (
-        "from batchgen.engine.probe import *; from tests.models import *;"
-        "print(blas_info().core_type, is_batch_invariant(sharp_params(TINY), TINY))"
-    )
-    environment = os.environ | {"OPENBLAS_CORETYPE": core_type, "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    found, answer = done.stdout.split()
-    assert found.upper() == core_type
-    assert answer == str(invariant)
-
-
 @pytest.mark.skipif("BATCHGEN_INNER" in os.environ, reason="the inner run")
 @pytest.mark.parametrize("core_type", ["SKYLAKEX", "HASWELL"])
 def test_the_engine_holds_its_laws_on_either_kernel(core_type):
     """The laws on bits once more in a process of its own, with AVX-512 kernels and with AVX2 ones."""
-    if core_type == "SKYLAKEX" and not _has_avx512():
+    if core_type == "SKYLAKEX" and not has_avx512():
         pytest.skip("this processor has no AVX-512")
     environment = os.environ | {"OPENBLAS_CORETYPE": core_type, "OPENBLAS_NUM_THREADS": "1", "BATCHGEN_INNER": "1"}
     laws = "company or alone or same_bits or equal_pico"

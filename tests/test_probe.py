@@ -1,0 +1,27 @@
+"""engine/probe.py: what it says of a BLAS is so."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from batchgen.engine.probe import blas_info
+from tests.models import has_avx512
+
+
+@pytest.mark.parametrize(("core_type", "invariant"), [("SKYLAKEX", True), ("HASWELL", False)])
+def test_the_probe_tells_the_kernels_apart(core_type, invariant):
+    if core_type == "SKYLAKEX" and not has_avx512():
+        pytest.skip("this processor has no AVX-512")
+    if blas_info().name != "openblas":
+        pytest.skip(f"NumPy here uses {blas_info().name}, which has no OPENBLAS_CORETYPE")
+    code = (
+        "from batchgen.engine.probe import *; from tests.models import *;"
+        "print(blas_info().core_type, is_batch_invariant(sharp_params(TINY), TINY))"
+    )
+    environment = os.environ | {"OPENBLAS_CORETYPE": core_type, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found, answer = done.stdout.split()
+    assert found.upper() == core_type
+    assert answer == str(invariant)

@@ -1,0 +1,85 @@
+"""engine/scheduler.py: what is shared, in which order, and that memory always suffices for somebody."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.engine.scheduler import Prefix, Scheduler, Waiting, find_prefixes, tokens_needed
+from batchgen.engine.sequence import Prompt, expand, sample_seeds
+from batchgen.gpt2.config import GPT2Config
+from batchgen.gpt2.kv_cache import BLOCK, KVArena
+from batchgen.types import SamplingParams
+
+CONFIG = GPT2Config(n_vocab=10, n_ctx=512, n_embd=2, n_head=1, n_layer=1)
+
+# prompts as runs of equal blocks and a tail: "AAB" + 3 tokens
+texts = st.lists(st.sampled_from("ABC"), max_size=5).flatmap(
+    lambda blocks: st.integers(0 if blocks else 1, 70).map(
+        lambda tail: tuple(ord(b) - ord("A") for b in blocks for _ in range(BLOCK)) + (9,) * tail
+    )
+)
+
+
+def waiting(token_ids: tuple[int, ...], n: int = 1) -> Waiting:
+    return Waiting(
+        token_ids, expand([Prompt(0, token_ids, SamplingParams(n=n, temperature=1.0), sample_seeds(0, 0, n))])
+    )
+
+
+def tokens_of(prefix: Prefix | None) -> tuple[int, ...]:
+    return tuple(token for part in (prefix.path if prefix else []) for token in part.token_ids)
+
+
+@given(st.lists(texts, unique=True, max_size=8), st.integers(1, 3))
+def test_a_shared_prefix_is_the_longest_that_two_sequences_have_in_blocks(prompts, n):
+    items = [waiting(prompt, n) for prompt in prompts]
+    families = find_prefixes(items)
+    assert sorted(p.token_ids for family in families for p in family) == sorted(prompts)
+    for item in items:
+        shared = tokens_of(item.prefix)
+        assert item.shared == len(shared)
+        assert item.token_ids[: len(shared)] == shared
+        assert len(shared) < len(item.token_ids)
+        longest = 0
+        for blocks in range((len(item.token_ids) - 1) // BLOCK + 1):
+            stem = item.token_ids[: blocks * BLOCK]
+            users = sum(n for p in prompts if p[: len(stem)] == stem and len(p) > len(stem))
+            if users >= 2:
+                longest = len(stem)
+        assert len(shared) == longest
+
+
+@given(st.lists(texts, unique=True, min_size=1, max_size=8))
+def test_families_are_the_prompts_with_a_first_block_in_common(prompts):
+    for family in find_prefixes([waiting(prompt) for prompt in prompts]):
+        roots = {id(p.prefix.path[0]) if p.prefix else None for p in family}
+        assert len(roots) == 1
+        assert len(family) == 1 or roots != {None}
+
+
+@given(st.lists(st.tuples(texts, st.integers(1, 40), st.integers(1, 4)), min_size=1, max_size=8), st.integers(1, 5))
+def test_everybody_gets_in_with_memory_for_one(prompts, max_batch):
+    """With an arena that just holds the longest sequence alone, all are still let in, one after another."""
+    params = [SamplingParams(max_tokens=m, n=n, temperature=1.0) for _, m, n in prompts]
+    asked = [
+        Prompt(row, ids, p, sample_seeds(0, row, p.n))
+        for row, ((ids, _, _), p) in enumerate(zip(prompts, params, strict=True))
+    ]
+    room = max(tokens_needed(len(p.token_ids), p.params.max_tokens) for p in asked)
+    scheduler = Scheduler(expand(asked), KVArena(CONFIG, room), max_batch, share_prefixes=True)
+    started = []
+    while scheduler.busy:
+        scheduler.admit()
+        assert len(scheduler.running) + scheduler.n_pending <= max_batch
+        prefills, ready = scheduler.next_prefills(100)
+        assert sum(p.n_row for p in prefills) <= 100
+        for prefill in prefills:
+            prefill.segment.length += prefill.n_row
+        for leader, followers in ready:
+            assert leader.segment.end == len(leader.prompt.token_ids)
+            scheduler.start(leader, followers)
+            started += [leader, *followers]
+        if not prefills:
+            scheduler.finish(scheduler.running[0])
+    assert sorted((s.prompt.row, s.sample) for s in started) == [(p.row, s) for p in asked for s in range(p.params.n)]
+    assert scheduler.arena.free == [(0, scheduler.arena.n_tokens)]
+    assert not scheduler.prefixes
