@@ -1,0 +1,224 @@
+"""The work directory beside the output: what is planned, what is done, and nothing else.
+
+    OUT.parquet.batchgen/
+        lock                    flock, held for life: a second run finds it taken and touches nothing
+        plan.json               written once: what is being made; a run that would make something else is refused
+        attempt-<uuid>/         workers write only here
+        parts/00000042-<sha256[:16]>.parquet    one rename is the commit
+
+A part is a chunk's finished rows. Its receipt travels in its own metadata, so that a resumed run can count it.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.errors import BusyError, OutputError, UsageError
+from batchgen.types import Receipt
+
+logger = logging.getLogger(__name__)
+
+RECEIPT_KEY = "batchgen_receipt"
+_PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")
+
+
+def work_directory(out: Path) -> Path:
+    return out.with_name(out.name + ".batchgen")
+
+
+class Ledger:
+    """The work directory of one output, held by this process alone."""
+
+    def __init__(self, out: Path, lock: int) -> None:
+        self.out = out
+        self.directory = work_directory(out)
+        self.parts_directory = self.directory / "parts"
+        self.attempt = self.directory / f"attempt-{uuid.uuid4().hex}"
+        self.receipts: dict[int, Receipt] = {}  # of committed chunks
+        self._lock = lock
+
+    def part(self, chunk: int) -> Path:
+        return self.parts_directory / self.receipts[chunk].path
+
+    def parts(self) -> list[Path]:
+        """Committed parts in the order of the input."""
+        return [self.part(chunk) for chunk in sorted(self.receipts)]
+
+    def settle(self, plan: dict[str, Any], automatic: dict[str, Any], *, restart: bool) -> dict[str, Any]:
+        """Adopt the plan, or go on with the one that is there if it says the same; returns the plan that holds.
+
+        Where `plan` says None, a new run takes the value from `automatic`, and a resumed one what it had.
+        Raises UsageError naming what differs.
+        """
+        path = self.directory / "plan.json"
+        plan = json.loads(json.dumps(plan))  # as it will be read back: tuples are lists
+        if restart:
+            self._clear()
+        old = self._read_plan(path)
+        if old is None:
+            self._clear()
+            self.parts_directory.mkdir()
+            plan |= {key: value for key, value in automatic.items() if plan[key] is None}
+            _write_durably(path, json.dumps(plan, indent=1).encode())
+        else:
+            _refuse_changes(self.directory, old, plan)
+            self._collect_parts()
+        self.attempt.mkdir()
+        return old or plan
+
+    def commit(self, receipt: Receipt) -> None:
+        """Make a worker's finished part one of the parts: one rename, on disk when this returns."""
+        name = f"{receipt.chunk:08d}-{receipt.sha256[:16]}.parquet"
+        os.replace(receipt.path, self.parts_directory / name)
+        _sync_directory(self.parts_directory)
+        self.receipts[receipt.chunk] = replace(receipt, path=name)
+
+    def _read_plan(self, path: Path) -> dict[str, Any] | None:
+        try:
+            plan = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise OutputError(f"{path}: not a plan ({error}); pass --restart to begin again") from error
+        if not isinstance(plan, dict):
+            raise OutputError(f"{path}: not a plan; pass --restart to begin again")
+        return plan
+
+    def _clear(self) -> None:
+        """Everything but the lock; the plan first, so that a clearing that is cut short is not resumed from."""
+        (self.directory / "plan.json").unlink(missing_ok=True)
+        _sync_directory(self.directory)
+        for path in self.directory.iterdir():
+            if path.name != "lock":
+                _remove(path)
+
+    def _collect_parts(self) -> None:
+        """Take stock of committed parts; what is not whole is deleted and will be made again."""
+        for path in self.directory.glob("attempt-*"):
+            _remove(path)
+        for path in sorted(self.parts_directory.iterdir()):
+            receipt = _read_receipt(path)
+            if receipt is None:
+                logger.warning("%s: not the part that was committed; it will be made again", path)
+                _remove(path)
+            else:
+                self.receipts[receipt.chunk] = receipt
+
+    def close(self, *, finished: bool) -> None:
+        """Let go of the lock; a finished run leaves nothing behind, nor does one that never began."""
+        if finished or not (self.directory / "plan.json").exists():
+            (self.directory / "plan.json").unlink(missing_ok=True)  # first: nothing half-deleted is resumed
+            shutil.rmtree(self.directory, ignore_errors=True)
+        else:
+            _remove(self.attempt)
+        os.close(self._lock)
+
+
+@contextmanager
+def open_ledger(out: Path) -> Iterator[Ledger]:
+    """Hold the output's work directory; BusyError where another run does. It goes when the block ends well."""
+    with _named_errors(work_directory(out)):
+        ledger = Ledger(out, _take_lock(work_directory(out)))
+        try:
+            yield ledger
+        except BaseException:
+            ledger.close(finished=False)
+            raise
+        ledger.close(finished=True)
+
+
+@contextmanager
+def _named_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or directory
+        kept = f"what is finished is kept in {directory}: run again when that is mended"
+        raise OutputError(f"{where}: {error.strerror or error}; {kept}") from error
+
+
+def _take_lock(directory: Path) -> int:
+    """Lock the directory's lock file; it may be deleted by a run that ends at this moment, so look again."""
+    while True:
+        directory.mkdir(exist_ok=True)
+        try:
+            lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise BusyError(f"{directory}: another run holds it; nothing was touched: wait for it to end") from None
+        try:
+            if os.path.samestat(os.fstat(lock), os.stat(directory / "lock")):
+                return lock
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+
+
+def _refuse_changes(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and (key not in new or new[key] is not None):
+            raise UsageError(
+                f"{directory}: the run to go on with had {key} {old.get(key)!r}, this one has {new.get(key)!r}; "
+                "run it as before, or pass --restart to discard what it has done"
+            )
+
+
+def _read_receipt(path: Path) -> Receipt | None:
+    """The receipt of a committed part, or None where the file is not what its name says."""
+    match = _PART.fullmatch(path.name)
+    if not match:
+        return None
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256[:16] != match[2]:
+        return None
+    values = json.loads((pq.read_schema(path).metadata or {})[RECEIPT_KEY.encode()])
+    return Receipt(**values, path=path.name, sha256=sha256)
+
+
+def with_receipt(schema: pa.Schema, receipt: Receipt) -> pa.Schema:
+    """The schema of a part that carries its receipt (without what is only known of the finished file)."""
+    values = {key: value for key, value in asdict(receipt).items() if key not in ("path", "sha256")}
+    return schema.with_metadata({RECEIPT_KEY: json.dumps(values)})
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

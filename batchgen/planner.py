@@ -1,0 +1,73 @@
+"""How the work is cut: contiguous rows of the input into chunks, and how many workers at once."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import joblib
+
+from batchgen.engine.engine import kv_bytes_per_token
+from batchgen.gpt2.config import GPT2Config
+from batchgen.types import Chunk, Rejected, TokenizedRequest
+
+MIN_CHUNK_ROWS = 16  # starting a process costs more than so few rows
+MAX_CHUNK_ROWS = 512  # a lost worker costs at most this much work; more in flight gain nothing
+FULL_BATCH_ROWS = 192  # chunks of fewer rows leave the matrix products short of work
+ROUNDS = 4  # chunks a worker, where there is enough: long rows in one chunk then do not leave the others idle
+KV_BYTES = 1536 * 2**20
+WORKER_BYTES = 400 * 2**20  # a worker's interpreter, libraries and work buffers
+UNKNOWN_MEMORY = 2**40  # where the system does not tell, memory is not what limits the number of workers
+
+
+def available_jobs() -> int:
+    """The cores that this process may use: affinity and cgroup counted (joblib)."""
+    return int(joblib.cpu_count())
+
+
+def auto_chunk_rows(rows: int, jobs: int) -> int:
+    """Rows a chunk so that all workers end together.
+
+    rows=12, jobs=2 -> 16; rows=192, jobs=2 -> 96; rows=1_000, jobs=2 -> 250; rows=100_000, jobs=2 -> 511
+    """
+    rounds = max(-(-rows // (jobs * MAX_CHUNK_ROWS)), min(ROUNDS, rows // (jobs * FULL_BATCH_ROWS)), 1)
+    return max(-(-rows // (jobs * rounds)), MIN_CHUNK_ROWS)
+
+
+def n_chunks(rows: int, chunk_rows: int) -> int:
+    return -(-rows // chunk_rows)
+
+
+def default_kv_bytes(config: GPT2Config) -> int:
+    """Keys and values that one worker may hold: a fixed amount, so that a plan does not depend on the machine.
+
+    About 130 sequences of 124M at 150 tokens each; never less than four sequences of full length.
+    """
+    return max(KV_BYTES, 4 * (config.n_ctx + 64) * kv_bytes_per_token(config))
+
+
+def fitting_jobs(kv_bytes: int, model_bytes: int) -> int:
+    """The cores that this process may use, or as many workers as fit into the memory that is free."""
+    free = available_memory() - model_bytes
+    return max(1, min(available_jobs(), free // (kv_bytes + WORKER_BYTES)))
+
+
+def available_memory() -> int:
+    """Bytes that can still be had without swapping: MemAvailable, or what is left of a cgroup's limit."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return UNKNOWN_MEMORY
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+def plan_chunks(items: Iterable[TokenizedRequest | Rejected], chunk_rows: int) -> Iterator[Chunk]:
+    """Cut the rows, in order, into chunks of chunk_rows; the last may be shorter."""
+    items = iter(items)
+    index = 0
+    while chunk := tuple(islice(items, chunk_rows)):
+        yield Chunk(index, chunk)
+        index += 1

@@ -1,0 +1,275 @@
+"""A job from its first line to its last: read, validate, plan, generate, commit, merge."""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from joblib import Parallel, delayed, parallel_config
+
+from batchgen import __version__
+from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
+from batchgen.checkpoint.shards import Manifest, load_manifest, load_params, model_hash, verify_shards
+from batchgen.engine.engine import MAX_BATCH
+from batchgen.engine.probe import blas_info, is_batch_invariant
+from batchgen.errors import BatchgenError
+from batchgen.ledger import Ledger, open_ledger
+from batchgen.planner import auto_chunk_rows, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
+from batchgen.records.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
+from batchgen.records.schema import output_schema
+from batchgen.records.writer import check_output, merge_parts
+from batchgen.tokenizer import Tokenizer
+from batchgen.types import Chunk, Receipt, Rejected, SamplingParams, TokenizedRequest
+from batchgen.validation import EmptyPrompt, OnTooLong, validate
+from batchgen.worker import WorkerSetup, read_progress, run_chunk
+
+logger = logging.getLogger(__name__)
+
+NOMINAL_JOBS = 4  # cuts the input where rows depend on their company, so that --jobs does not change them
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that one run is asked to do; None is automatic."""
+
+    input: Path
+    output: Path
+    model: str = DEFAULT_MODEL
+    params: SamplingParams = SamplingParams()
+    prompt_column: str = "prompt"
+    id_column: str = DEFAULT_ID_COLUMN
+    on_too_long: OnTooLong = "reject"
+    empty_prompt: EmptyPrompt = "reject"
+    jobs: int | None = None
+    batch_size: int | None = None
+    chunk_rows: int | None = None
+    kv_bytes: int | None = None  # of one worker
+    share_prefixes: bool = True
+    token_ids: bool = False
+    require_invariant: bool = False
+    restart: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that was found; nothing of it is in memory."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.directory.glob("*.npy"))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: rows of the input, tokens of this run."""
+
+    rows: int
+    rows_in_all: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What became of a finished run; counts are of output rows, tokens and seconds of this run alone."""
+
+    output: Path
+    input_rows: int
+    ok: int
+    rejected: int
+    failed: int
+    resumed: int  # output rows that an earlier run had finished
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    jobs: int
+    blas: str
+
+    @property
+    def rows(self) -> int:
+        return self.ok + self.rejected + self.failed
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.rows == self.ok else 3
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
+    """Complete every prompt of job.input into job.output, going on where an interrupted run of it stopped.
+
+    Every input row is accounted for by at least one output row, in input order. Raises a BatchgenError, whose
+    text is for the user, where the job as a whole cannot run; nothing finished is lost by that, or by a kill.
+    """
+    check_input(job.input, job.prompt_column, job.id_column)
+    check_output(job.output, [job.input])
+    directory = find_model(job.model)
+    model = Model(directory, load_manifest(directory))
+    with open_ledger(job.output) as ledger:
+        verify_shards(model.directory)
+        facts = scan_input(job.input)
+        plan = ledger.settle(*make_plan(job, model, facts), restart=job.restart)
+        done = list(ledger.receipts.values())
+        setup = worker_setup(job, model, plan)
+        missing = n_chunks(facts.rows, plan["chunk_rows"]) - len(done)
+        jobs = max(min(job.jobs or fitting_jobs(plan["kv_bytes"], model.bytes), missing), 1)
+        chunks = (c for c in plan_chunks(validated(job, model), plan["chunk_rows"]) if c.index not in ledger.receipts)
+        started = time.monotonic()
+        with reporting(on_progress, ledger, facts.rows):
+            for receipt in generate(setup, chunks, ledger.attempt, jobs):
+                ledger.commit(receipt)
+        summary = summarise(job, facts, ledger, done, time.monotonic() - started, jobs)
+        schema = output_schema(token_ids=job.token_ids, logprobs=job.params.logprobs is not None)
+        merge_parts(ledger.parts(), job.output, schema, run_metadata(plan), summary.rows)
+    return summary
+
+
+def make_plan(job: Job, model: Model, facts: InputFacts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the output depends on, with None where it is automatic; and the automatic values."""
+    config = model.manifest.config
+    invariant = is_batch_invariant(load_params(model.directory, model.manifest), config)
+    blas = blas_info()
+    if job.require_invariant and not invariant:
+        variable = "OPENBLAS_CORETYPE"
+        remedy = f"unset {variable}" if variable in os.environ else "use a machine with AVX-512, or do without"
+        raise BatchgenError(f"--require-invariant: {blas} rounds a row differently in other company; {remedy}")
+    plan = {
+        "batchgen": __version__,
+        "input": facts.sha256,
+        "rows": facts.rows,
+        "prompt_column": job.prompt_column,
+        "id_column": job.id_column,
+        "model": model.manifest.name,
+        "model_hash": model_hash(model.manifest),
+        "parameters": job.params.as_dict(),
+        "on_too_long": job.on_too_long,
+        "empty_prompt": job.empty_prompt,
+        "token_ids": job.token_ids,
+        "numpy": version("numpy"),
+        "blas": f"{blas.name} {blas.version} {blas.core_type}",
+        "batch_invariant": invariant,
+        "chunk_rows": job.chunk_rows,
+        "batch_size": job.batch_size,
+        "kv_bytes": job.kv_bytes,
+        "share_prefixes": job.share_prefixes,
+    }
+    kv_bytes = default_kv_bytes(config)
+    jobs = (job.jobs or fitting_jobs(job.kv_bytes or kv_bytes, model.bytes)) if invariant else NOMINAL_JOBS
+    automatic = {
+        "chunk_rows": auto_chunk_rows(facts.rows, jobs),
+        "batch_size": MAX_BATCH,
+        "kv_bytes": kv_bytes,
+    }
+    return plan, automatic
+
+
+def validated(job: Job, model: Model) -> Iterator[TokenizedRequest | Rejected]:
+    """Every row of the input, in tokens and known to fit, or rejected."""
+    tokenizer = Tokenizer.load(model.directory)
+    n_ctx = model.manifest.config.n_ctx
+    requests = read_requests(job.input, prompt_column=job.prompt_column, id_column=job.id_column, params=job.params)
+    for request in requests:
+        yield validate(request, tokenizer, n_ctx, job.on_too_long, job.empty_prompt)
+
+
+def worker_setup(job: Job, model: Model, plan: dict[str, Any]) -> WorkerSetup:
+    return WorkerSetup(
+        model=str(model.directory.resolve()),
+        kv_bytes=plan["kv_bytes"],
+        max_batch=plan["batch_size"],
+        share_prefixes=plan["share_prefixes"],
+        token_ids=job.token_ids,
+        logprobs=job.params.logprobs is not None,
+        parent=os.getpid(),
+    )
+
+
+def generate(setup: WorkerSetup, chunks: Iterator[Chunk], attempt: Path, jobs: int) -> Iterator[Receipt]:
+    """Have workers do the chunks; yields their receipts as they come. An error in reading chunks is raised here."""
+    failure: list[BaseException] = []
+
+    def tasks() -> Iterator[Any]:
+        """joblib pulls these from a thread of its own, where an exception would hang the run."""
+        try:
+            for chunk in chunks:
+                yield delayed(run_chunk)(setup, chunk, str(attempt))
+        except BaseException as error:
+            failure.append(error)
+
+    # a new Parallel for every run, receipts only, no memmapping of arguments: see joblib's traps in docs
+    with parallel_config("loky", inner_max_num_threads=1):
+        parallel = Parallel(
+            n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=2 * jobs, max_nbytes=None
+        )
+        yield from parallel(tasks())
+    if failure:
+        raise failure[0]
+
+
+@contextmanager
+def reporting(on_progress: OnProgress | None, ledger: Ledger, rows_in_all: int) -> Iterator[None]:
+    """Call on_progress a few times a second, from a thread, while the block runs, and once at its end."""
+    if on_progress is None:
+        yield
+        return
+    before = sum(receipt.input_rows for receipt in ledger.receipts.values())
+    started, over = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        rows, prompt_tokens, completion_tokens = read_progress(ledger.attempt)
+        on_progress(Progress(before + rows, rows_in_all, prompt_tokens, completion_tokens, time.monotonic() - started))
+
+    def watch() -> None:
+        while not over.wait(0.25):
+            report()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        report()
+
+
+def summarise(job: Job, facts: InputFacts, ledger: Ledger, done: list[Receipt], seconds: float, jobs: int) -> Summary:
+    """Add up the receipts; `done` are those of earlier runs. Raises BatchgenError if a row is missing."""
+    receipts = list(ledger.receipts.values())
+    input_rows = sum(receipt.input_rows for receipt in receipts)
+    if input_rows != facts.rows:
+        raise BatchgenError(
+            f"{job.input}: {facts.rows} rows were counted and {input_rows} were done; was it changed meanwhile? "
+            "run again with --restart"
+        )
+    return Summary(
+        output=job.output,
+        input_rows=facts.rows,
+        ok=sum(receipt.ok for receipt in receipts),
+        rejected=sum(receipt.rejected for receipt in receipts),
+        failed=sum(receipt.failed for receipt in receipts),
+        resumed=sum(receipt.rows for receipt in done),
+        prompt_tokens=sum(r.prompt_tokens for r in receipts) - sum(r.prompt_tokens for r in done),
+        completion_tokens=sum(r.completion_tokens for r in receipts) - sum(r.completion_tokens for r in done),
+        seconds=seconds,
+        jobs=jobs,
+        blas=str(replace(blas_info(), threads=1)),
+    )
+
+
+def run_metadata(plan: dict[str, Any]) -> dict[str, str]:
+    """The run manifest, for the output file's own metadata: what makes these rows again."""
+    return {"batchgen": json.dumps(plan, sort_keys=True)}

@@ -1,0 +1,41 @@
+"""One prompt, completed while you watch: picoGPT's `main`, on the same engine as a job."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from threadpoolctl import threadpool_limits
+
+from batchgen.checkpoint.shards import load_manifest, load_params
+from batchgen.engine.engine import Engine
+from batchgen.errors import UsageError
+from batchgen.planner import default_kv_bytes
+from batchgen.tokenizer import StreamDecoder, Tokenizer
+from batchgen.types import Rejected, Request, SamplingParams
+from batchgen.validation import validate
+from batchgen.worker import to_prompt
+
+
+def stream_completion(model: Path, prompt: str, params: SamplingParams) -> Iterator[str]:
+    """Yield the completion of one prompt as text, each piece as soon as its characters are certain.
+
+    Joined, they are what a job writes for row 0. Raises UsageError for a prompt that is empty or too long.
+    """
+    manifest, tokenizer = load_manifest(model), Tokenizer.load(model)
+    request = validate(Request(0, "PROMPT", None, prompt, params), tokenizer, manifest.config.n_ctx)
+    if isinstance(request, Rejected):
+        raise UsageError(request.error)
+    threadpool_limits(1, user_api="blas")  # as in a worker: two threads give other bits
+    engine = Engine(
+        load_params(model, manifest),
+        manifest.config,
+        eos_id=tokenizer.eos_id,
+        kv_bytes=default_kv_bytes(manifest.config),
+        max_batch=1,
+    )
+    decoder = StreamDecoder(tokenizer)
+    done = 0
+    for _, sampled in engine.steps([to_prompt(request)]):
+        for sequence, _ in sampled:
+            yield decoder.push(sequence.token_ids[done:])
+            done = len(sequence.token_ids)
+    yield decoder.flush()

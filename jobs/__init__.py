@@ -1,0 +1,1 @@
+"""The commands: parse, call, report. What they do is in `batchgen`."""

@@ -1,0 +1,43 @@
+"""batchgen complete: one prompt, its completion streamed to the terminal (picoGPT's main)."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
+from batchgen.stream import stream_completion
+from batchgen.types import SamplingParams
+from jobs import options
+
+
+def complete(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on with.")],
+    model: options.Model = DEFAULT_MODEL,
+    max_tokens: options.MaxTokens = 40,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 0,
+    ignore_eos: options.IgnoreEos = False,
+) -> None:
+    """Complete one PROMPT and stream the text to the terminal as it comes.
+
+    Example: batchgen complete "Once upon a time" --max-tokens 60 --temperature 0.8
+    """
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        ignore_eos=ignore_eos,
+    )
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    for text in stream_completion(find_model(model), prompt, params):
+        typer.echo(text, nl=False)
+    typer.echo("")

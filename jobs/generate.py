@@ -1,0 +1,105 @@
+"""batchgen generate: prompts in, completions out."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchgen.checkpoint.registry import DEFAULT_MODEL
+from batchgen.records.readers import DEFAULT_ID_COLUMN
+from batchgen.run import Job, Summary, run_job
+from batchgen.types import SamplingParams
+from batchgen.validation import EmptyPrompt, OnTooLong
+from jobs import options, report
+
+
+def generate(
+    input: Annotated[Path, typer.Argument(metavar="INPUT", help="Prompts: .jsonl, .jsonl.gz or .parquet.")],  # noqa: A002
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .parquet or .jsonl.")],
+    model: options.Model = DEFAULT_MODEL,
+    prompt_column: Annotated[str, typer.Option(help="The column or key that holds the prompt.")] = "prompt",
+    id_column: Annotated[str, typer.Option(help="The one that holds the row's id, if any.")] = DEFAULT_ID_COLUMN,
+    max_tokens: options.MaxTokens = 40,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
+    min_tokens: options.MinTokens = 0,
+    ignore_eos: options.IgnoreEos = False,
+    n: Annotated[int, typer.Option("--n", "-n", help="Samples of each prompt; a row of output each.")] = 1,
+    seed: options.Seed = 0,
+    logprobs: Annotated[bool, typer.Option(help="Add a column of the tokens' log-probabilities.")] = False,
+    output_token_ids: Annotated[bool, typer.Option(help="Add a column of the completion's token ids.")] = False,
+    on_too_long: Annotated[
+        OnTooLong, typer.Option(help="What to do where prompt + max_tokens exceed n_ctx.")
+    ] = "reject",
+    empty_prompt: Annotated[EmptyPrompt, typer.Option(help="Reject it, or start from <|endoftext|>.")] = "reject",
+    jobs: Annotated[str, typer.Option("--jobs", "-j", help="Worker processes; auto: a core each.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Sequences in flight in a worker.")] = "auto",
+    chunk_rows: Annotated[str, typer.Option(help="Rows that a worker takes at a time.")] = "auto",
+    kv_memory: Annotated[str, typer.Option(help="Keys and values that a worker may hold, such as 2G.")] = "auto",
+    share_prefixes: Annotated[bool, typer.Option(help="Read prefixes that prompts share only once.")] = True,
+    require_invariant: Annotated[
+        bool, typer.Option("--require-invariant", help="Refuse to run where rows depend on their company.")
+    ] = False,
+    restart: Annotated[bool, typer.Option("--restart/--resume", help="Discard what an interrupted run did.")] = False,
+    progress: Annotated[report.ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
+    show: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
+) -> None:
+    """Complete every prompt of INPUT; every row is accounted for in the output, in input order.
+
+    An interrupted run is gone on with by running the same command again. Exit code 0: every row ok; 3: some
+    were rejected or failed, and say why in the output; 1: the job could not run; 2: usage; 75: run again later.
+
+    Example: batchgen generate prompts.jsonl -o completions.parquet --max-tokens 64 --temperature 0.8
+    """
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_tokens=min_tokens,
+        ignore_eos=ignore_eos,
+        n=n,
+        seed=seed,
+        logprobs=0 if logprobs else None,
+    )
+    job = Job(
+        input=input,
+        output=output,
+        model=model,
+        params=params,
+        prompt_column=prompt_column,
+        id_column=id_column,
+        on_too_long=on_too_long,
+        empty_prompt=empty_prompt,
+        jobs=options.parse_count(jobs, "--jobs"),
+        batch_size=options.parse_count(batch_size, "--batch-size"),
+        chunk_rows=options.parse_count(chunk_rows, "--chunk-rows"),
+        kv_bytes=options.parse_size(kv_memory, "--kv-memory"),
+        share_prefixes=share_prefixes,
+        token_ids=output_token_ids,
+        require_invariant=require_invariant,
+        restart=restart,
+    )
+    with report.progress(progress) as on_progress:
+        summary = run_job(job, on_progress)
+    _print_summary(summary, show)
+    sys.exit(summary.exit_code)
+
+
+def _print_summary(summary: Summary, show: int) -> None:
+    for line in report.summary_lines(summary):
+        typer.echo(line)
+    if show and summary.rows:
+        typer.echo("")
+        for line in report.sample_lines(summary.output, show):
+            typer.echo(line)

@@ -1,0 +1,42 @@
+"""Options that more than one command has, and how the sampling ones become SamplingParams."""
+
+import re
+from typing import Annotated
+
+import typer
+
+from batchgen.errors import UsageError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A model's name (see: batchgen models) or its directory.")]
+MaxTokens = Annotated[int, typer.Option(help="New tokens at most, for each sample.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy: always the most likely token.")]
+TopK = Annotated[int, typer.Option(help="Draw from the K most likely tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up this probability; 1 is off.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest; 0 is off.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Divide the logits of tokens already there; 1 is off.")]
+PresencePenalty = Annotated[float, typer.Option(help="Subtract from the logits of generated tokens; 0 is off.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="The same for every time that they were; 0 is off.")]
+MinTokens = Annotated[int, typer.Option(help="No end before this many tokens.")]
+Seed = Annotated[int, typer.Option(help="Draws the same samples again; used where temperature is above 0.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos/--stop-at-eos", help="Go on past <|endoftext|>.")]
+
+
+def parse_size(text: str | None, option: str) -> int | None:
+    """A number of bytes: `1536M` -> 1610612736; None and `auto` -> None."""
+    if text is None or text == "auto":
+        return None
+    match = re.fullmatch(r"(\d{1,15})([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise UsageError(f"{option} {text!r}: not a size; write it as 1536M or 2G")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def parse_count(text: str, option: str) -> int | None:
+    """A whole number from 1 on; `auto` -> None."""
+    if text == "auto":
+        return None
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+        raise UsageError(f"{option} {text!r}: must be a whole number from 1 on, or auto")
+    return int(text)

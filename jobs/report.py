@@ -1,0 +1,111 @@
+"""What the commands print: progress while it runs, a summary and some rows at the end."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from batchgen.run import OnProgress, Progress, Summary
+
+ProgressStyle = Literal["auto", "bar", "plain", "none"]
+
+PLAIN_SECONDS = 10.0
+
+
+@contextmanager
+def progress(style: ProgressStyle) -> Iterator[OnProgress | None]:
+    """A way to show progress on standard error: a bar on a terminal, else a line every ten seconds."""
+    if style == "auto":
+        style = "bar" if sys.stderr.isatty() else "plain"
+    if style == "none":
+        yield None
+    elif style == "plain":
+        yield _plain()
+    else:
+        with _bar() as show:
+            yield show
+
+
+@contextmanager
+def _bar() -> Iterator[OnProgress]:
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, rate="")
+
+        def show(now: Progress) -> None:
+            bar.update(task, completed=now.rows, total=now.rows_in_all, rate=_rate(now))
+
+        yield show
+
+
+def _plain() -> OnProgress:
+    last = time.monotonic()
+
+    def show(now: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_SECONDS:
+            last = time.monotonic()
+            print(f"{now.rows:,} of {now.rows_in_all:,} rows, {_rate(now)}", file=sys.stderr, flush=True)  # noqa: T201
+
+    return show
+
+
+def _rate(now: Progress) -> str:
+    return f"{now.completion_tokens / now.seconds:,.0f} tokens/s" if now.completion_tokens else ""
+
+
+def summary_lines(summary: Summary) -> Iterator[str]:
+    """Rows by status, tokens and speed, where the output is."""
+    samples = "" if summary.rows == summary.input_rows else f" from {summary.input_rows:,} prompts"
+    resumed = f" ({summary.resumed:,} of them by an earlier run)" if summary.resumed else ""
+    yield (
+        f"{summary.rows:,} rows{samples}: {summary.ok:,} ok, {summary.rejected:,} rejected, "
+        f"{summary.failed:,} failed{resumed}"
+    )
+    speed = f"{summary.completion_tokens / max(summary.seconds, 1e-9):,.0f} tokens/s"
+    jobs = f"{summary.jobs} job{'s' if summary.jobs > 1 else ''}"
+    yield (
+        f"{summary.prompt_tokens:,} tokens in, {summary.completion_tokens:,} out in {summary.seconds:.1f} s: "
+        f"{speed} ({jobs}; {summary.blas})"
+    )
+    yield f"output: {summary.output}"
+
+
+def sample_lines(output: Path, n: int) -> Iterator[str]:
+    """The first n rows of the output, a paragraph each."""
+    for row in _first_rows(output, n):
+        name = row["id"] if row["id"] is not None else f"row {row['row']}"
+        if row["status"] == "ok":
+            yield f"[{_printable(name)}] {_printable(row['prompt'])} ->{_printable(row['completion'])}"
+        else:
+            yield f"[{_printable(name)}] {row['status']}: {_printable(row['error'])}"
+
+
+def _first_rows(output: Path, n: int) -> list[dict[str, Any]]:
+    if output.suffix.lower() == ".jsonl":
+        with open(output, encoding="utf-8") as file:
+            return [json.loads(line) for line in islice(file, n)]
+    with pq.ParquetFile(output) as file:
+        rows: list[dict[str, Any]] = next(file.iter_batches(n)).to_pylist()
+    return rows
+
+
+def _printable(text: str, limit: int = 400) -> str:
+    """One line, without control characters that would move the cursor, and not endless."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[:limit] + "..."
