@@ -2,9 +2,11 @@
 
 PYTHON ?= python3
 INPUT  ?= data/prompts/sample.jsonl
-OUTPUT ?= $(basename $(basename $(notdir $(INPUT)))).completions.parquet
+OUTPUT ?= $(basename $(patsubst %.gz,%,$(notdir $(INPUT)))).completions.parquet
 MODEL  ?= tales
-ARGS   ?=
+ifeq ($(origin INPUT),file)
+ARGS   ?= --temperature 0.8 --top-p 0.95 --show 12
+endif
 
 BIN := .venv/bin
 

@@ -166,6 +166,15 @@ def test_a_slot_is_refilled_in_the_step_after_it_comes_free():
     assert widths[: total // 4 - 5] == [4] * (total // 4 - 5)
 
 
+def test_no_matrix_product_has_a_single_row(monkeypatch):
+    """A product of one row is another BLAS routine, with other bits."""
+    matmul, shapes = np.matmul, []
+    monkeypatch.setattr(np, "matmul", lambda a, b, out: shapes.append(a.shape) or matmul(a, b, out=out))
+    run([prompt(0, [1]), prompt(1, [2, 3], n=2, temperature=1.0), *mixed_prompts(4, n=12)], max_batch=3)
+    assert shapes
+    assert min(shape[-2] for shape in shapes) >= 2
+
+
 def test_random_numbers_depend_on_seed_row_sample_and_position_alone():
     assert sample_seeds(7, 3, 5)[:2] == sample_seeds(7, 3, 2)
     seeds = {sample_seeds(seed, row, 2)[sample] for seed in range(3) for row in range(50) for sample in range(2)}

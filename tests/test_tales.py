@@ -1,0 +1,55 @@
+"""data/models/tales, the embedded model: whole, small, and it has learned."""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
+from batchgen.checkpoint.shards import load_manifest, load_params, verify_shards
+from batchgen.gpt2.forward import gpt2
+from batchgen.tokenizer import Tokenizer
+
+TALES = Path(__file__).parents[1] / "data" / "models" / "tales"
+
+# written for this test, so that no training text can hold it
+STORY = (
+    "Once upon a time there was a poor woodcutter who lived with his daughter at the edge of a great forest. "
+    '"Father," said the girl one evening, "I will go out into the world and seek my fortune." So she took a loaf '
+    "of bread and went away, and when she had walked for three days she came to a castle."
+)
+
+
+def test_the_default_model_is_the_embedded_one():
+    assert find_model(DEFAULT_MODEL) == TALES
+
+
+def test_the_embedded_model_is_whole_and_small():
+    verify_shards(TALES)
+    assert sum(path.stat().st_size for path in TALES.iterdir()) < 12_000_000
+
+
+def test_the_vocabulary_fits_the_model():
+    tokenizer = Tokenizer.load(TALES)
+    assert tokenizer.n_vocab == load_manifest(TALES).config.n_vocab
+    assert tokenizer.eos_id == tokenizer.n_vocab - 1
+    assert tokenizer.decode(tokenizer.encode(STORY)) == STORY
+
+
+def test_the_embedded_model_has_learned():
+    """A tale it has never seen costs it far less than the ln(2560) = 7.8 nats a token of knowing nothing."""
+    tokenizer, config = Tokenizer.load(TALES), load_manifest(TALES).config
+    ids = [tokenizer.eos_id, *tokenizer.encode(STORY)]
+    logits = gpt2(ids[:-1], **load_params(TALES), n_head=config.n_head).astype(np.float64)
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    loss = -logits[np.arange(len(ids) - 1), ids[1:]].mean()
+    assert loss < 3.5
+
+
+def test_the_readme_states_the_loss_that_was_measured():
+    with open(TALES / "loss.csv", encoding="utf-8") as file:
+        last = list(csv.DictReader(file))[-1]
+    stated = re.search(r"held-out text \| ([0-9.]+) nats", (TALES / "README.md").read_text(encoding="utf-8"))
+    assert float(stated[1]) == pytest.approx(float(last["val_loss"]), abs=0.001)
