@@ -18,7 +18,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,7 @@ class Ledger:
             _write_durably(path, json.dumps(plan, indent=1).encode())
         else:
             _refuse_changes(self.directory, old, plan)
+            self.parts_directory.mkdir(exist_ok=True)
             self._collect_parts()
         self.attempt.mkdir()
         return old or plan
@@ -91,7 +92,7 @@ class Ledger:
             plan = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OutputError(f"{path}: not a plan ({error}); pass --restart to begin again") from error
         if not isinstance(plan, dict):
             raise OutputError(f"{path}: not a plan; pass --restart to begin again")
@@ -101,6 +102,9 @@ class Ledger:
         """Everything but the lock; the plan first, so that a clearing that is cut short is not resumed from."""
         (self.directory / "plan.json").unlink(missing_ok=True)
         _sync_directory(self.directory)
+        self._remove_all_but_lock()
+
+    def _remove_all_but_lock(self) -> None:
         for path in self.directory.iterdir():
             if path.name != "lock":
                 _remove(path)
@@ -119,11 +123,13 @@ class Ledger:
 
     def close(self, *, finished: bool) -> None:
         """Let go of the lock; a finished run leaves nothing behind, nor does one that never began."""
-        if finished or not (self.directory / "plan.json").exists():
-            (self.directory / "plan.json").unlink(missing_ok=True)  # first: nothing half-deleted is resumed
-            shutil.rmtree(self.directory, ignore_errors=True)
-        else:
-            _remove(self.attempt)
+        with suppress(OSError):  # the next run clears away what cannot be removed now
+            if finished or not (self.directory / "plan.json").exists():
+                self._clear()
+                (self.directory / "lock").unlink()  # last: from here on the directory may be another run's
+                self.directory.rmdir()
+            else:
+                _remove(self.attempt)
         os.close(self._lock)
 
 
@@ -146,17 +152,20 @@ def _named_errors(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or directory
-        kept = f"what is finished is kept in {directory}: run again when that is mended"
-        raise OutputError(f"{where}: {error.strerror or error}; {kept}") from error
+        kept = f"what is finished is kept in {directory}: " if directory.exists() else ""
+        raise OutputError(f"{where}: {error.strerror or error}; {kept}run again when that is mended") from error
 
 
 def _take_lock(directory: Path) -> int:
     """Lock the directory's lock file; it may be deleted by a run that ends at this moment, so look again."""
     while True:
-        directory.mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # not exist_ok, which raises where the directory goes again at this moment
+            directory.mkdir()
         try:
             lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
+            if directory.is_symlink():  # to nowhere
+                raise
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,7 +182,7 @@ def _take_lock(directory: Path) -> int:
 
 def _refuse_changes(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and (key not in new or new[key] is not None):
+        if key not in old or key not in new or new[key] not in (None, old[key]):
             raise UsageError(
                 f"{directory}: the run to go on with had {key} {old.get(key)!r}, this one has {new.get(key)!r}; "
                 "run it as before, or pass --restart to discard what it has done"
@@ -183,14 +192,18 @@ def _refuse_changes(directory: Path, old: dict[str, Any], new: dict[str, Any]) -
 def _read_receipt(path: Path) -> Receipt | None:
     """The receipt of a committed part, or None where the file is not what its name says."""
     match = _PART.fullmatch(path.name)
-    if not match:
+    if not match or not path.is_file():
         return None
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256[:16] != match[2]:
-        return None
-    values = json.loads((pq.read_schema(path).metadata or {})[RECEIPT_KEY.encode()])
-    return Receipt(**values, path=path.name, sha256=sha256)
+        if sha256[:16] != match[2]:
+            return None
+        try:
+            values = json.loads(pq.read_schema(file).metadata[RECEIPT_KEY.encode()])
+            receipt = Receipt(**values, path=path.name, sha256=sha256)
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+            return None
+    return receipt if receipt.chunk == int(match[1]) else None
 
 
 def with_receipt(schema: pa.Schema, receipt: Receipt) -> pa.Schema:

@@ -24,13 +24,17 @@ def available_jobs() -> int:
     return int(joblib.cpu_count())
 
 
-def auto_chunk_rows(rows: int, jobs: int) -> int:
-    """Rows a chunk so that all workers end together.
+def auto_chunk_rows(rows: int, jobs: int, n: int = 1) -> int:
+    """Rows a chunk so that all workers end together; the work of a row is its n samples.
 
-    rows=12, jobs=2 -> 16; rows=192, jobs=2 -> 96; rows=1_000, jobs=2 -> 250; rows=100_000, jobs=2 -> 511
+    rows=12, jobs=2 -> 12; rows=192, jobs=2 -> 96; rows=1_000, jobs=2 -> 250; rows=100_000, jobs=2 -> 511;
+    rows=12, jobs=2, n=100 -> 2
     """
+    if n > 1:
+        return max(auto_chunk_rows(rows * n, jobs) // n, 1)
     rounds = max(-(-rows // (jobs * MAX_CHUNK_ROWS)), min(ROUNDS, rows // (jobs * FULL_BATCH_ROWS)), 1)
-    return max(-(-rows // (jobs * rounds)), MIN_CHUNK_ROWS)
+    chunks = max(min(jobs * rounds, rows // MIN_CHUNK_ROWS), 1)
+    return max(-(-rows // chunks), 1)
 
 
 def n_chunks(rows: int, chunk_rows: int) -> int:

@@ -3,21 +3,27 @@
 import json
 import logging
 import os
+import re
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 from joblib import Parallel, delayed, parallel_config
+from threadpoolctl import threadpool_limits
 
 from batchgen import __version__
 from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
 from batchgen.checkpoint.shards import Manifest, load_manifest, load_params, model_hash, verify_shards
-from batchgen.engine.engine import MAX_BATCH
+from batchgen.engine.engine import MAX_BATCH, check_limits
 from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError
 from batchgen.ledger import Ledger, open_ledger
@@ -28,7 +34,7 @@ from batchgen.records.writer import check_output, merge_parts
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, Receipt, Rejected, SamplingParams, TokenizedRequest
 from batchgen.validation import EmptyPrompt, OnTooLong, validate
-from batchgen.worker import WorkerSetup, read_progress, run_chunk
+from batchgen.worker import WorkerSetup, become_worker, read_progress, run_chunk
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +134,8 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
         jobs = max(min(job.jobs or fitting_jobs(plan["kv_bytes"], model.bytes), missing), 1)
         chunks = (c for c in plan_chunks(validated(job, model), plan["chunk_rows"]) if c.index not in ledger.receipts)
         started = time.monotonic()
-        with reporting(on_progress, ledger, facts.rows):
-            for receipt in generate(setup, chunks, ledger.attempt, jobs):
+        with reporting(on_progress, ledger, facts.rows), closing(generate(setup, chunks, ledger.attempt, jobs)) as new:
+            for receipt in new:
                 ledger.commit(receipt)
         summary = summarise(job, facts, ledger, done, time.monotonic() - started, jobs)
         schema = output_schema(token_ids=job.token_ids, logprobs=job.params.logprobs is not None)
@@ -140,7 +146,11 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
 def make_plan(job: Job, model: Model, facts: InputFacts) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the output depends on, with None where it is automatic; and the automatic values."""
     config = model.manifest.config
-    invariant = is_batch_invariant(load_params(model.directory, model.manifest), config)
+    kv_bytes = default_kv_bytes(config)
+    check_limits(config, job.kv_bytes or kv_bytes, job.batch_size or MAX_BATCH)
+    params = load_params(model.directory, model.manifest)
+    with threadpool_limits(1, user_api="blas"):  # as in a worker
+        invariant = is_batch_invariant(params, config)
     blas = blas_info()
     if job.require_invariant and not invariant:
         variable = "OPENBLAS_CORETYPE"
@@ -166,10 +176,9 @@ def make_plan(job: Job, model: Model, facts: InputFacts) -> tuple[dict[str, Any]
         "kv_bytes": job.kv_bytes,
         "share_prefixes": job.share_prefixes,
     }
-    kv_bytes = default_kv_bytes(config)
     jobs = (job.jobs or fitting_jobs(job.kv_bytes or kv_bytes, model.bytes)) if invariant else NOMINAL_JOBS
     automatic = {
-        "chunk_rows": auto_chunk_rows(facts.rows, jobs),
+        "chunk_rows": auto_chunk_rows(facts.rows, jobs, job.params.n),
         "batch_size": MAX_BATCH,
         "kv_bytes": kv_bytes,
     }
@@ -197,31 +206,70 @@ def worker_setup(job: Job, model: Model, plan: dict[str, Any]) -> WorkerSetup:
     )
 
 
-def generate(setup: WorkerSetup, chunks: Iterator[Chunk], attempt: Path, jobs: int) -> Iterator[Receipt]:
-    """Have workers do the chunks; yields their receipts as they come. An error in reading chunks is raised here."""
-    failure: list[BaseException] = []
+def generate(setup: WorkerSetup, chunks: Iterator[Chunk], attempt: Path, jobs: int) -> Generator[Receipt, None, None]:
+    """Have workers do the chunks, or this process where one is enough; yields their receipts as they come."""
+    if jobs > 1:
+        yield from in_workers(setup, chunks, attempt, jobs)
+    else:
+        for chunk in chunks:
+            yield run_chunk(setup, chunk, str(attempt))
+
+
+def in_workers(setup: WorkerSetup, chunks: Iterator[Chunk], attempt: Path, jobs: int) -> Iterator[Receipt]:
+    """Have worker processes do the chunks. An error in reading chunks is raised here, after what is under way."""
+    failure: list[Exception] = []
 
     def tasks() -> Iterator[Any]:
         """joblib pulls these from a thread of its own, where an exception would hang the run."""
         try:
             for chunk in chunks:
                 yield delayed(run_chunk)(setup, chunk, str(attempt))
-        except BaseException as error:
+        except Exception as error:
             failure.append(error)
 
-    # a new Parallel for every run, receipts only, no memmapping of arguments: see joblib's traps in docs
-    with parallel_config("loky", inner_max_num_threads=1):
+    # A Parallel that is used again after a failure can hand out results of the earlier run: a new one each time.
+    with parallel_config("loky", inner_max_num_threads=1, initializer=become_worker, initargs=(setup.parent,)):
         parallel = Parallel(
             n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=2 * jobs, max_nbytes=None
         )
-        yield from parallel(tasks())
+        with _no_interrupts_to_workers():
+            receipts = parallel(tasks())
+    try:
+        for receipt in receipts:  # noqa: UP028  # `yield from` would close it itself, and joblib warn
+            yield receipt
+    except BrokenProcessPool as error:
+        raise BatchgenError(_death_notice(error)) from error
+    finally:
+        with warnings.catch_warnings(action="ignore"):  # that there was more to come
+            receipts.close()
     if failure:
         raise failure[0]
 
 
+def _death_notice(error: BrokenProcessPool) -> str:
+    """joblib's text ends in the exit codes: `{SIGKILL(-9)}`."""
+    codes = re.search(r"\{(.*)\}", str(error))
+    how = f" ({codes[1]})" if codes else ""
+    return f"a worker process died{how}, perhaps for lack of memory; run again to go on, with fewer --jobs if so"
+
+
+@contextmanager
+def _no_interrupts_to_workers() -> Iterator[None]:
+    """What is started in this block inherits a mask: Ctrl-C reaches this process alone, which ends its workers."""
+    resource_tracker.ensure_running()  # whose start would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextmanager
 def reporting(on_progress: OnProgress | None, ledger: Ledger, rows_in_all: int) -> Iterator[None]:
-    """Call on_progress a few times a second, from a thread, while the block runs, and once at its end."""
+    """Call on_progress a few times a second, from a thread, while the block runs, and once at its end.
+
+    What only shows how far a run is does not end it: an exception in on_progress is logged, and it is not called again.
+    """
     if on_progress is None:
         yield
         return
@@ -229,8 +277,13 @@ def reporting(on_progress: OnProgress | None, ledger: Ledger, rows_in_all: int) 
     started, over = time.monotonic(), threading.Event()
 
     def report() -> None:
-        rows, prompt_tokens, completion_tokens = read_progress(ledger.attempt)
-        on_progress(Progress(before + rows, rows_in_all, prompt_tokens, completion_tokens, time.monotonic() - started))
+        rows, *tokens = read_progress(ledger.attempt)
+        now = Progress(before + rows, rows_in_all, tokens[0], tokens[1], time.monotonic() - started)
+        try:
+            on_progress(now)
+        except Exception as error:
+            logger.warning("progress is no longer shown: %r", error)
+            over.set()
 
     def watch() -> None:
         while not over.wait(0.25):
@@ -241,9 +294,10 @@ def reporting(on_progress: OnProgress | None, ledger: Ledger, rows_in_all: int) 
     try:
         yield
     finally:
-        over.set()
-        watcher.join()
-        report()
+        if not over.is_set():
+            over.set()
+            watcher.join()
+            report()
 
 
 def summarise(job: Job, facts: InputFacts, ledger: Ledger, done: list[Receipt], seconds: float, jobs: int) -> Summary:

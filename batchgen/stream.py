@@ -11,17 +11,24 @@ from batchgen.errors import UsageError
 from batchgen.planner import default_kv_bytes
 from batchgen.tokenizer import StreamDecoder, Tokenizer
 from batchgen.types import Rejected, Request, SamplingParams
-from batchgen.validation import validate
+from batchgen.validation import EmptyPrompt, OnTooLong, validate
 from batchgen.worker import to_prompt
 
 
-def stream_completion(model: Path, prompt: str, params: SamplingParams) -> Iterator[str]:
+def stream_completion(
+    model: Path,
+    prompt: str,
+    params: SamplingParams,
+    on_too_long: OnTooLong = "reject",
+    empty_prompt: EmptyPrompt = "reject",
+) -> Iterator[str]:
     """Yield the completion of one prompt as text, each piece as soon as its characters are certain.
 
-    Joined, they are what a job writes for row 0. Raises UsageError for a prompt that is empty or too long.
+    Joined, they are what a job writes for row 0. Raises UsageError for a prompt that a job would reject.
     """
     manifest, tokenizer = load_manifest(model), Tokenizer.load(model)
-    request = validate(Request(0, "PROMPT", None, prompt, params), tokenizer, manifest.config.n_ctx)
+    asked = Request(0, "PROMPT", None, prompt, params)
+    request = validate(asked, tokenizer, manifest.config.n_ctx, on_too_long, empty_prompt)
     if isinstance(request, Rejected):
         raise UsageError(request.error)
     threadpool_limits(1, user_api="blas")  # as in a worker: two threads give other bits

@@ -69,7 +69,6 @@ def read_progress(directory: Path) -> tuple[int, int, int]:
 @lru_cache(maxsize=1)
 def _loaded(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
     """Map the model, once a process; one BLAS thread, as two would change bits and slow two workers manyfold."""
-    _become_worker(setup.parent)
     threadpool_limits(1, user_api="blas")
     directory = Path(setup.model)
     manifest = load_manifest(directory)
@@ -85,10 +84,8 @@ def _loaded(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
     return engine, tokenizer
 
 
-def _become_worker(parent: int) -> None:
-    """In a process of its own: leave signals from the terminal to the parent, and die when the parent does."""
-    if os.getpid() == parent:
-        return
+def become_worker(parent: int) -> None:
+    """First of all in a new process: leave Ctrl-C to the parent (a process id), and die when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 import sys
-from typing import Annotated
+import threading
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -13,6 +15,9 @@ from jobs.complete import complete
 from jobs.convert import convert
 from jobs.generate import generate
 from jobs.models import models
+from jobs.report import discard_stdout, one_line
+
+STOPPED = {130: "interrupted", 143: "terminated"}  # 128 + the signal's number
 
 app = typer.Typer(
     name="batchgen",
@@ -42,24 +47,56 @@ def _root(
 
 def main() -> None:
     """Run the command line; a user's own mistake is one line on standard error, never a traceback."""
+    _open_missing_streams()
     logging.basicConfig(format="batchgen: %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except BatchgenError as error:
-        typer.echo(f"batchgen: {error}", err=True)
+        _say(str(error))
         sys.exit(error.exit_code)
+    except MemoryError as error:
+        _say(f"out of memory: {error}; use fewer --jobs, or less --kv-memory or --batch-size with --restart")
+        sys.exit(1)
+    except OSError as error:
+        _say(str(error))
+        discard_stdout()  # which may be what cannot be written
+        sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("batchgen: interrupted; run the same command again to go on", err=True)
-        _quit(130)
-    except BrokenPipeError:  # whoever read our output has left; nothing more can be said
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _quit(1)
+        _stop(130)
+    except SystemExit as end:
+        if end.code in STOPPED:  # Typer makes 130 of a KeyboardInterrupt
+            _stop(end.code)
+        raise
 
 
-def _quit(code: int) -> None:
+def _terminate(number: int, frame: object) -> NoReturn:
+    """End in good order, or else at once: what is raised while a finalizer happens to run, Python drops."""
+    last_resort = threading.Timer(3, _stop, (128 + number,))
+    last_resort.daemon = True
+    last_resort.start()
+    sys.exit(128 + number)
+
+
+def _open_missing_streams() -> None:
+    """Where a shell closed one (`>&-`), the next file to be opened would take its number, and what is printed."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+
+
+def _say(text: str) -> None:
+    typer.echo(f"batchgen: {one_line(text)}", err=True)
+
+
+def _stop(code: int) -> NoReturn:
     """Leave at once: at exit joblib would wait for what its workers are doing; they die with this process."""
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        _say(f"{STOPPED[code]}; run the same command again to go on")
+    finally:
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import typer
 from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
 from batchgen.stream import stream_completion
 from batchgen.types import SamplingParams
-from jobs import options
+from jobs import options, report
 
 
 def complete(
@@ -22,6 +22,8 @@ def complete(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
     ignore_eos: options.IgnoreEos = False,
+    on_too_long: options.TooLong = "reject",
+    empty_prompt: options.Empty = "reject",
 ) -> None:
     """Complete one PROMPT and stream the text to the terminal as it comes.
 
@@ -38,6 +40,7 @@ def complete(
         ignore_eos=ignore_eos,
     )
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    for text in stream_completion(find_model(model), prompt, params):
-        typer.echo(text, nl=False)
+    shown = report.harmless if sys.stdout.isatty() else str
+    for text in stream_completion(find_model(model), prompt, params, on_too_long, empty_prompt):
+        typer.echo(shown(text), nl=False)
     typer.echo("")

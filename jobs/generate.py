@@ -10,7 +10,6 @@ from batchgen.checkpoint.registry import DEFAULT_MODEL
 from batchgen.records.readers import DEFAULT_ID_COLUMN
 from batchgen.run import Job, Summary, run_job
 from batchgen.types import SamplingParams
-from batchgen.validation import EmptyPrompt, OnTooLong
 from jobs import options, report
 
 
@@ -34,10 +33,8 @@ def generate(
     seed: options.Seed = 0,
     logprobs: Annotated[bool, typer.Option(help="Add a column of the tokens' log-probabilities.")] = False,
     output_token_ids: Annotated[bool, typer.Option(help="Add a column of the completion's token ids.")] = False,
-    on_too_long: Annotated[
-        OnTooLong, typer.Option(help="What to do where prompt + max_tokens exceed n_ctx.")
-    ] = "reject",
-    empty_prompt: Annotated[EmptyPrompt, typer.Option(help="Reject it, or start from <|endoftext|>.")] = "reject",
+    on_too_long: options.TooLong = "reject",
+    empty_prompt: options.Empty = "reject",
     jobs: Annotated[str, typer.Option("--jobs", "-j", help="Worker processes; auto: a core each.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Sequences in flight in a worker.")] = "auto",
     chunk_rows: Annotated[str, typer.Option(help="Rows that a worker takes at a time.")] = "auto",
@@ -92,7 +89,8 @@ def generate(
     )
     with report.progress(progress) as on_progress:
         summary = run_job(job, on_progress)
-    _print_summary(summary, show)
+    with report.to_whoever_reads():
+        _print_summary(summary, show)
     sys.exit(summary.exit_code)
 
 

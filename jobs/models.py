@@ -24,7 +24,7 @@ def models() -> None:
 
 def _row(info: ModelInfo) -> tuple[str, str, str, str, str]:
     if info.config is None or info.parameters is None or info.bytes is None:
-        return info.name, "broken", "", "", f"{info.path}: {info.error}"
+        return info.name, "broken", "", "", info.error or str(info.path)
     return (
         info.name,
         f"{info.parameters / 1e6:,.1f}M",

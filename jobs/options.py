@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from batchgen.errors import UsageError
+from batchgen.validation import EmptyPrompt, OnTooLong
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -20,6 +21,8 @@ PresencePenalty = Annotated[float, typer.Option(help="Subtract from the logits o
 FrequencyPenalty = Annotated[float, typer.Option(help="The same for every time that they were; 0 is off.")]
 MinTokens = Annotated[int, typer.Option(help="No end before this many tokens.")]
 Seed = Annotated[int, typer.Option(help="Draws the same samples again; used where temperature is above 0.")]
+TooLong = Annotated[OnTooLong, typer.Option(help="What to do where prompt + max_tokens exceed n_ctx.")]
+Empty = Annotated[EmptyPrompt, typer.Option(help="Reject it, or start from <|endoftext|>.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos/--stop-at-eos", help="Go on past <|endoftext|>.")]
 
 

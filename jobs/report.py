@@ -1,10 +1,11 @@
 """What the commands print: progress while it runs, a summary and some rows at the end."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +70,32 @@ def _rate(now: Progress) -> str:
     return f"{now.completion_tokens / now.seconds:,.0f} tokens/s" if now.completion_tokens else ""
 
 
+@contextmanager
+def to_whoever_reads() -> Iterator[None]:
+    """Print what a finished job has to say; that nobody reads it (`| head -1`) does not change how it ended."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()
+
+
+def discard_stdout() -> None:
+    """Send standard output nowhere from here on, so that it is not tried once more at exit."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def one_line(text: str) -> str:
+    r"""A line feed becomes \n, and so on: nothing breaks the line, moves the cursor or cannot be encoded."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def harmless(text: str) -> str:
+    """Text of many lines as a terminal may show it: control characters could do more than be read."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def summary_lines(summary: Summary) -> Iterator[str]:
     """Rows by status, tokens and speed, where the output is."""
     samples = "" if summary.rows == summary.input_rows else f" from {summary.input_rows:,} prompts"
@@ -83,7 +110,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         f"{summary.prompt_tokens:,} tokens in, {summary.completion_tokens:,} out in {summary.seconds:.1f} s: "
         f"{speed} ({jobs}; {summary.blas})"
     )
-    yield f"output: {summary.output}"
+    yield f"output: {one_line(str(summary.output))}"
 
 
 def sample_lines(output: Path, n: int) -> Iterator[str]:
@@ -100,8 +127,8 @@ def _first_rows(output: Path, n: int) -> list[dict[str, Any]]:
     if output.suffix.lower() == ".jsonl":
         with open(output, encoding="utf-8") as file:
             return [json.loads(line) for line in islice(file, n)]
-    with pq.ParquetFile(output) as file:
-        rows: list[dict[str, Any]] = next(file.iter_batches(n)).to_pylist()
+    with open(output, "rb") as raw, pq.ParquetFile(raw) as table:
+        rows: list[dict[str, Any]] = next(table.iter_batches(n)).to_pylist()
     return rows
 
 

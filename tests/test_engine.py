@@ -217,6 +217,8 @@ def test_bad_prompts_and_budgets_are_refused_before_any_work():
             next(engine.steps([good, bad]))
     with pytest.raises(UsageError, match="too small for one sequence of n_ctx 256.* raise --kv-memory to 1M"):
         Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=10)
+    with pytest.raises(UsageError, match="--batch-size 5000 is out of range .1 to 4096"):
+        Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN, max_batch=5000)
 
 
 def test_no_prompts_give_no_completions():

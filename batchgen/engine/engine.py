@@ -16,12 +16,27 @@ from batchgen.gpt2.params import Params
 from batchgen.types import FinishReason
 
 MAX_BATCH = 256  # sequences in flight; past it products gain nothing
+LARGEST_BATCH = 4096
 MAX_ROWS = 1024  # rows of one pass
 MIB = 2**20
 
 
 def kv_bytes_per_token(config: GPT2Config) -> int:
     return 2 * config.n_layer * config.n_embd * 4
+
+
+def check_limits(config: GPT2Config, kv_bytes: int, max_batch: int) -> None:
+    """Raise UsageError, saying what would do, where an engine cannot be built within these limits."""
+    if not 1 <= max_batch <= LARGEST_BATCH:
+        raise UsageError(
+            f"--batch-size {max_batch} is out of range (1 to {LARGEST_BATCH}); past {MAX_BATCH} nothing gains"
+        )
+    needed = tokens_needed(config.n_ctx, 0) * kv_bytes_per_token(config)
+    if kv_bytes < needed:
+        raise UsageError(
+            f"memory budget {kv_bytes / MIB:.0f} MiB is too small for one sequence of n_ctx {config.n_ctx}: "
+            f"its keys and values need {needed / MIB:.0f} MiB; raise --kv-memory to {-(-needed // MIB)}M"
+        )
 
 
 class Engine:
@@ -40,15 +55,9 @@ class Engine:
         """kv_bytes bounds the keys and values in flight; raises UsageError where not even one sequence fits."""
         self.config, self.eos_id, self.share_prefixes = config, eos_id, share_prefixes
         self.max_batch = max_batch
-        per_token = kv_bytes_per_token(config)
-        needed = tokens_needed(config.n_ctx, 0) * per_token
-        if kv_bytes < needed:
-            raise UsageError(
-                f"memory budget {kv_bytes / MIB:.0f} MiB is too small for one sequence of n_ctx {config.n_ctx}: "
-                f"its keys and values need {needed / MIB:.0f} MiB; raise --kv-memory to {-(-needed // MIB)}M"
-            )
+        check_limits(config, kv_bytes, max_batch)
         largest = max_batch * tokens_needed(config.n_ctx, 0)
-        self.arena = KVArena(config, min(kv_bytes // per_token, largest))
+        self.arena = KVArena(config, min(kv_bytes // kv_bytes_per_token(config), largest))
         self.forward = Forward(params, config, max_rows=max(MAX_ROWS, max_batch), max_logits=max_batch)
 
     def generate(self, prompts: Seq[Prompt]) -> Iterator[Completion]:

@@ -1,0 +1,346 @@
+"""The command line: what it prints, where, and its exit codes; a user's mistake is one line and leaves no trace."""
+
+import json
+import logging
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from batchgen import __version__
+from batchgen.stream import stream_completion
+from batchgen.types import SamplingParams
+from jobs import cli, options
+from jobs.report import harmless, one_line
+from tests.models import write_byte_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_byte_model(tmp_path_factory.mktemp("cli") / "bytes")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder to be in, with a good input."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "p.jsonl").write_text('{"prompt": "Once", "id": "a"}\n{"prompt": "upon a time"}\n')
+    return folder
+
+
+@pytest.fixture
+def batchgen(model, monkeypatch, capsys):
+    """Run a command line in this process, as `batchgen` does: (exit code, standard output, standard error)."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object, use_model: bool = True) -> tuple[int, str, str]:
+        more = ["--model", str(model)] if use_model else []
+        monkeypatch.setattr(sys, "argv", ["batchgen", *map(str, arguments), *more])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+    logging.getLogger().handlers = [h for h in logging.getLogger().handlers if type(h) is not logging.StreamHandler]
+
+
+def names(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def run(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
+    """`batchgen` in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
+    command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+    return subprocess.run(command, env=environment, timeout=120, check=False, **kwargs)
+
+
+# ---- what goes well
+
+
+def test_a_job_prints_its_counts_its_output_and_some_rows(here, batchgen):
+    code, out, err = batchgen("generate", "p.jsonl", "-o", "out.parquet", "--max-tokens", 5)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "2 rows: 2 ok, 0 rejected, 0 failed"
+    assert re.fullmatch(r"15 tokens in, \d+ out in \d+\.\d s: [\d,]+ tokens/s \(1 job; .*\)", lines[1])
+    assert lines[2] == "output: out.parquet"
+    assert lines[4].startswith("[a] Once ->")
+    assert lines[5].startswith("[row 1] upon a time ->")
+    assert sorted(os.listdir(here)) == ["out.parquet", "p.jsonl"]
+
+
+def test_a_rejected_row_is_exit_code_3_and_is_shown(here, batchgen):
+    (here / "p.jsonl").write_text('{"prompt": "Once"}\nnot JSON\n')
+    code, out, err = batchgen("generate", "p.jsonl", "-o", "out.jsonl", "--max-tokens", 5)
+    assert (code, err) == (3, "")
+    assert out.startswith("2 rows: 1 ok, 1 rejected, 0 failed\n")
+    assert "[row 1] rejected: p.jsonl:2: not JSON" in out
+
+
+def test_samples_are_told_from_prompts(here, batchgen):
+    _, out, _ = batchgen("generate", "p.jsonl", "-o", "out.parquet", "-n", 3, "--temperature", 1, "--show", 0)
+    assert out.startswith("6 rows from 2 prompts: 6 ok")
+    assert len(out.splitlines()) == 3
+
+
+def test_no_rows_are_exit_code_0(here, batchgen):
+    (here / "p.jsonl").write_text("")
+    code, out, _ = batchgen("generate", "p.jsonl", "-o", "out.parquet")
+    assert code == 0
+    assert out.startswith("0 rows: 0 ok, 0 rejected, 0 failed\n")
+    assert pq.read_table("out.parquet").num_rows == 0
+
+
+def test_a_column_and_an_id_can_be_named(here, batchgen):
+    pq.write_table(pa.table({"text": ["ab"], "key": [7]}), "t.parquet")
+    columns = ["--prompt-column", "text", "--id-column", "key"]
+    assert batchgen("generate", "t.parquet", "-o", "out.parquet", *columns)[0] == 0
+    (row,) = pq.read_table("out.parquet").to_pylist()
+    assert (row["prompt"], row["id"]) == ("ab", "7")
+
+
+def test_every_option_reaches_the_run(here, batchgen):
+    values = {
+        "--max-tokens": 6, "--temperature": 0.5, "--top-k": 9, "--top-p": 0.9, "--min-p": 0.01, "--min-tokens": 2,
+        "--repetition-penalty": 1.1, "--presence-penalty": 0.1, "--frequency-penalty": 0.2, "--seed": 7, "--n": 2,
+    }  # fmt: skip
+    others = {"--batch-size": 5, "--chunk-rows": 3, "--kv-memory": "8M", "--jobs": 1, "--on-too-long": "shorten"}
+    flags = ["--ignore-eos", "--logprobs", "--output-token-ids", "--no-share-prefixes"]
+    arguments = [part for pair in (values | others).items() for part in pair]
+    assert batchgen("generate", "p.jsonl", "-o", "out.parquet", *arguments, *flags)[0] == 0
+    plan = json.loads(pq.read_schema("out.parquet").metadata[b"batchgen"])
+    for option, value in values.items():
+        assert plan["parameters"][option.strip("-").replace("-", "_")] == value
+    assert plan["parameters"]["ignore_eos"] is True
+    assert (plan["batch_size"], plan["chunk_rows"], plan["kv_bytes"]) == (5, 3, 8 * 2**20)
+    assert (plan["on_too_long"], plan["share_prefixes"], plan["token_ids"]) == ("shorten", False, True)
+
+
+def test_complete_streams_what_a_job_writes(here, batchgen, model):
+    options = ["--max-tokens", 30, "--temperature", 0.8, "--seed", 4]
+    (here / "one.jsonl").write_text('{"prompt": "Once"}\n')
+    batchgen("generate", "one.jsonl", "-o", "out.parquet", *options)
+    code, out, err = batchgen("complete", "Once", *options)
+    assert (code, err) == (0, "")
+    assert out == pq.read_table("out.parquet")["completion"][0].as_py() + "\n"
+
+
+def test_models_are_listed_with_what_is_wrong_with_them(batchgen, model, monkeypatch, tmp_path):
+    monkeypatch.setenv("BATCHGEN_MODELS", str(model.parent))
+    (model.parent / "broken").mkdir(exist_ok=True)
+    (model.parent / "broken" / "manifest.json").write_text("{")
+    code, out, err = batchgen("models", use_model=False)
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert re.fullmatch(rf"bytes +0\.0M +128 +0\.2 MB +{re.escape(str(model))}", lines["bytes"])
+    assert "manifest.json: is not JSON" in lines["broken"]
+    assert lines["broken"].count("manifest.json") == 1
+    assert "batchgen convert SRC 124M" in lines["Not"]
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["complete"], ["convert"], ["models"]])
+def test_help_is_there(command):
+    for option in ("--help", "-h"):
+        result = CliRunner().invoke(cli.app, [*command, option])
+        assert result.exit_code == 0
+        assert "Usage: " in result.output
+
+
+def test_the_version_is_told(batchgen):
+    assert batchgen("--version", use_model=False) == (0, f"batchgen {__version__}\n", "")
+
+
+# ---- a user's mistakes
+
+
+def make_inputs(here: Path) -> None:
+    (here / "binary.jsonl").write_bytes(bytes(range(128, 256)) * 20)
+    (here / "column.jsonl").write_text('{"text": "a", "id": 1}\n')
+    pq.write_table(pa.table({"prompt": [1, 2]}), here / "numbers.parquet")
+    pq.write_table(pa.table({"text": ["a"], "Prompt": ["b"]}), here / "column.parquet")
+    (here / "text.txt").write_text("Once\n")
+    (here / "truncated.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
+    (here / "folder").mkdir()
+    (here / "folder.parquet").mkdir()
+    (here / "link.parquet").symlink_to("p.jsonl")
+    (here / "unwritable").write_text("")
+
+
+MISTAKES = [
+    (["/nowhere/x.jsonl", "-o", "o.parquet"], 1, "/nowhere/x.jsonl: no such file; check the name"),
+    (["q.jsonl", "-o", "o.parquet"], 1, "q.jsonl: no such file; did you mean p.jsonl?"),
+    (["folder", "-o", "o.parquet"], 1, "folder: a directory, not a file"),
+    (["binary.jsonl", "-o", "o.parquet"], 1, "binary.jsonl: none of the first .* invalid UTF-8"),
+    (["text.txt", "-o", "o.parquet"], 1, "text.txt: the suffix '.txt' is none of"),
+    (["truncated.jsonl.gz", "-o", "o.parquet"], 1, "truncated.jsonl.gz: not a gzip file, or a damaged one"),
+    (["column.jsonl", "-o", "o.parquet"], 1, "no key 'prompt'; the keys are 'text', 'id'; .*--prompt-column"),
+    (["column.parquet", "-o", "o.parquet"], 1, "the columns are 'text', 'Prompt'; did you mean 'Prompt'"),
+    (["numbers.parquet", "-o", "o.parquet"], 1, "column 'prompt' is of type int64; cast it to string"),
+    (["p.jsonl", "-o", "o.parquet", "--id-column", "nr"], 1, "no key 'nr'"),
+    (["p.jsonl", "-o", "p.jsonl"], 1, "p.jsonl: this is the input p.jsonl"),
+    (["p.jsonl", "-o", "./folder/../p.jsonl"], 1, "this is the input p.jsonl"),
+    (["p.jsonl", "-o", "folder.parquet"], 1, "folder.parquet: a directory; name a file in it"),
+    (["p.jsonl", "-o", "link.parquet"], 1, "link.parquet: a symbolic link"),
+    (["p.jsonl", "-o", "nowhere/o.parquet"], 1, "nowhere is no such folder; create it"),
+    (["p.jsonl", "-o", "unwritable/o.parquet"], 1, "unwritable is not a folder"),
+    (["p.jsonl", "-o", "/proc/o.parquet"], 1, "/proc/o.parquet: the folder cannot be written"),
+    (["p.jsonl", "-o", "x" * 250 + ".parquet"], 1, "File name too long"),
+    (["p.jsonl", "-o", "o.csv"], 2, "o.csv: the suffix '.csv' is neither of .parquet, .jsonl"),
+    (["p.jsonl", "-o", "o.parquet", "--model", "bites"], 1, r"no model is called 'bites'.*\(known: .*bytes"),
+    (["p.jsonl", "-o", "o.parquet", "--model", "124M"], 1, "model 124M is not here; .* batchgen convert SRC 124M"),
+    (["p.jsonl", "-o", "o.parquet", "--model", "./folder"], 1, "folder: is not a model"),
+    (["p.jsonl", "-o", "o.parquet", "--max-tokens", "0"], 2, r"max_tokens 0 is out of range \(1 or more\)"),
+    (["p.jsonl", "-o", "o.parquet", "--temperature", "nan"], 2, "temperature nan is out of range"),
+    (["p.jsonl", "-o", "o.parquet", "--top-p", "0"], 2, "top_p 0.0 is out of range .* greedy is temperature 0"),
+    (["p.jsonl", "-o", "o.parquet", "--n", "1025"], 2, "n 1025 is out of range"),
+    (["p.jsonl", "-o", "o.parquet", "--seed", "-1"], 2, "seed -1 is out of range"),
+    (["p.jsonl", "-o", "o.parquet", "--jobs", "0"], 2, "--jobs '0': must be a whole number from 1 on, or auto"),
+    (["p.jsonl", "-o", "o.parquet", "--chunk-rows", "many"], 2, "--chunk-rows 'many': must be"),
+    (["p.jsonl", "-o", "o.parquet", "--batch-size", "1e3"], 2, "--batch-size '1e3': must be"),
+    (["p.jsonl", "-o", "o.parquet", "--batch-size", "5000"], 2, "--batch-size 5000 is out of range"),
+    (["p.jsonl", "-o", "o.parquet", "--kv-memory", "lots"], 2, "--kv-memory 'lots': not a size; write it as"),
+    (["p.jsonl", "-o", "o.parquet", "--kv-memory", "1K"], 2, "memory budget .* raise --kv-memory to 1M"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "line"), MISTAKES, ids=lambda value: str(value)[-60:])
+def test_a_mistake_is_one_line_and_nothing_is_written(here, batchgen, model, monkeypatch, arguments, code, line):
+    monkeypatch.setenv("BATCHGEN_MODELS", str(model.parent))
+    make_inputs(here)
+    before = names(here)
+    found, out, err = batchgen("generate", *arguments, use_model="--model" not in arguments)
+    assert (found, out) == (code, "")
+    assert re.fullmatch(rf"batchgen: [^\n]*{line}[^\n]*\n", err)
+    assert names(here) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["generate", "p.jsonl"],
+        ["generate", "p.jsonl", "-o", "o.parquet", "--bogus"],
+        ["generate", "p.jsonl", "-o", "o.parquet", "--max-tokens", "1.5"],
+        ["generate", "p.jsonl", "-o", "o.parquet", "--on-too-long", "crop"],
+        ["generate", "p.jsonl", "-o", "o.parquet", "--show", "-1"],
+        ["complete"],
+        ["frobnicate"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_line_that_cannot_be_read_is_exit_code_2(here, batchgen, arguments):
+    before = names(here)
+    code, out, err = batchgen(*arguments, use_model=False)
+    assert (code, out) == (2, "")
+    assert "Usage: " in err
+    assert "Traceback" not in err
+    assert names(here) == before
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "line"),
+    [
+        ("", [], "PROMPT: the prompt is empty.*--empty-prompt unconditional"),
+        ("x" * 120, ["--max-tokens", 20], "120 prompt tokens .* exceed n_ctx 128; .*--on-too-long"),
+        ("\udcff", [], "half of a surrogate pair"),
+    ],
+)
+def test_a_prompt_that_cannot_be_completed_is_one_line(batchgen, prompt, more, line):
+    code, out, err = batchgen("complete", prompt, *more)
+    assert code in (1, 2)
+    assert out == ""
+    assert re.fullmatch(f"batchgen: [^\n]*{line}[^\n]*\n", err)
+
+
+def test_the_options_that_complete_names_are_its_own(batchgen):
+    assert batchgen("complete", "", "--empty-prompt", "unconditional", "--max-tokens", 3)[0] == 0
+    assert batchgen("complete", "x" * 200, "--on-too-long", "truncate-left", "--max-tokens", 3)[0] == 0
+
+
+def test_sizes_and_counts_are_read():
+    assert options.parse_size("1536M", "--x") == options.parse_size("1536MiB", "--x") == 1536 * 2**20
+    assert (options.parse_size("2g", "--x"), options.parse_size("77", "--x")) == (2 * 2**30, 77)
+    assert (options.parse_size("auto", "--x"), options.parse_size(None, "--x")) == (None, None)
+    assert (options.parse_count("12", "--x"), options.parse_count("auto", "--x")) == (12, None)
+
+
+# ---- names and texts that are not harmless
+
+
+@pytest.mark.parametrize("name", ["a b", "-dash", "über 🦊", "line\nfeed", "\x1b[31mred"])
+def test_a_file_may_have_any_name(here, batchgen, name):
+    (here / f"{name}.jsonl").write_bytes((here / "p.jsonl").read_bytes())
+    code, out, err = batchgen("generate", f"./{name}.jsonl", "-o", f"./{name}.out.jsonl", "--max-tokens", 2)
+    assert (code, err) == (0, "")
+    assert f"output: {one_line(name)}.out.jsonl\n" in out
+    assert out.isprintable() or "\x1b" not in out
+    code, out, err = batchgen("generate", f"./{name}.jsonx", "-o", "o.parquet")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "\x1b" not in err
+
+
+def test_what_a_prompt_holds_does_not_reach_the_terminal_as_it_is(here, batchgen):
+    prompt = "\x1b[2J\x07\x9b31m\u202e\r\nbell"
+    (here / "p.jsonl").write_text(json.dumps({"prompt": prompt, "id": "\x1b]0;title\x07"}) + "\n{\x1b[31m\n")
+    code, out, err = batchgen("generate", "p.jsonl", "-o", "out.jsonl")
+    assert (code, err) == (3, "")
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert json.loads((here / "out.jsonl").read_text().split("\n")[0])["prompt"] == prompt
+
+
+def test_a_completion_on_a_terminal_is_without_control_characters(model):
+    params = SamplingParams(max_tokens=120, temperature=5.0, ignore_eos=True)
+    completion = "".join(stream_completion(model, "a", params))
+    assert not completion.isprintable()
+    parent, terminal = pty.openpty()
+    arguments = ["complete", "a", "--model", model, "--max-tokens", 120, "--temperature", 5, "--ignore-eos"]
+    assert run(*arguments, stdout=terminal).returncode == 0
+    os.close(terminal)
+    shown = os.read(parent, 10_000).decode().replace("\r\n", "\n").removesuffix("\n")
+    os.close(parent)
+    assert "\x1b" not in shown
+    assert re.sub(" +", " ", shown.expandtabs()) == re.sub(" +", " ", harmless(completion).expandtabs())
+
+
+# ---- whoever reads has left
+
+
+def test_a_finished_job_does_not_mind_that_nobody_reads(here, model):
+    arguments = ["generate", "p.jsonl", "-o", "out.parquet", "--model", model, "--max-tokens", 2]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(*arguments, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(os.listdir(here)) == ["out.parquet", "p.jsonl"]
+
+
+def test_closed_streams_and_no_home_are_no_hindrance(here, model):
+    script = 'exec "$0" -m jobs.cli generate p.jsonl -o out.parquet --model "$1" -j 2 --chunk-rows 1 <&- >&- 2>&-'
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", script, sys.executable, model], env=environment, timeout=120, check=False)
+    assert done.returncode == 0
+    assert pq.read_table("out.parquet").num_rows == 2
+    assert sorted(os.listdir(here)) == ["out.parquet", "p.jsonl"]
+
+
+def test_a_full_disk_behind_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = run("models", stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"batchgen: [Errno 28] No space left on device\n")

@@ -1,0 +1,413 @@
+"""ledger.py: what was finished is kept, what is damaged is made again, and one run at a time has the output."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchgen import ledger as ledger_module
+from batchgen.errors import BusyError, OutputError, UsageError
+from batchgen.ledger import Ledger, open_ledger, with_receipt, work_directory
+from batchgen.records.schema import output_schema
+from batchgen.records.writer import write_part
+from batchgen.types import OutputRow, Receipt
+
+PLAN = {"input": "abc", "rows": 12, "parameters": {"n": 1, "stop_token_ids": (1, 2)}, "chunk_rows": None}
+AUTOMATIC = {"chunk_rows": 4}
+ROOT = Path(__file__).parents[1]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.parquet"
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything under a folder: its files' bytes, and None for each directory."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def write_chunk(ledger: Ledger, chunk: int) -> Receipt:
+    """What a worker does: a part in the attempt's directory, and a receipt of it."""
+    rows = [
+        OutputRow(row, 0, None, "a", "b", 1, 1, "stop", "ok", None, None) for row in range(4 * chunk, 4 * chunk + 4)
+    ]
+    path = ledger.attempt / f"{chunk:08d}.parquet"
+    receipt = Receipt(chunk, str(path), "", 4, 4, 4, 0, 0, 4, 4)
+    return receipt.finished(write_part(rows, path, with_receipt(output_schema(), receipt)), 0.5)
+
+
+def interrupted_run(out: Path, chunks: range = range(3), plan: dict = PLAN) -> None:
+    """A run that commits some chunks and stops before the merge."""
+    with suppress(Interrupted), open_ledger(out) as ledger:
+        ledger.settle(plan, AUTOMATIC, restart=False)
+        for chunk in chunks:
+            ledger.commit(write_chunk(ledger, chunk))
+        raise Interrupted
+
+
+def full(*_) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def resumed_chunks(out: Path, plan: dict = PLAN, *, restart: bool = False) -> list[int]:
+    """The chunks that another run finds done; it stops there."""
+    with suppress(Interrupted), open_ledger(out) as ledger:
+        ledger.settle(plan, AUTOMATIC, restart=restart)
+        assert all(part.exists() for part in ledger.parts())
+        found = sorted(ledger.receipts)
+        raise Interrupted
+    return found
+
+
+def parts(out: Path) -> list[Path]:
+    return sorted((work_directory(out) / "parts").iterdir())
+
+
+# ---- what is there while a run goes on, and after it
+
+
+def test_a_finished_run_leaves_nothing_behind(out):
+    with open_ledger(out) as ledger:
+        ledger.settle(PLAN, AUTOMATIC, restart=False)
+        ledger.commit(write_chunk(ledger, 0))
+        assert work_directory(out).is_dir()
+    assert os.listdir(out.parent) == []
+
+
+def test_a_run_that_fails_before_its_plan_leaves_nothing_behind(out):
+    with pytest.raises(Interrupted), open_ledger(out):
+        raise Interrupted
+    assert os.listdir(out.parent) == []
+
+
+def test_a_stopped_run_keeps_its_plan_and_its_parts_alone(out):
+    interrupted_run(out)
+    assert sorted(os.listdir(work_directory(out))) == ["lock", "parts", "plan.json"]
+    assert len(parts(out)) == 3
+
+
+def test_a_commit_is_one_rename_of_what_the_worker_wrote(out, monkeypatch):
+    with open_ledger(out) as ledger:
+        ledger.settle(PLAN, AUTOMATIC, restart=False)
+        receipt = write_chunk(ledger, 7)
+        data = Path(receipt.path).read_bytes()
+        renames = []
+        monkeypatch.setattr(
+            ledger_module.os, "replace", lambda *paths: renames.append(paths) or shutil.move(*map(str, paths))
+        )
+        assert parts(out) == []
+        ledger.commit(receipt)
+        assert [path.name for path in parts(out)] == [f"00000007-{receipt.sha256[:16]}.parquet"]
+        assert ledger.part(7).read_bytes() == data
+        assert len(renames) == 1
+
+
+def test_a_commit_that_fails_leaves_no_part(out, monkeypatch):
+    def run_until_the_disk_is_full() -> None:
+        with open_ledger(out) as ledger:
+            ledger.settle(PLAN, AUTOMATIC, restart=False)
+            ledger.commit(write_chunk(ledger, 0))
+            receipt = write_chunk(ledger, 1)
+            monkeypatch.setattr(ledger_module.os, "replace", full)
+            ledger.commit(receipt)
+
+    with pytest.raises(OutputError, match="No space left on device; what is finished is kept in .*run again"):
+        run_until_the_disk_is_full()
+    monkeypatch.undo()
+    assert resumed_chunks(out) == [0]
+
+
+def test_an_error_says_that_work_is_kept_only_where_it_is(out, monkeypatch):
+    monkeypatch.setattr(ledger_module.os, "replace", full)
+    with pytest.raises(OutputError, match="No space left on device; run again"), open_ledger(out) as ledger:
+        ledger.settle(PLAN, AUTOMATIC, restart=False)
+    assert os.listdir(out.parent) == []
+
+
+def test_parts_come_in_the_order_of_the_input_whatever_the_order_of_commits(out):
+    with open_ledger(out) as ledger:
+        ledger.settle(PLAN, AUTOMATIC, restart=False)
+        for chunk in (2, 0, 1):
+            ledger.commit(write_chunk(ledger, chunk))
+        rows = [row for part in ledger.parts() for row in pq.read_table(part)["row"].to_pylist()]
+    assert rows == list(range(12))
+
+
+# ---- going on
+
+
+def test_a_resumed_run_finds_what_was_committed(out):
+    interrupted_run(out, range(2))
+    with open_ledger(out) as ledger:
+        plan = ledger.settle(PLAN, {"chunk_rows": 99}, restart=False)
+        assert plan["chunk_rows"] == 4  # what it had, not what it would be now
+        assert {chunk: receipt.rows for chunk, receipt in ledger.receipts.items()} == {0: 4, 1: 4}
+        assert all(len(receipt.sha256) == 64 for receipt in ledger.receipts.values())
+
+
+def test_the_plan_that_holds_has_no_gaps(out):
+    with open_ledger(out) as ledger:
+        plan = ledger.settle(PLAN, AUTOMATIC, restart=False)
+        assert plan == json.loads((work_directory(out) / "plan.json").read_text())
+        assert plan == json.loads(json.dumps(PLAN | AUTOMATIC))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"input": "abd"}, "input 'abc', this one has 'abd'"),
+        ({"rows": 13}, "rows 12, this one has 13"),
+        ({"chunk_rows": 5}, "chunk_rows 4, this one has 5"),
+        ({"parameters": {"n": 2}}, r"parameters \{.*\}, this one has \{'n': 2\}"),
+        ({"prefix": None}, "prefix None, this one has None"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_different_plan_is_refused_by_the_name_of_what_differs(out, change, named):
+    interrupted_run(out)
+    before = tree(out.parent)
+    with pytest.raises(UsageError, match=f"had {named}; run it as before, or pass --restart"), open_ledger(out) as led:
+        led.settle(PLAN | change, AUTOMATIC, restart=False)
+    assert tree(out.parent) == before
+
+
+def test_a_plan_of_another_version_is_refused(out):
+    interrupted_run(out, plan=PLAN | {"of_old": 1})
+    with pytest.raises(UsageError, match="had of_old 1, this one has None"), open_ledger(out) as ledger:
+        ledger.settle(PLAN, AUTOMATIC, restart=False)
+
+
+def test_an_option_said_aloud_is_the_same_plan_where_it_is_what_was_chosen(out):
+    interrupted_run(out)
+    assert resumed_chunks(out, PLAN | {"chunk_rows": 4}) == [0, 1, 2]
+
+
+def test_restart_discards(out):
+    interrupted_run(out)
+    assert resumed_chunks(out, PLAN | {"input": "new"}, restart=True) == []
+    assert parts(out) == []
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b"[" * 100_000], ids=repr)
+def test_a_garbled_plan_is_refused_and_restart_mends_it(out, garbage):
+    interrupted_run(out)
+    (work_directory(out) / "plan.json").write_bytes(garbage)
+    with pytest.raises(OutputError, match="plan.json: not a plan.*; pass --restart to begin again"):
+        resumed_chunks(out)
+    assert len(parts(out)) == 3
+    assert resumed_chunks(out, restart=True) == []
+
+
+# ---- what is not trusted
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "flipped":
+        path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    elif how == "truncated":
+        path.write_bytes(data[:-1])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "longer":
+        path.write_bytes(data + b"\0")
+    elif how == "renamed":
+        path.rename(path.with_name(path.name.replace("00000001", "00000009")))
+    elif how == "directory":
+        path.unlink()
+        path.mkdir()
+    elif how == "gone":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "longer", "renamed", "directory", "gone"])
+def test_a_damaged_part_is_made_again(out, how):
+    interrupted_run(out)
+    damage(parts(out)[1], how)
+    assert resumed_chunks(out) == [0, 2]
+    assert len(parts(out)) == 2
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.randoms(use_true_random=False))
+def test_no_flipped_bit_goes_unseen(out, rng):
+    shutil.rmtree(work_directory(out), ignore_errors=True)
+    interrupted_run(out, range(1))
+    (part,) = parts(out)
+    data = bytearray(part.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    part.write_bytes(data)
+    assert resumed_chunks(out) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", ".00000001.swp", "00000001.parquet", "00000001-0123456789abcdef.parquet"]
+)
+def test_a_foreign_file_among_the_parts_is_not_taken_for_one(out, name):
+    interrupted_run(out)
+    (work_directory(out) / "parts" / name).write_bytes(b"PAR1")
+    assert resumed_chunks(out) == [0, 1, 2]
+    assert len(parts(out)) == 3
+
+
+def test_a_file_whose_name_fits_its_bytes_still_needs_a_receipt(out):
+    interrupted_run(out, range(1))
+    for number, data in enumerate([b"not a Parquet file", b""], 5):
+        sha256 = ledger_module.hashlib.sha256(data).hexdigest()
+        (work_directory(out) / "parts" / f"{number:08d}-{sha256[:16]}.parquet").write_bytes(data)
+    bare = work_directory(out) / "bare.parquet"
+    sha256 = write_part([], bare, output_schema())
+    bare.rename(work_directory(out) / "parts" / f"00000007-{sha256[:16]}.parquet")
+    assert resumed_chunks(out) == [0]
+
+
+def test_the_attempts_of_killed_runs_are_deleted(out):
+    interrupted_run(out)
+    for name in ("attempt-1", "attempt-2"):
+        (work_directory(out) / name).mkdir()
+        (work_directory(out) / name / "00000000.parquet").write_bytes(b"half")
+    assert resumed_chunks(out) == [0, 1, 2]
+    assert sorted(os.listdir(work_directory(out))) == ["lock", "parts", "plan.json"]
+
+
+def test_parts_without_a_plan_are_not_resumed_from(out):
+    interrupted_run(out)
+    (work_directory(out) / "plan.json").unlink()
+    assert resumed_chunks(out) == []
+
+
+def test_a_plan_whose_parts_are_gone_begins_again(out):
+    interrupted_run(out)
+    shutil.rmtree(work_directory(out) / "parts")
+    assert resumed_chunks(out) == []
+
+
+# ---- one at a time
+
+
+def test_a_second_holder_is_refused_and_changes_nothing(out):
+    with open_ledger(out) as ledger:
+        ledger.settle(PLAN, AUTOMATIC, restart=False)
+        ledger.commit(write_chunk(ledger, 0))
+        before = tree(out.parent)
+        with pytest.raises(BusyError, match="another run holds it; nothing was touched") as caught, open_ledger(out):
+            raise AssertionError("two hold it")
+        assert caught.value.exit_code == 75
+        assert tree(out.parent) == before
+
+
+def test_the_lock_is_free_after_a_run_that_failed(out):
+    interrupted_run(out)
+    assert resumed_chunks(out) == [0, 1, 2]
+
+
+def test_a_file_in_the_place_of_the_work_directory_is_named(out):
+    work_directory(out).write_text("mine")
+    with pytest.raises(OutputError, match="out.parquet.batchgen/lock: Not a directory"), open_ledger(out):
+        raise AssertionError("held")
+    assert work_directory(out).read_text() == "mine"
+
+
+def in_processes(script: str, *arguments: object) -> str:
+    """Run a script that forks, in a process without threads; stands in for many runs at once."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+FORKING = """
+import os, sys
+from pathlib import Path
+from batchgen.errors import BusyError
+from batchgen.ledger import open_ledger
+
+out, n = Path(sys.argv[1]), int(sys.argv[2])
+go, closed = os.pipe()
+
+def child():
+    os.close(closed)
+    os.read(go, 1)  # until the parent lets all of them start
+    return work()
+
+def fork_all():
+    pids = []
+    for _ in range(n):
+        pid = os.fork()
+        if not pid:
+            os._exit(child())
+        pids.append(pid)
+    os.close(closed)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+"""
+
+
+def test_of_twenty_at_once_exactly_one_wins(tmp_path):
+    script = f"""{FORKING}
+done, last = os.pipe()
+
+def work():
+    os.close(last)
+    try:
+        with open_ledger(out) as ledger:
+            ledger.settle({{"a": 1}}, {{}}, restart=False)
+            os.read(done, 1)  # hold it until the others have been refused
+            return 0
+    except BusyError as error:
+        return error.exit_code
+
+pids = []
+for _ in range(n):
+    pid = os.fork()
+    if not pid:
+        os._exit(child())
+    pids.append(pid)
+os.close(closed)
+codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(n - 1)]
+os.close(last)
+print(codes, os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    assert in_processes(script, tmp_path / "out.parquet", 20) == f"{[75] * 19} 0\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_directory_may_come_and_go_under_many_runs(tmp_path):
+    script = f"""{FORKING}
+def work():
+    turns = 0
+    while turns < 10:
+        try:
+            with open_ledger(out) as ledger:
+                ledger.settle({{"a": 1}}, {{}}, restart=False)
+                mine = os.open(out, os.O_CREAT | os.O_EXCL)  # FileExistsError: two at once
+                (ledger.parts_directory / "x").touch()
+                (ledger.attempt / "y").touch()
+                os.close(mine)
+                out.unlink()
+                turns += 1
+        except BusyError:
+            pass
+    return 0
+
+print(fork_all())
+"""
+    assert in_processes(script, tmp_path / "out.parquet", 6) == f"{[0] * 6}\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_names_are_kept_whatever_they_hold(tmp_path):
+    for name in ["a b.parquet", "-o.parquet", "ü\n.parquet", os.fsdecode(b"\xff.parquet")]:
+        interrupted_run(tmp_path / name, range(1))
+        assert resumed_chunks(tmp_path / name) == [0]

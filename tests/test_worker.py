@@ -1,0 +1,259 @@
+"""worker.py: rows in are rows out, the receipt is small and adds up, and no worker outlives its parent."""
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from batchgen import worker
+from batchgen.gpt2.config import GPT2Config
+from batchgen.ledger import work_directory
+from batchgen.planner import default_kv_bytes
+from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
+from batchgen.worker import Progress, WorkerSetup, read_progress, run_chunk
+from tests.models import BYTES, write_byte_model
+
+SLOW = GPT2Config(n_vocab=257, n_ctx=128, n_embd=256, n_head=8, n_layer=4)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_byte_model(tmp_path_factory.mktemp("worker") / "bytes")
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> str:
+    (tmp_path / "attempt").mkdir()
+    return str(tmp_path / "attempt")
+
+
+def setup(model: Path, **changes) -> WorkerSetup:
+    values = {"model": str(model), "kv_bytes": default_kv_bytes(BYTES), "max_batch": 8, "share_prefixes": True}
+    return WorkerSetup(**values | {"token_ids": True, "logprobs": False, "parent": os.getpid()} | changes)
+
+
+def request(row: int, **params) -> TokenizedRequest:
+    text = "abcdefgh"[: 1 + row % 8]
+    return TokenizedRequest(row, f"p:{row}", f"id-{row}", text, tuple(text.encode()), SamplingParams(**params))
+
+
+def rejected(row: int, prompt_tokens: int | None = None) -> Rejected:
+    return Rejected(row, f"p:{row}", None, None, f"p:{row}: not JSON", prompt_tokens)
+
+
+MIXED = Chunk(
+    3,
+    (
+        rejected(96),
+        request(97, max_tokens=4),
+        request(98, max_tokens=4, temperature=0.9, n=3),
+        rejected(99, 200),
+        request(100, max_tokens=6, n=2),
+        request(101, max_tokens=4),
+        request(109, max_tokens=4),  # the same text as 101
+    ),
+)
+EXPECTED = [(96, 0), (97, 0), (98, 0), (98, 1), (98, 2), (99, 0), (100, 0), (100, 1), (101, 0), (109, 0)]
+
+
+def part(receipt) -> list[dict]:
+    return pq.read_table(receipt.path).to_pylist()
+
+
+def test_rows_in_are_rows_out_in_order(model, attempt):
+    rows = part(run_chunk(setup(model), MIXED, attempt))
+    assert [(row["row"], row["sample"]) for row in rows] == EXPECTED
+    assert [row["row"] for row in rows if row["status"] == "rejected"] == [96, 99]
+    for row in rows:
+        item = next(item for item in MIXED.items if item.row == row["row"])
+        assert (row["id"], row["prompt"]) == (item.id, item.prompt)
+        if row["status"] == "ok":
+            assert row["error"] is None
+            assert row["prompt_tokens"] == len(item.prompt_token_ids)
+            assert row["completion_tokens"] == len(row["completion_token_ids"]) <= item.params.max_tokens
+        else:
+            assert row["error"] == item.error
+            assert row["prompt_tokens"] == item.prompt_tokens
+            assert {row[name] for name in ("completion", "completion_tokens", "finish_reason", "seed")} == {None}
+
+
+@pytest.mark.parametrize("items", [(rejected(0),), (request(0, max_tokens=1),), tuple(map(rejected, range(20)))])
+def test_a_chunk_of_one_kind_is_done_too(model, attempt, items):
+    rows = part(run_chunk(setup(model), Chunk(0, items), attempt))
+    assert [row["row"] for row in rows] == [item.row for item in items]
+
+
+def test_the_receipt_is_small_and_adds_up(model, attempt):
+    receipt = run_chunk(setup(model), MIXED, attempt)
+    rows = part(receipt)
+    assert len(pickle.dumps(receipt)) < 1000
+    assert (receipt.chunk, receipt.input_rows, receipt.rows) == (3, len(MIXED.items), len(rows))
+    assert receipt.ok + receipt.rejected + receipt.failed == receipt.rows
+    ok = [row for row in rows if row["status"] == "ok"]
+    assert (receipt.ok, receipt.rejected, receipt.failed) == (len(ok), len(rows) - len(ok), 0)
+    assert receipt.completion_tokens == sum(row["completion_tokens"] for row in ok)
+    assert receipt.prompt_tokens == sum(row["prompt_tokens"] for row in ok)
+
+
+def test_a_chunk_done_again_is_the_same_part(model, attempt):
+    first = run_chunk(setup(model), MIXED, attempt)
+    assert run_chunk(setup(model), MIXED, attempt).sha256 == first.sha256
+    assert run_chunk(setup(model, max_batch=16), Chunk(4, MIXED.items), attempt).sha256 != first.sha256  # its receipt
+
+
+def test_a_seed_is_given_exactly_where_something_was_drawn(model, attempt):
+    rows = part(run_chunk(setup(model), MIXED, attempt))
+    assert {row["row"] for row in rows if row["seed"] is not None} == {98}
+    assert len({row["seed"] for row in rows if row["row"] == 98}) == 3
+
+
+def test_a_worker_is_sent_paths_and_numbers_and_no_weights():
+    assert len(pickle.dumps(setup(Path("/models/tales")))) < 1000
+
+
+# ---- progress
+
+
+def test_progress_adds_up_over_workers(tmp_path, monkeypatch):
+    for pid in (11, 12):
+        monkeypatch.setattr(worker.os, "getpid", lambda pid=pid: pid)
+        progress = Progress(tmp_path)
+        progress.add(1, 20, 300)
+        progress.add(0, 20, 300)
+    Progress(tmp_path).add(1, 0, 0)  # a worker's next chunk goes on counting
+    assert read_progress(tmp_path) == (3, 80, 1200)
+
+
+def test_a_progress_file_that_is_just_being_made_counts_nothing(tmp_path):
+    assert read_progress(tmp_path) == (0, 0, 0)
+    (tmp_path / "progress-1").touch()
+    (tmp_path / "progress-2").write_bytes(bytes(16))
+    assert read_progress(tmp_path) == (0, 0, 0)
+
+
+def test_a_chunk_counts_its_input_rows_and_its_tokens(model, attempt):
+    receipt = run_chunk(setup(model), MIXED, attempt)
+    tokens = (receipt.prompt_tokens, receipt.completion_tokens)
+    assert read_progress(Path(attempt)) == (len(MIXED.items), *tokens)
+
+
+# ---- the parent's death
+
+
+def processes_of(session: int) -> list[int]:
+    """The living processes of a session: those of a command that was started in one of its own, and their children."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it is over
+            continue
+        if int(its_session) == session and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_for(condition, seconds: float) -> bool:
+    """Give up after that many seconds: many times what it takes."""
+    until = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < until:
+        time.sleep(0.02)
+    return bool(value)
+
+
+class Run:
+    """`batchgen generate` with two workers in a session of its own, to be disturbed."""
+
+    def __init__(self, model: Path, prompts: Path, out: Path) -> None:
+        self.out = out
+        options = ["--model", model, "--chunk-rows", 8, "--jobs", 2, "--max-tokens", 16, "--temperature", 0.7]
+        self.command = [sys.executable, "-m", "jobs.cli", "generate", prompts, "-o", out, *options, "--show", 0]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            list(map(str, self.command)),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for_parts(self, n: int) -> None:
+        """Until n chunks are committed."""
+        directory = work_directory(self.out) / "parts"
+        assert wait_for(lambda: self.process.poll() is not None or len(list(directory.glob("*-*"))) >= n, 60)
+        assert self.process.poll() is None, self.process.communicate()
+
+    def finish(self) -> int:
+        """Wait for the end and return the exit code; what was said on standard error is in `said`.
+
+        loky's tracker may say there that it cleared away what a process that left at once had no time for.
+        """
+        _, err = self.process.communicate(timeout=120)
+        self.said = [line for line in err.splitlines() if not re.search(r"resource_tracker|warnings\.warn", line)]
+        return self.process.returncode
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory) -> tuple[Path, Path, bytes]:
+    """A model slow enough to be interrupted, prompts for it, and what an undisturbed run writes."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    model = write_byte_model(folder / "slow", SLOW)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{"abcdefghij"[row % 10] * (1 + row % 40)}"}}\n' for row in range(120)))
+    assert Run(model, prompts, folder / "out.parquet").finish() == 0
+    return model, prompts, (folder / "out.parquet").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG and /proc are Linux's")
+def test_workers_die_with_a_killed_parent_and_the_next_run_finishes(disturbed, tmp_path):
+    model, prompts, expected = disturbed
+    out = tmp_path / "out.parquet"
+    for parts in (2, 6):
+        run = Run(model, prompts, out)
+        run.wait_for_parts(parts)
+        workers = processes_of(run.process.pid)
+        assert len(workers) >= 3
+        os.kill(run.process.pid, signal.SIGKILL)
+        assert wait_for(lambda run=run: processes_of(run.process.pid) == [], 15)  # loky alone leaves them for 25 s
+        assert run.finish() == -signal.SIGKILL
+        assert not out.exists()
+    assert Run(model, prompts, out).finish() == 0
+    assert out.read_bytes() == expected
+    assert os.listdir(tmp_path) == ["out.parquet"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_stopped_run_says_one_line_leaves_no_worker_and_can_be_gone_on_with(disturbed, tmp_path, number, code, word):
+    model, prompts, expected = disturbed
+    run = Run(model, prompts, tmp_path / "out.parquet")
+    run.wait_for_parts(2)
+    (os.killpg if number == signal.SIGINT else os.kill)(run.process.pid, number)  # Ctrl-C goes to all of them
+    assert run.finish() == code
+    assert run.said == [f"batchgen: {word}; run the same command again to go on"]
+    assert wait_for(lambda: processes_of(run.process.pid) == [], 15)
+    assert sorted(os.listdir(work_directory(run.out))) == ["lock", "parts", "plan.json"]
+    assert Run(model, prompts, run.out).finish() == 0
+    assert run.out.read_bytes() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+def test_ctrl_c_while_workers_start_is_one_line_too(disturbed, tmp_path):
+    model, prompts, _ = disturbed
+    run = Run(model, prompts, tmp_path / "out.parquet")
+    workers = lambda: run.process.poll() is not None or len(processes_of(run.process.pid)) >= 4  # noqa: E731
+    assert wait_for(workers, 60)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.finish() == 130
+    assert run.said == ["batchgen: interrupted; run the same command again to go on"]
