@@ -402,6 +402,6 @@ def test_a_folder_that_takes_no_files_is_refused(out_folder: Path, monkeypatch: 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(OutputError, match="the folder cannot be written: Read-only file system; choose another"):
         check_output(out_folder / "o.parquet", [])

@@ -9,7 +9,7 @@ mixes rows. Everything is float32: NumPy 2 promotes to float64 on contact with a
 Python floats.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,14 +108,35 @@ class Prefill:
         return len(self.token_ids)
 
 
-@dataclass(slots=True, eq=False)
-class _Span:
-    """Rows lo ... hi-1 of a decode group, which attend to the first n_key keys of one segment."""
+# left @ right[layer] -> out, for every layer: cutting views costs as much as a small product, so it is done once a pass
+Product = tuple[Array, Array, Array]
 
-    segment: Segment
-    lo: int
-    hi: int
-    n_key: int
+
+def score_product(q: Array, segment: Segment, n_key: int, out: Array) -> Product:
+    """[n_head, n_q, d_head] @ [n_layer, n_head, d_head, n_key] -> the segment's columns of out [n_head, n_q, all keys].
+
+    n_key is rounded up to LANES: the columns past it get whatever the cache holds, for the caller to mask.
+    """
+    width = round_up(n_key, LANES)
+    return q, segment.k[:, :, :, :width], out[:, :, segment.start : segment.start + width]
+
+
+def value_products(p: Array, segment: Segment, n_key: int, out: Array) -> Iterator[Product]:
+    """[n_head, n_q, all keys] weights, values -> out [n_head, n_block, n_q, d_head]: the sum of each block of keys."""
+    n_head, n_q, _ = p.shape
+    first_block, n_full = segment.start // BLOCK, n_key // BLOCK
+    whole = n_full * BLOCK
+    p = p[:, :, segment.start : segment.start + n_key]
+    if n_full:
+        weights = p[:, :, :whole].reshape(n_head, n_q, n_full, BLOCK).transpose(0, 2, 1, 3)
+        values = segment.v[:, :, :whole].reshape(-1, n_head, n_full, BLOCK, out.shape[3])
+        yield weights, values, out[:, first_block : first_block + n_full]
+    if n_key > whole:
+        yield p[:, :, whole:], segment.v[:, :, whole:n_key], out[:, first_block + n_full]
+
+
+def n_blocks(n_key: int) -> int:
+    return -(-n_key // BLOCK)
 
 
 @dataclass(slots=True, eq=False)
@@ -126,75 +147,43 @@ class _DecodeGroup:
     product of a single row is another routine with other bits.
     """
 
-    first_row: int
-    segments: list[Segment]  # the last of each sequence's path
+    rows: slice
     n_block: int
-    spans: list[_Span]
-    mask: Array  # [n_seq, 1, n_block*BLOCK], 0 where there is a key, -inf elsewhere
+    new_keys: list[Array]  # of each sequence, [n_layer, n_head, d_head]: where this pass's key goes
+    new_values: list[Array]
+    pairs: Array  # [n_seq, n_head, 2, d_head] queries and zeros
+    p: Array  # [n_seq, n_head, n_block*BLOCK] scores, then weights
+    last_keys: Array  # the columns of p that not every sequence has
+    mask: Array  # [n_seq, 1, n_last_key] 0 where there is a key, -inf elsewhere
+    o: Array  # [n_seq, n_head, n_block, d_head] weighted values
+    past_end: list[Array]  # parts of o that no product writes
+    scores: list[Product]
+    values: list[Product]
 
-    @property
-    def n_seq(self) -> int:
-        return len(self.segments)
 
-
-def _n_block(n_key: int) -> int:
-    return -(-n_key // BLOCK)
-
-
-def _decode_groups(segments: Sequence[Segment]) -> list[_DecodeGroup]:
-    """Cut decode rows into groups: neighbours of one length in blocks, or with a first segment in common."""
-    groups: list[_DecodeGroup] = []
+def _cut_into_groups(segments: Sequence[Segment]) -> Iterator[slice]:
+    """Rows of neighbours with one number of blocks, or with a first segment in common."""
     first = 0
     for i in range(1, len(segments) + 1):
         if i < len(segments) and i - first < DECODE_GROUP:
             before, here = segments[i - 1], segments[i]
-            if here.path[0] is before.path[0] or _n_block(here.end) == _n_block(before.end):
+            if here.path[0] is before.path[0] or n_blocks(here.end) == n_blocks(before.end):
                 continue
-        groups.append(_decode_group(first, list(segments[first:i])))
+        yield slice(first, i)
         first = i
-    return groups
 
 
-def _decode_group(first_row: int, segments: list[Segment]) -> _DecodeGroup:
-    ends = np.array([segment.end for segment in segments])
-    n_block = _n_block(int(ends.max()))
-    empty = np.arange(n_block * BLOCK) >= ends[:, None]
-    mask = np.where(empty, np.float32(-np.inf), np.float32(0))[:, None]
-    spans: list[_Span] = []
+def _spans(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int, int]]:
+    """Each segment on the paths of these, with the rows lo ... hi-1 of the neighbours that share it."""
     for depth in range(max(len(segment.path) for segment in segments)):
-        for i, segment in enumerate(segments):
-            if depth >= len(segment.path):
+        lo = 0
+        for hi in range(1, len(segments) + 1):
+            part = segments[lo].path[depth] if depth < len(segments[lo].path) else None
+            if hi < len(segments) and depth < len(segments[hi].path) and segments[hi].path[depth] is part:
                 continue
-            part = segment.path[depth]
-            if spans and spans[-1].segment is part and spans[-1].hi == i:
-                spans[-1].hi = i + 1
-            else:
-                spans.append(_Span(part, i, i + 1, part.length))
-    return _DecodeGroup(first_row, segments, n_block, spans, mask)
-
-
-def scores(q: Array, segment: Segment, layer: int, n_key: int, out: Array) -> None:
-    """[n_head, n_q, d_head] @ [n_head, d_head, n_key] -> the segment's columns of out [n_head, n_q, all keys].
-
-    n_key is rounded up to LANES: the columns past it hold whatever the cache does, for the caller to mask.
-    """
-    width = round_up(n_key, LANES)
-    np.matmul(q, segment.k[layer][:, :, :width], out=out[:, :, segment.start : segment.start + width])
-
-
-def weigh_values(p: Array, segment: Segment, layer: int, n_key: int, out: Array) -> None:
-    """[n_head, n_q, all keys] weights, values -> out [n_head, n_block, n_q, d_head]: the sum of each block of keys."""
-    n_head, n_q, _ = p.shape
-    v = segment.v[layer]  # [n_head, n_cap, d_head]
-    first_block, n_full = segment.start // BLOCK, n_key // BLOCK
-    p = p[:, :, segment.start : segment.start + n_key]
-    whole = n_full * BLOCK
-    if n_full:
-        weights = p[:, :, :whole].reshape(n_head, n_q, n_full, BLOCK).transpose(0, 2, 1, 3)
-        values = v[:, :whole].reshape(n_head, n_full, BLOCK, v.shape[2])
-        np.matmul(weights, values, out=out[:, first_block : first_block + n_full])
-    if n_key > whole:
-        np.matmul(p[:, :, whole:], v[:, whole:n_key], out=out[:, first_block + n_full])
+            if part is not None:
+                yield part, lo, hi
+            lo = hi
 
 
 class Forward:
@@ -213,7 +202,7 @@ class Forward:
         self._hidden = np.zeros((n_row, 4 * n_embd), np.float32)
         self._scratch = np.zeros((ROW_BLOCK, 4 * n_embd), np.float32)
         self._logits = np.zeros((max(max_logits, self.min_rows), config.n_vocab), np.float32)
-        n_q, n_block = max(QUERY_BLOCK, 2 * DECODE_GROUP), _n_block(config.n_ctx)
+        n_q, n_block = max(QUERY_BLOCK, 2 * DECODE_GROUP), n_blocks(config.n_ctx)
         self._scores = np.zeros(n_q * config.n_head * n_block * BLOCK, np.float32)
         self._weighed = np.zeros(n_q * config.n_head * n_block * config.d_head, np.float32)
         self._pairs = np.zeros((DECODE_GROUP, config.n_head, 2, config.d_head), np.float32)
@@ -233,7 +222,7 @@ class Forward:
         Returns logits [n_decode + the prefills' n_logits, n_vocab], in that order: a view, until the next call.
         """
         n_row = self._at_least(self._embed(decode_ids, decode_segments, prefills))
-        groups = _decode_groups(decode_segments)
+        groups = [self._decode_group(rows, decode_segments[rows]) for rows in _cut_into_groups(decode_segments)]
         last = self.config.n_layer - 1
         with np.errstate(over="ignore"):  # exp in gelu, see there
             for layer in range(last):
@@ -280,7 +269,7 @@ class Forward:
     def _last_block(self, layer: int, n_row: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]) -> int:
         """As _transformer_block, but beyond the cache only for the rows whose logits are wanted, moved to the front."""
         block = self.params["blocks"][layer]
-        wanted = np.arange(groups[-1].first_row + groups[-1].n_seq if groups else 0)
+        wanted = np.arange(groups[-1].rows.stop if groups else 0)
         for prefill in prefills:
             end = prefill.first_row + prefill.n_row
             wanted = np.append(wanted, np.arange(end - prefill.n_logits, end))
@@ -329,48 +318,64 @@ class Forward:
     def _write_cache(self, layer: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]) -> None:
         """Keys and values of all rows into their segments."""
         for group in groups:
-            last = group.first_row + group.n_seq
-            keys, values = self._heads(1, group.first_row, last), self._heads(2, group.first_row, last)
-            for i, segment in enumerate(group.segments):
-                segment.k[layer][:, :, segment.length - 1] = keys[i]
-                segment.v[layer][:, segment.length - 1] = values[i]
+            keys = self._heads(1, group.rows.start, group.rows.stop)
+            values = self._heads(2, group.rows.start, group.rows.stop)
+            for i, (new_key, new_value) in enumerate(zip(group.new_keys, group.new_values, strict=True)):
+                new_key[layer] = keys[i]
+                new_value[layer] = values[i]
         for prefill in prefills:
             first, last = prefill.first_row, prefill.first_row + prefill.n_row
             lo = prefill.first_position - prefill.segment.start
             prefill.segment.k[layer][:, :, lo : lo + prefill.n_row] = self._heads(1, first, last).transpose(1, 2, 0)
             prefill.segment.v[layer][:, lo : lo + prefill.n_row] = self._heads(2, first, last).transpose(1, 0, 2)
 
-    def _attend_decode(self, layer: int, group: _DecodeGroup) -> None:
-        """Rows of a group: queries against all their keys, into _attended."""
-        n_seq, n_block = group.n_seq, group.n_block
+    def _decode_group(self, rows: slice, segments: Sequence[Segment]) -> _DecodeGroup:
+        """The views of one group's arrays, good for all layers of this pass."""
         n_head, d_head = self.config.n_head, self.config.d_head
-        rows = slice(group.first_row, group.first_row + n_seq)
-        q = self._heads(0, rows.start, rows.stop)
-        pairs = self._pairs[:n_seq]
-        np.multiply(q, d_head**-0.5, out=pairs[:, :, 0])
-        together = pairs[:, :, 0].transpose(1, 0, 2)  # [n_head, n_seq, d_head]
+        ends = np.array([segment.end for segment in segments])
+        n_seq, n_block, first_masked = len(segments), n_blocks(int(ends.max())), int(ends.min())
         s = self._scores[: n_seq * n_head * 2 * n_block * BLOCK].reshape(n_seq, n_head, 2, n_block * BLOCK)
         o = self._weighed[: n_seq * n_head * n_block * 2 * d_head].reshape(n_seq, n_head, n_block, 2, d_head)
-        for span in group.spans:
-            if span.hi - span.lo == 1:
-                scores(pairs[span.lo], span.segment, layer, span.n_key, out=s[span.lo])
+        pairs = self._pairs[:n_seq]
+        past_end = np.arange(first_masked, n_block * BLOCK) >= ends[:, None]
+        group = _DecodeGroup(
+            rows=rows,
+            n_block=n_block,
+            new_keys=[segment.k[:, :, :, segment.length - 1] for segment in segments],
+            new_values=[segment.v[:, :, segment.length - 1] for segment in segments],
+            pairs=pairs,
+            p=s[:, :, 0],
+            last_keys=s[:, :, 0, first_masked:],
+            mask=np.where(past_end, np.float32(-np.inf), np.float32(0))[:, None],
+            o=o[:, :, :, 0],
+            past_end=[o[i, :, n_blocks(end) :] for i, end in enumerate(ends.tolist()) if n_blocks(end) < n_block],
+            scores=[],
+            values=[],
+        )
+        for segment, lo, hi in _spans(segments):
+            if hi - lo == 1:
+                group.scores.append(score_product(pairs[lo], segment, segment.length, out=s[lo]))
+                group.values += value_products(s[lo], segment, segment.length, out=o[lo])
             else:
-                out = s[span.lo : span.hi, :, 0].transpose(1, 0, 2)
-                scores(together[:, span.lo : span.hi], span.segment, layer, span.n_key, out=out)
-        p = s[:, :, 0]  # [n_seq, n_head, n_key]
-        p += group.mask
-        total = softmax(p, n_block)
-        o[...] = 0  # blocks past a sequence's end
-        for span in group.spans:
-            if span.hi - span.lo == 1:
-                weigh_values(s[span.lo], span.segment, layer, span.n_key, out=o[span.lo])
-            else:
-                weights = p[span.lo : span.hi].transpose(1, 0, 2)
-                weigh_values(
-                    weights, span.segment, layer, span.n_key, out=o[span.lo : span.hi, :, :, 0].transpose(1, 2, 0, 3)
-                )
-        attended = self._attended[rows].reshape(n_seq, n_head, d_head)
-        np.divide(o[:, :, :, 0].sum(axis=2), total, out=attended)
+                q, p = pairs[lo:hi, :, 0].transpose(1, 0, 2), group.p[lo:hi].transpose(1, 0, 2)
+                group.scores.append(score_product(q, segment, segment.length, out=p))
+                group.values += value_products(p, segment, segment.length, out=group.o[lo:hi].transpose(1, 2, 0, 3))
+        return group
+
+    def _attend_decode(self, layer: int, group: _DecodeGroup) -> None:
+        """Rows of a group: queries against all their keys, into _attended."""
+        d_head = self.config.d_head
+        np.multiply(self._heads(0, group.rows.start, group.rows.stop), d_head**-0.5, out=group.pairs[:, :, 0])
+        for q, keys, out in group.scores:
+            np.matmul(q, keys[layer], out=out)
+        np.add(group.last_keys, group.mask, out=group.last_keys)
+        total = softmax(group.p, group.n_block)
+        for p, values, out in group.values:
+            np.matmul(p, values[layer], out=out)
+        for rest in group.past_end:
+            rest[...] = 0
+        attended = self._attended[group.rows].reshape(-1, self.config.n_head, d_head)
+        np.divide(group.o.sum(axis=2), total, out=attended)
 
     def _attend_prefill(self, layer: int, prefill: Prefill, first_query: int) -> None:
         """Rows of a prefill from first_query on: queries against the keys up to their own, into _attended."""
@@ -381,16 +386,18 @@ class Forward:
             n_q = max(n_row, 2)  # never a product of one row; the second is not used
             row, position = prefill.first_row + lo, prefill.first_position + lo
             n_key = position + n_row
-            n_block = _n_block(n_key)
+            n_block = n_blocks(n_key)
             q = (self._heads(0, row, row + n_q) * d_head**-0.5).transpose(1, 0, 2)  # [n_head, n_q, d_head]
             s = self._scores[: n_head * n_q * n_block * BLOCK].reshape(n_head, n_q, n_block * BLOCK)
             for segment in path:
-                scores(q, segment, layer, min(segment.length, n_key - segment.start), out=s)
+                q, keys, out = score_product(q, segment, min(segment.length, n_key - segment.start), out=s)
+                np.matmul(q, keys[layer], out=out)
             s[:, :, position:] += self._causal[:n_q, : n_block * BLOCK - position]
             total = softmax(s, n_block)
             o = self._weighed[: n_head * n_block * n_q * d_head].reshape(n_head, n_block, n_q, d_head)
             for segment in path:
-                weigh_values(s, segment, layer, min(segment.length, n_key - segment.start), out=o)
+                for p, values, out in value_products(s, segment, min(segment.length, n_key - segment.start), out=o):
+                    np.matmul(p, values[layer], out=out)
             attended = self._attended[row : row + n_row].reshape(n_row, n_head, d_head).transpose(1, 0, 2)
             np.divide(o.sum(axis=1)[:, :n_row], total[:, :n_row], out=attended)
 

@@ -116,7 +116,7 @@ def write_part(rows: Sequence[OutputRow], path: Path, schema: pa.Schema) -> str:
 def _part_batches(part: Path, schema: pa.Schema) -> Iterator[Any]:
     """Yield a part's record batches with their checksums verified; OutputError names a damaged part."""
     try:
-        with pq.ParquetFile(part, page_checksum_verification=True, pre_buffer=False) as file:
+        with open(part, "rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             if not file.schema_arrow.equals(schema):
                 raise OutputError(f"{part}: the part has other columns than this run's; run again with --restart")
             yield from file.iter_batches(BATCH_ROWS, use_threads=False)
@@ -216,6 +216,6 @@ def _check_folder(out: Path) -> None:
         what = "not a folder" if folder.exists() else "no such folder"
         raise OutputError(f"{out}: {folder} is {what}; create it (mkdir -p) or choose another")
     try:
-        tempfile.NamedTemporaryFile(dir=folder, prefix=".batchgen-").close()  # noqa: SIM115  # made and gone
+        tempfile.TemporaryFile(dir=folder).close()  # noqa: SIM115  # made and gone
     except OSError as error:
         raise OutputError(f"{out}: the folder cannot be written: {error.strerror}; choose another") from error
