@@ -32,6 +32,10 @@ lint: .venv/dev  ## Lint, formatting, types, and which module may import which.
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
 
+.PHONY: bench
+bench: .venv/dev  ## Measure against transformers, CTranslate2, vLLM and llama.cpp, each in an environment of its own (an hour).
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
+
 .PHONY: clean
 clean:  ## Remove .venv and caches; outputs stay.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

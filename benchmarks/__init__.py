@@ -1,0 +1,1 @@
+"""How fast batchgen is, beside others: `python -m benchmarks.bench` from the repository's root."""

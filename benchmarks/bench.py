@@ -1,0 +1,207 @@
+"""batchgen beside others, on the same prompts and the same number of tokens: python -m benchmarks.bench.
+
+Each system runs in a process and a virtual environment of its own, one after another, set up at its best: the
+settings that are tried on a slice of a workload are in systems.py. tokens/s are generated tokens of a whole run,
+all cores in use, without start-up (from process start to the first token), which stands beside it; the best of
+--repeat runs. Peak memory is that of all the system's processes together, pages that they share counted once.
+"first token" says how many greedy completions begin with batchgen's token: a check that all did the same work.
+
+Needs Linux. Models, environments, logs and results are kept in .bench/.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import available_cores, clean_environment, describe, sgemm_peak
+from benchmarks.systems import ROOT, SYSTEMS, MissingError, Options, System, install, run_system
+from benchmarks.workloads import KINDS, Workload, make_workload
+
+HEADER = ["system", "tokens/s", "batchgen is", "start-up s", "peak GiB", "first token", "settings"]
+ALIGN = ["-", "-:", "-:", "-:", "-:", "-:", "-"]
+
+
+@dataclass(slots=True)
+class Row:
+    """What became of one system on one workload."""
+
+    workload: str
+    system: str
+    tokens_per_s: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    startup_s: float = 0.0
+    peak_bytes: int = 0
+    first_tokens: list[int] = field(default_factory=list)
+    version: str = ""
+    settings: str = ""
+    tried: dict[str, float | str] = field(default_factory=dict)
+    reported: dict[str, float] = field(default_factory=dict)
+    missing: str = ""
+
+
+def main() -> None:
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which ends what has been started
+    cache = args.cache.resolve()
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / ".gitignore").write_text("*\n", encoding="utf-8")
+    machine = describe(args.jobs)
+    print(machine, flush=True)
+    report, rows = [machine, ""], []
+    for name in args.only:
+        workload = make_workload(name, args.scale)
+        measured = [measure(SYSTEMS[system], workload, args, cache) for system in args.systems]
+        rows += measured
+        report += section(workload, measured, sgemm_peak(args.jobs)[0], args.jobs)
+        save(cache, report, machine, rows)
+    if "batchgen" in args.systems and args.breakdown:
+        report += ["## The engine alone, one process", "", run_breakdown()]
+        save(cache, report, machine, rows)
+    print("\n" + "\n".join(report))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=names_from(KINDS), default=list(KINDS), help=",".join(KINDS))
+    parser.add_argument("--systems", type=names_from(SYSTEMS), default=list(SYSTEMS), help=",".join(SYSTEMS))
+    parser.add_argument("--scale", type=float, default=1.0, help="times the number of prompts")
+    parser.add_argument("--jobs", type=int, default=available_cores(), help="cores for each system")
+    parser.add_argument("--repeat", type=int, default=2, help="runs of each, the best counts; long ones run once")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds after which a system is given up")
+    parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="or the first settings")
+    parser.add_argument("--breakdown", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--cache", type=Path, default=ROOT / ".bench")
+    return parser.parse_args()
+
+
+def names_from(known: dict[str, Any]) -> Any:
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return chosen
+
+    return names
+
+
+def measure(system: System, workload: Workload, args: argparse.Namespace, cache: Path) -> Row:
+    """One row; a system that fails has its reason in it."""
+    row = Row(workload.name, system.name)
+    try:
+        install(system, cache)
+        options, row.tried = best_options(system, workload, args, cache)
+        result = run_system(system, workload, options, args.jobs, args.repeat, cache, args.limit)
+    except MissingError as error:
+        row.missing = str(error)
+        print(f"{row.workload} {row.system}: missing: {row.missing}", file=sys.stderr, flush=True)
+        return row
+    row.seconds, row.startup_s, row.peak_bytes = result["seconds"], result["startup_s"], result["peak_bytes"]
+    row.tokens_per_s = workload.task.new_tokens / min(row.seconds)
+    row.first_tokens = [] if workload.task.temperature else result["first_tokens"]
+    row.version, row.settings, row.reported = result["version"], result["settings"], result["reported"]
+    print(f"{row.workload} {row.system}: {row.tokens_per_s:,.1f} tokens/s", file=sys.stderr, flush=True)
+    return row
+
+
+def best_options(
+    system: System, workload: Workload, args: argparse.Namespace, cache: Path
+) -> tuple[Options, dict[str, float | str]]:
+    """The fastest of the system's candidates on a third of the prompts, and what each took."""
+    candidates = system.candidates(workload, args.jobs)
+    if len(candidates) == 1 or not args.tune:
+        return candidates[0], {}
+    part = Workload(f"{workload.name}-tuning", workload.title, workload.task.part(3, 24))
+    tried: dict[str, float | str] = {}
+    seconds: list[float] = []
+    for options in candidates:
+        try:
+            seconds.append(min(run_system(system, part, options, args.jobs, 1, cache, args.limit)["seconds"]))
+            tried[json.dumps(options)] = round(seconds[-1], 2)
+        except MissingError as error:  # too much memory, or not to its taste: another may do
+            seconds.append(float("inf"))
+            tried[json.dumps(options)] = failure = str(error)
+    if min(seconds) == float("inf"):
+        raise MissingError(failure)
+    return candidates[seconds.index(min(seconds))], tried
+
+
+def run_breakdown() -> str:
+    command = [sys.executable, "-m", "benchmarks.breakdown"]
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+    return done.stdout if not done.returncode else f"missing: exit status {done.returncode}\n"
+
+
+# --- the report ------------------------------------------------------------------------------------------------
+
+
+def section(workload: Workload, rows: list[Row], sgemm: float, jobs: int) -> list[str]:
+    """A workload's heading and table, as Markdown."""
+    by_name = {row.system: row for row in rows}
+    ours = by_name.get("batchgen")
+    table = [cells(row, ours) for row in rows]
+    lines = [f"## {workload.name}: {workload.line}", "", *markdown_table(table), ""]
+    return [*lines, " ".join(remarks(ours, by_name.get("batchgen-1-job"), sgemm, jobs)), ""]
+
+
+def remarks(ours: Row | None, one: Row | None, sgemm: float, jobs: int) -> Iterator[str]:
+    if ours and one and ours.tokens_per_s and one.tokens_per_s:
+        yield f"{jobs} workers are {ours.tokens_per_s / one.tokens_per_s:.2f}x one."
+    if ours and ours.reported:
+        yield f"A worker's start to its first token: {ours.reported['worker_startup_s']:.2f} s."
+    yield f"sgemm just after this workload: {sgemm:,.0f} GF/s."
+
+
+def cells(row: Row, ours: Row | None) -> list[str]:
+    if row.missing:
+        return [row.system, "missing", "", "", "", "", row.missing.replace("|", "/")]
+    ratio = f"{ours.tokens_per_s / row.tokens_per_s:.2f}x" if ours and ours.tokens_per_s else ""
+    return [
+        row.system,
+        f"{row.tokens_per_s:,.0f}" if row.tokens_per_s >= 100 else f"{row.tokens_per_s:.1f}",
+        ratio,
+        f"{row.startup_s:.1f}",
+        f"{row.peak_bytes / 2**30:.2f}",
+        agreement(row, ours),
+        f"{row.version}; {row.settings}",
+    ]
+
+
+def agreement(row: Row, ours: Row | None) -> str:
+    if not ours or not row.first_tokens or len(ours.first_tokens) != len(row.first_tokens):
+        return ""
+    same = sum(a == b for a, b in zip(row.first_tokens, ours.first_tokens, strict=True))
+    return f"{same / len(row.first_tokens):.0%}"
+
+
+def markdown_table(rows: list[list[str]]) -> list[str]:
+    """Aligned, so that it reads as text too."""
+    widths = [max(len(row[column]) for row in [HEADER, *rows]) for column in range(len(HEADER))]
+    widths[-1] = len(HEADER[-1])  # the last column is long, and nothing follows it
+
+    def line(values: list[str]) -> str:
+        padded = [
+            value.rjust(width) if align == "-:" else value.ljust(width)
+            for value, width, align in zip(values, widths, ALIGN, strict=True)
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * (width - 1)) + align[-1] for width, align in zip(widths, ALIGN, strict=True)]
+    return [line(HEADER), line(rule), *map(line, rows)]
+
+
+def save(cache: Path, report: list[str], machine: str, rows: list[Row]) -> None:
+    """Write what there is so far, so that an interrupted run is not lost."""
+    (cache / "results.md").write_text("\n".join(report) + "\n", encoding="utf-8")
+    values = {"machine": machine, "rows": [asdict(row) for row in rows]}
+    (cache / "results.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""One random model of 124M's shape in every format, made once and kept in the cache directory."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from batchgen.checkpoint.shards import TOKENIZER_FILES, write_model
+from batchgen.gpt2.config import LAYER_NORM_EPS, GPT2Config
+from batchgen.gpt2.params import Array, random_tensors
+from tests.vocabulary import gpt2_vocabulary_dir
+
+SIZE_124M = GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12)
+END_OF_TEXT = 50_256
+
+_LEAVES = {"g": "weight", "b": "bias", "w": "weight"}
+
+
+def batchgen_model(cache: Path) -> Path:
+    """batchgen's shards."""
+    directory = cache / "models" / "batchgen"
+    if not directory.exists():
+        tensors = random_tensors(SIZE_124M)
+        source = {"kind": "random weights"}
+        write_model(
+            directory, SIZE_124M, tensors.items(), name="random", source=source, tokenizer_dir=gpt2_vocabulary_dir()
+        )
+    return directory
+
+
+def huggingface_model(cache: Path) -> Path:
+    """The same weights as Hugging Face's GPT2LMHeadModel saves them."""
+    directory = cache / "models" / "huggingface"
+    if not directory.exists():
+        new = directory.with_suffix(".tmp")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        (new / "config.json").write_text(json.dumps(huggingface_config(SIZE_124M), indent=2), encoding="utf-8")
+        (new / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}', encoding="utf-8")
+        for ours, theirs in TOKENIZER_FILES.items():
+            shutil.copyfile(gpt2_vocabulary_dir() / ours, new / theirs)
+        write_safetensors(new / "model.safetensors", dict(huggingface_tensors(random_tensors(SIZE_124M))))
+        new.rename(directory)
+    return directory
+
+
+def huggingface_config(config: GPT2Config) -> dict[str, object]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": END_OF_TEXT,
+        "eos_token_id": END_OF_TEXT,
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "n_ctx": config.n_ctx,
+        "n_positions": config.n_ctx,
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_layer": config.n_layer,
+        "vocab_size": config.n_vocab,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }
+
+
+def huggingface_tensors(tensors: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+    """`h0/attn/c_attn/w` -> `transformer.h.0.attn.c_attn.weight`, [in, out] as it is; lm_head is wte, tied."""
+    for name, tensor in tensors.items():
+        if name == "lm_head":
+            continue
+        *path, leaf = name.split("/")
+        if path and path[0][1:].isdigit():
+            path[:1] = ["h", path[0][1:]]
+        yield ".".join(["transformer", *path, _LEAVES.get(leaf, f"{leaf}.weight")]), tensor
+
+
+def write_safetensors(path: Path, tensors: dict[str, Array]) -> None:
+    """A length, a JSON header with each tensor's place, and the data."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor, "<f4").data)

@@ -1,0 +1,85 @@
+"""batchgen as `batchgen generate` runs it: chunks of prompts to worker processes, parts on disk, receipts back."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from batchgen import __version__
+from batchgen.checkpoint.shards import load_manifest
+from batchgen.engine.engine import MAX_BATCH
+from batchgen.engine.probe import blas_info
+from batchgen.planner import auto_chunk_rows, default_kv_bytes, plan_chunks
+from batchgen.run import Job as RunJob
+from batchgen.run import Model, generate, worker_setup
+from batchgen.tokenizer import Tokenizer
+from batchgen.types import Chunk, Receipt, SamplingParams, TokenizedRequest
+from benchmarks.peers.protocol import Completions, Job, Ready, Task, first_token, serve
+
+
+class Workers:
+    """What batchgen.run.run_job does between its plan and the merge of the parts."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, directory = job, Path(job.model)
+        model = Model(directory, load_manifest(directory))
+        self.tokenizer = Tokenizer.load(directory)
+        plan = {
+            "kv_bytes": default_kv_bytes(model.manifest.config),
+            "batch_size": MAX_BATCH,
+            "share_prefixes": True,
+        }
+        self.setup = worker_setup(RunJob(Path(), Path(), token_ids=True), model, plan)
+        self.first_seconds = 0.0  # of the first task: start a worker, map the model, generate
+
+    def complete(self, task: Task) -> Completions:
+        with tempfile.TemporaryDirectory(dir=self.job.scratch) as attempt:
+            chunk_rows = auto_chunk_rows(len(task.prompts), self.job.jobs, task.n)
+            receipts = self.run(plan_chunks(self.requests(task), chunk_rows), Path(attempt))
+            tables = [pq.read_table(receipt.path, columns=["completion_token_ids"]) for receipt in receipts]
+            return [ids for table in tables for ids in table.column(0).to_pylist()]
+
+    def run(self, chunks: Iterator[Chunk], attempt: Path) -> list[Receipt]:
+        start = time.perf_counter()
+        receipts = list(generate(self.setup, chunks, attempt, self.job.jobs))
+        self.first_seconds = self.first_seconds or time.perf_counter() - start
+        return sorted(receipts, key=lambda receipt: receipt.chunk)
+
+    def requests(self, task: Task) -> Iterator[TokenizedRequest]:
+        params = SamplingParams(
+            max_tokens=task.max_tokens,
+            temperature=task.temperature,
+            top_k=task.top_k,
+            top_p=task.top_p,
+            n=task.n,
+            ignore_eos=True,
+        )
+        for row, ids in enumerate(task.prompts):
+            yield TokenizedRequest(row, f"prompts:{row + 1}", None, self.tokenizer.decode(ids), tuple(ids), params)
+
+    def warm_up(self) -> dict[str, float]:
+        """One token from every worker, in chunks of one row, until each has had one."""
+        seconds = self.first_seconds
+        tiny = Task(first_token(self.job.task).prompts * 2 * self.job.jobs, 1)
+        with tempfile.TemporaryDirectory(dir=self.job.scratch) as attempt:
+            while len(list(Path(attempt).glob("progress-*"))) < self.job.jobs:
+                self.run(plan_chunks(self.requests(tiny), 1), Path(attempt))
+        return {"worker_startup_s": seconds}
+
+
+def load(job: Job) -> Ready:
+    workers = Workers(job)
+    chunk_rows = auto_chunk_rows(len(job.task.prompts), job.jobs, job.task.n)
+    return Ready(
+        complete=workers.complete,
+        version=f"{__version__}, numpy {np.__version__}, {blas_info().core_type}",
+        settings=f"{job.jobs} {'workers' if job.jobs > 1 else 'worker'}, chunks of {chunk_rows} rows",
+        warm_up=workers.warm_up,
+    )
+
+
+if __name__ == "__main__":
+    serve(load)

@@ -1,0 +1,177 @@
+"""What the benchmark measures: seeded workloads of exact sizes, and tables that say what is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from batchgen.gpt2.config import GPT2Config
+from batchgen.gpt2.params import random_tensors
+from benchmarks.bench import HEADER, Row, section
+from benchmarks.breakdown import Clock
+from benchmarks.memory import PeakMemory, proportional_bytes, tree
+from benchmarks.models import huggingface_tensors, write_safetensors
+from benchmarks.peers.protocol import Job, Ready, Task, batches, check, measure
+from benchmarks.systems import MissingError, run_logged
+from benchmarks.workloads import KINDS, N_ORDINARY, make_workload
+
+CONFIG = GPT2Config(n_vocab=20, n_ctx=8, n_embd=4, n_head=2, n_layer=2)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_workload_is_its_seed_alone(name):
+    assert make_workload(name, 0.1) == make_workload(name, 0.1)
+    assert make_workload(name, 0.1) != make_workload(name, 0.1, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "new_tokens"),
+    [("W1", 192, 12_288), ("W2", 192, 6_144), ("W3", 24, 12_288), ("W4", 64, 512), ("W5", 192, 12_288)],
+)
+def test_counts_are_exact(name, rows, new_tokens):
+    task = make_workload(name).task
+    assert len(task.prompts) == rows
+    assert task.new_tokens == new_tokens
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("scale", [0.01, 0.25, 1.0])
+def test_prompts_are_ordinary_tokens_and_fit_the_context(name, scale):
+    task = make_workload(name, scale).task
+    assert all(0 <= token < N_ORDINARY for prompt in task.prompts for token in prompt)
+    assert max(map(len, task.prompts)) + task.max_tokens <= 1024
+
+
+def test_w1_is_a_mixture_of_lengths():
+    lengths = sorted(len(prompt) for prompt in make_workload("W1").task.prompts)
+    assert lengths[0] == 7
+    assert 600 <= lengths[-1] <= 700
+    assert 60 <= lengths[96] <= 70
+    assert 17_000 <= sum(lengths) <= 18_200
+
+
+def test_w2_shares_its_prefix_and_nothing_else():
+    task = make_workload("W2").task
+    assert len({tuple(prompt[:480]) for prompt in task.prompts}) == 1
+    own = [tuple(prompt[480:]) for prompt in task.prompts]
+    assert len(set(own)) == len(own)
+    assert all(10 <= len(ids) <= 60 for ids in own)
+
+
+def test_w4_is_long_prompts():
+    lengths = sorted(len(prompt) for prompt in make_workload("W4").task.prompts)
+    assert (lengths[0], lengths[-1]) == (300, 900)
+
+
+def test_half_of_w5_is_duplicates():
+    prompts = [tuple(prompt) for prompt in make_workload("W5").task.prompts]
+    assert len(set(prompts)) * 2 == len(prompts)
+
+
+def test_a_job_survives_its_file(tmp_path):
+    job = Job("model", make_workload("W3", 0.1).task, 2, 1, "scratch", {"batch_size": 8})
+    job.write(tmp_path / "job.json")
+    assert Job.read(tmp_path / "job.json") == job
+
+
+def test_batches_hold_every_prompt_once_by_length():
+    task = Task([[0] * n for n in (3, 1, 2, 5, 4)], max_tokens=1)
+    assert batches(task, 2) == [[3, 4], [0, 2], [1]]
+
+
+def test_a_system_that_generates_too_little_is_an_error():
+    task = Task([[1], [2]], max_tokens=3)
+    check(task, [[0, 0, 0], [0, 0, 0]])
+    with pytest.raises(ValueError, match="asked for 2 completions of 3 tokens, got 2 of"):
+        check(task, [[0, 0, 0], [0, 0]])
+    with pytest.raises(ValueError, match="got 1 of"):
+        check(task, [[0, 0, 0]])
+
+
+def test_measuring_repeats_and_reports():
+    task = Task([[1], [2]], max_tokens=3)
+
+    def load(job):
+        return Ready(lambda t: [[7] * t.max_tokens for _ in range(len(t.prompts) * t.n)], "1.0", "fast")
+
+    result = measure(load, Job("model", task, 1, 3, ""))
+    assert len(result["seconds"]) == 3
+    assert result["first_tokens"] == [7, 7]
+
+
+def test_a_part_of_a_task_spans_its_lengths():
+    task = make_workload("W4").task
+    part = task.part(4, 2)
+    lengths = [len(prompt) for prompt in part.prompts]
+    assert len(lengths) == 16
+    assert max(lengths) - min(lengths) > 500
+    assert part.max_tokens == 2
+
+
+def test_huggingface_names_cover_every_tensor_once():
+    tensors = random_tensors(CONFIG)
+    names = [name for name, _ in huggingface_tensors(tensors)]
+    assert len(set(names)) == len(tensors) - 1  # lm_head is wte
+    assert {"transformer.wte.weight", "transformer.h.1.attn.c_attn.bias", "transformer.ln_f.weight"} <= set(names)
+
+
+def test_safetensors_can_be_read_back(tmp_path):
+    tensors = dict(huggingface_tensors(random_tensors(CONFIG)))
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    for name, tensor in tensors.items():
+        first, last = header[name]["data_offsets"]
+        values = np.frombuffer(data[start + first : start + last], "<f4").reshape(header[name]["shape"])
+        np.testing.assert_array_equal(values, tensor)
+
+
+def test_a_missing_system_is_a_row_with_its_reason():
+    workload = make_workload("W1", 0.05)
+    ours = Row("W1", "batchgen", tokens_per_s=200.0, seconds=[1.0], first_tokens=[1, 2])
+    peer = replace(ours, system="peer", tokens_per_s=100.0, first_tokens=[1, 3])
+    lines = section(workload, [ours, peer, Row("W1", "other", missing="no wheel")], 100.0, 2)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert table[0] == HEADER
+    assert table[3][:3] == ["peer", "100", "2.00x"]
+    assert table[3][5] == "50%"
+    assert table[4] == ["other", "missing", "", "", "", "", "no wheel"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_memory_counts_children():
+    code = "import sys, time; kept = bytearray(50_000_000); kept[::4096] = b'x' * len(kept[::4096]); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        assert child.pid in tree(os.getpid())
+        with PeakMemory(os.getpid()) as memory:
+            while proportional_bytes(child.pid) < 50_000_000:
+                assert child.poll() is None
+        own = proportional_bytes(os.getpid())
+    finally:
+        child.kill()
+        child.wait()
+    assert memory.peak > own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_failing_command_gives_its_reason(tmp_path):
+    command = [sys.executable, "-c", "raise RuntimeError('no such library')"]
+    with pytest.raises(MissingError, match="RuntimeError: no such library"):
+        run_logged(command, tmp_path / "log", dict(os.environ), 10)
+    with pytest.raises(MissingError, match="no result in 0 s"):
+        run_logged([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", dict(os.environ), 0.2)
+
+
+def test_the_clock_tells_weights_from_attention():
+    clock = Clock()
+    a, heads = np.ones((2, 3), np.float32), np.ones((4, 2, 3), np.float32)
+    clock.matmul(a, a.T)
+    clock.matmul(heads, heads.swapaxes(1, 2))
+    assert clock.shapes == {(2, 3, 2): 1}
+    assert set(clock.seconds) == {"weights", "attention's products"}
