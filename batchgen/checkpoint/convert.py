@@ -1,14 +1,24 @@
-"""OpenAI's TensorFlow checkpoints, read one tensor at a time and written as a model directory of shards."""
+"""Checkpoints of either kind made into model directories; and OpenAI's, through TensorFlow, a tensor at a time."""
 
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from batchgen.checkpoint.shards import file_sha256, open_file, parse_config, read_json, short, write_model
+from batchgen.checkpoint.huggingface import CONFIG, convert_hf_checkpoint
+from batchgen.checkpoint.shards import (
+    OnProgress,
+    counted,
+    file_sha256,
+    open_file,
+    parse_config,
+    read_json,
+    short,
+    write_model,
+)
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import Array, nest
@@ -21,18 +31,36 @@ _OTHER_MODEL = f"hparams.json is of another model, or {_REMEDY}"
 _NEEDS_TENSORFLOW = "reading a TensorFlow checkpoint needs TensorFlow; install it with: pip install tensorflow-cpu"
 
 
-def convert_tf_checkpoint(src: Path, dst: Path, *, name: str, replace: bool = False) -> None:
+def convert_checkpoint(
+    src: Path, dst: Path, *, name: str, replace: bool = False, on_progress: OnProgress | None = None
+) -> None:
+    """Convert what src holds, a Hugging Face GPT-2 or OpenAI's TensorFlow checkpoint, into the model directory dst."""
+    if not os.path.isdir(src):
+        raise ModelError(f"{src}: is not a directory; give the one that holds the checkpoint's files")
+    convert = convert_hf_checkpoint if os.path.lexists(src / CONFIG) else convert_tf_checkpoint
+    convert(src, dst, name=name, replace=replace, on_progress=on_progress)
+
+
+def convert_tf_checkpoint(
+    src: Path,
+    dst: Path,
+    *,
+    name: str,
+    replace: bool = False,
+    source: Mapping[str, str] | None = None,
+    on_progress: OnProgress | None = None,
+) -> None:
     """Convert a checkpoint directory as OpenAI publishes it into the model directory dst.
 
     Reads hparams.json, the checkpoint's index and data, and the vocabulary; needs not much more memory
     than TensorFlow itself and the largest tensor. Raises ModelError, with the file, on anything missing
-    or damaged; dst is then as it was.
+    or damaged; dst is then as it was. source: what else the manifest is to say of where it comes from.
     """
     prefix = find_checkpoint(src)
     config = read_hparams(src / "hparams.json")
-    source = {"format": "TensorFlow checkpoint", "index_sha256": file_sha256(Path(f"{prefix}{INDEX}"))}
-    tensors = read_tf_tensors(prefix, config)
-    write_model(dst, config, tensors, name=name, source=source, tokenizer_dir=src, replace=replace)
+    known = {"format": "TensorFlow checkpoint", "index_sha256": file_sha256(Path(f"{prefix}{INDEX}"))}
+    tensors = counted(read_tf_tensors(prefix, config), len(config.tensor_shapes()), on_progress)
+    write_model(dst, config, tensors, name=name, source=known | dict(source or {}), tokenizer_dir=src, replace=replace)
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str, hparams: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from io import BufferedReader
 from pathlib import Path
@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchgen.errors import ModelError
-from batchgen.gpt2.config import GPT2Config
+from batchgen.gpt2.config import OPTIONS, GPT2Config
 from batchgen.gpt2.params import Array, Params, nest
 
 FORMAT = 1
@@ -51,6 +51,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 
 T = TypeVar("T")
+OnProgress = Callable[[int, int], None]  # (done, of how many)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +75,14 @@ class Manifest:
 
 
 def shard_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor a model directory holds: the checkpoint's, and lm_head, the transposed copy of wte."""
+    """Every tensor a model directory holds: the checkpoint's, and lm_head, wte transposed where the two are tied."""
     return config.tensor_shapes() | {"lm_head": (config.n_embd, config.n_vocab)}
 
 
 def model_hash(manifest: Manifest) -> str:
     """Name the model by what it computes: 16 hex digits over config, weights and vocabulary, not its name."""
     content = {
-        "config": asdict(manifest.config),
+        "config": manifest.config.as_dict(),
         "tensors": {name: shard.sha256 for name, shard in manifest.tensors.items()},
         "tokenizer": manifest.tokenizer,
     }
@@ -145,9 +146,12 @@ def _parse_manifest(values: object) -> Manifest:
 
 def parse_config(values: Mapping[str, object]) -> GPT2Config:
     """Check what a file says of a config."""
-    names = tuple(field.name for field in fields(GPT2Config))
-    _check_keys(values, names, "config: ")
-    return GPT2Config(**{name: _take(values, name, int, "config: ") for name in names})
+    known = tuple(field.name for field in fields(GPT2Config))
+    _check_keys(values, known, "config: ", optional=tuple(OPTIONS))
+    numbers = {name: _take(values, name, int, "config: ") for name in known if name not in OPTIONS}
+    options = {name: values[name] for name in OPTIONS if name in values}
+    given: dict[str, Any] = numbers | options
+    return GPT2Config(**given)  # which checks the options
 
 
 def _parse_source(values: Mapping[str, object]) -> dict[str, str]:
@@ -194,13 +198,15 @@ def _parse_sha256(text: str, where: str) -> str:
     return text
 
 
-def _check_keys(values: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
+def _check_keys(
+    values: Mapping[str, object], known: tuple[str, ...], where: str, optional: tuple[str, ...] = ()
+) -> None:
     """Refuse, by name, a key that is missing or that is not known."""
     for key in values.keys() - set(known):
         near = get_close_matches(key[:100], known, n=1)
         raise ModelError(f"{where}unknown key {short(key)}" + (f" (nearest: {near[0]!r})" if near else ""))
     for key in known:
-        if key not in values:
+        if key not in values and key not in optional:
             raise ModelError(f"{where}{key!r} is missing")
 
 
@@ -331,7 +337,8 @@ def write_model(
 ) -> None:
     """Write a model directory, one tensor in memory at a time.
 
-    tensors: the checkpoint's, in any order, each once, of config.tensor_shapes(); lm_head is made from wte.
+    tensors: the checkpoint's, in any order, each once, of config.tensor_shapes(); lm_head is made from wte, but
+    where the config has the two apart (tie_word_embeddings false) it is a tensor like the others.
     tokenizer_dir: holds the vocabulary under OpenAI's or Hugging Face's names.
     replace: put this model in the place of another; files there that are not a model's are kept.
 
@@ -359,6 +366,16 @@ def write_model(
         raise ModelError(f"{directory}: cannot be written ({error.strerror or error})") from error
 
 
+def counted(tensors: Iterable[tuple[str, Array]], total: int, on_progress: OnProgress | None) -> Iterator[Any]:
+    """Yield the tensors, telling on_progress how many have been written."""
+    for done, tensor in enumerate(tensors):
+        if on_progress:
+            on_progress(done, total)
+        yield tensor
+    if on_progress:
+        on_progress(total, total)
+
+
 def _check_target(directory: Path, config: GPT2Config, replace: bool) -> list[Path]:
     """Refuse, before any work, a place that cannot take the model; return the files to keep from it."""
     if not os.path.lexists(directory):
@@ -384,26 +401,26 @@ def _is_model_file(name: str) -> bool:
 def _write_tensors(
     directory: Path, config: GPT2Config, tensors: Iterable[tuple[str, npt.NDArray[Any]]]
 ) -> dict[str, Shard]:
-    shapes = shard_shapes(config)
+    shapes, tied = shard_shapes(config), config.tie_word_embeddings
     written: dict[str, Shard] = {}
     given_head = None
     for name, array in tensors:
         if name not in shapes:
             raise ModelError(f"tensor {short(name)} is none of a GPT-2 of {config.n_layer} layers")
-        if name in written and name != "lm_head":
+        if name in written and (name != "lm_head" or not tied):
             raise ModelError(f"tensor {name} came twice")
         _check_tensor(name, array, shapes[name])
-        if name == "lm_head":  # random_tensors gives one; it is made from wte all the same
+        if name == "lm_head" and tied:  # random_tensors gives one; it is made from wte all the same
             given_head = _digest(_npy(name, array))
             continue
         written[name] = _write_shard(directory, name, array)
-        if name == "wte":
+        if name == "wte" and tied:
             written["lm_head"] = _write_shard(directory, "lm_head", array.T)
     missing = [name for name in shapes if name not in written]
     if missing:
         raise ModelError(f"tensor {missing[0]} is missing ({len(missing)} of {len(shapes)} are)")
     if given_head not in (None, written["lm_head"].sha256):
-        raise ModelError("tensor lm_head is not wte transposed; a GPT-2 has the two tied")
+        raise ModelError("tensor lm_head is not wte transposed; the config has the two tied")
     return {name: written[name] for name in shapes}
 
 
@@ -474,7 +491,7 @@ def _manifest_json(manifest: Manifest) -> bytes:
     values = {
         "format": FORMAT,
         "name": manifest.name,
-        "config": asdict(manifest.config),
+        "config": manifest.config.as_dict(),
         "source": manifest.source,
         "tensors": {
             name: {"file": shard.file, "dtype": "<f4", "shape": shard.shape, "sha256": shard.sha256}

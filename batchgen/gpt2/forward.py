@@ -29,7 +29,8 @@ _SMALL_PRODUCT = 100**3
 
 def min_rows(config: GPT2Config) -> int:
     """How many rows every product has at least: never 1 (another routine), never so few that BLAS calls it small."""
-    return min(max(2, _SMALL_PRODUCT // config.n_embd**2 + 1), 1024)
+    smallest = config.n_embd * min(config.n_embd, config.inner_dim)
+    return min(max(2, _SMALL_PRODUCT // smallest + 1), 1024)
 
 
 # --- picoGPT's functions ---------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def linear(x: Array, w: Array, b: Array, out: Array) -> Array:
 
 
 def ffn(x: Array, c_fc: Linear, c_proj: Linear, hidden: Array, scratch: Array, out: Array) -> Array:
-    """[n_row, n_embd] -> [n_row, 4*n_embd] -> [n_row, n_embd]."""
+    """[n_row, n_embd] -> [n_row, inner_dim] -> [n_row, n_embd]."""
     np.matmul(x, c_fc["w"], out=hidden)
     for first in range(0, len(hidden), ROW_BLOCK):
         rows = hidden[first : first + ROW_BLOCK]
@@ -194,13 +195,14 @@ class Forward:
         self.min_rows = min_rows(config)
         self.max_rows, self.max_logits = max_rows, max_logits
         n_row = max(max_rows, self.min_rows) + 1  # one more, so that a single last query can be taken as two
-        n_embd = config.n_embd
+        n_embd, inner_dim = config.n_embd, config.inner_dim
         self._x = np.zeros((n_row, n_embd), np.float32)
         self._norm = np.zeros((n_row, n_embd), np.float32)
         self._qkv = np.zeros((n_row, 3 * n_embd), np.float32)
         self._attended = np.zeros((n_row, n_embd), np.float32)
-        self._hidden = np.zeros((n_row, 4 * n_embd), np.float32)
-        self._scratch = np.zeros((ROW_BLOCK, 4 * n_embd), np.float32)
+        self._spare = np.zeros(n_row * max(inner_dim, 2 * n_embd), np.float32)  # the MLP's, and the last block's
+        self._hidden = self._spare[: n_row * inner_dim].reshape(n_row, inner_dim)
+        self._scratch = np.zeros((ROW_BLOCK, inner_dim), np.float32)
         self._logits = np.zeros((max(max_logits, self.min_rows), config.n_vocab), np.float32)
         n_q, n_block = max(QUERY_BLOCK, 2 * DECODE_GROUP), n_blocks(config.n_ctx)
         self._scores = np.zeros(n_q * config.n_head * n_block * BLOCK, np.float32)
@@ -282,7 +284,7 @@ class Forward:
         if not n_logits:
             return 0
         n = self._at_least(n_logits)
-        chosen, q = self._hidden.reshape(-1)[: 2 * n * n_embd].reshape(2, n, n_embd)
+        chosen, q = self._spare[: 2 * n * n_embd].reshape(2, n, n_embd)
         np.take(norm, wanted, axis=0, out=chosen[:n_logits], mode="clip")
         qkv[wanted, :n_embd] = linear(chosen, w[:, :n_embd], b[:n_embd], out=q)[:n_logits]
         for group in groups:
@@ -365,7 +367,8 @@ class Forward:
     def _attend_decode(self, layer: int, group: _DecodeGroup) -> None:
         """Rows of a group: queries against all their keys, into _attended."""
         d_head = self.config.d_head
-        np.multiply(self._heads(0, group.rows.start, group.rows.stop), d_head**-0.5, out=group.pairs[:, :, 0])
+        scale = self.config.attention_scale(layer)
+        np.multiply(self._heads(0, group.rows.start, group.rows.stop), scale, out=group.pairs[:, :, 0])
         for q, keys, out in group.scores:
             np.matmul(q, keys[layer], out=out)
         np.add(group.last_keys, group.mask, out=group.last_keys)
@@ -379,7 +382,7 @@ class Forward:
 
     def _attend_prefill(self, layer: int, prefill: Prefill, first_query: int) -> None:
         """Rows of a prefill from first_query on: queries against the keys up to their own, into _attended."""
-        n_head, d_head = self.config.n_head, self.config.d_head
+        n_head, d_head, scale = self.config.n_head, self.config.d_head, self.config.attention_scale(layer)
         path = prefill.segment.path
         for lo in range(first_query, prefill.n_row, QUERY_BLOCK):
             n_row = min(QUERY_BLOCK, prefill.n_row - lo)
@@ -387,7 +390,7 @@ class Forward:
             row, position = prefill.first_row + lo, prefill.first_position + lo
             n_key = position + n_row
             n_block = n_blocks(n_key)
-            q = (self._heads(0, row, row + n_q) * d_head**-0.5).transpose(1, 0, 2)  # [n_head, n_q, d_head]
+            q = (self._heads(0, row, row + n_q) * scale).transpose(1, 0, 2)  # [n_head, n_q, d_head]
             s = self._scores[: n_head * n_q * n_block * BLOCK].reshape(n_head, n_q, n_block * BLOCK)
             for segment in path:
                 q, keys, out = score_product(q, segment, min(segment.length, n_key - segment.start), out=s)
@@ -412,7 +415,8 @@ def gpt2(
     lm_head: Array | None = None,
 ) -> Array:
     """[n_seq] token ids -> [n_seq, n_vocab] logits of every position: picoGPT's `gpt2`, in float32."""
-    config = GPT2Config(len(wte), len(wpe), wte.shape[1], n_head, len(blocks))
+    inner_dim = blocks[0]["mlp"]["c_fc"]["w"].shape[1]
+    config = GPT2Config(len(wte), len(wpe), wte.shape[1], n_head, len(blocks), n_inner=inner_dim)
     head = np.ascontiguousarray(wte.T) if lm_head is None else lm_head
     params = Params(wte=wte, wpe=wpe, blocks=blocks, ln_f=ln_f, lm_head=head)
     segment = KVArena(config, len(inputs)).allocate(len(inputs), start=0)

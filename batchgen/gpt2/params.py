@@ -27,8 +27,8 @@ class Attn(TypedDict):
 
 
 class Mlp(TypedDict):
-    c_fc: Linear  # [n_embd, 4*n_embd]
-    c_proj: Linear  # [4*n_embd, n_embd]
+    c_fc: Linear  # [n_embd, inner_dim], 4*n_embd in OpenAI's
+    c_proj: Linear  # [inner_dim, n_embd]
 
 
 class Block(TypedDict):
@@ -39,7 +39,8 @@ class Block(TypedDict):
 
 
 class Params(TypedDict):
-    """Keys and shapes of picoGPT's `load_gpt2_params_from_tf_ckpt`; lm_head is wte.T made contiguous."""
+    """Keys and shapes of picoGPT's `load_gpt2_params_from_tf_ckpt`; lm_head is wte.T made contiguous,
+    or a matrix of its own where config.tie_word_embeddings is false."""
 
     wte: Array  # [n_vocab, n_embd]
     wpe: Array  # [n_ctx, n_embd]
@@ -71,4 +72,6 @@ def random_tensors(config: GPT2Config, seed: int = 0) -> dict[str, Array]:
         noise *= np.float32(0.02)
         tensors[name] = noise + np.float32(1) if name.endswith("/g") else noise
     tensors["lm_head"] = np.ascontiguousarray(tensors["wte"].T)
+    if not config.tie_word_embeddings:
+        tensors["lm_head"] = rng.standard_normal((config.n_embd, config.n_vocab), dtype=np.float32) * np.float32(0.02)
     return tensors

@@ -1,0 +1,378 @@
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from batchgen.checkpoint.convert import convert_checkpoint
+from batchgen.checkpoint.huggingface import hf_names, read_hf_config
+from batchgen.checkpoint.shards import load_manifest, load_params, model_hash, verify_shards
+from batchgen.errors import ModelError
+from batchgen.gpt2.config import GPT2Config
+from batchgen.gpt2.forward import Forward, Prefill, gpt2
+from batchgen.gpt2.kv_cache import KVArena
+from batchgen.tokenizer import Tokenizer
+from tests.hf_checkpoint import hf_config, hf_tensors, write_hf_model, write_safetensors
+from tests.models import BYTES, sharp_tensors, write_byte_model
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hf_model(tmp_path_factory.mktemp("hf") / "src")
+
+
+@pytest.fixture
+def src(written: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(written, tmp_path / "src")
+
+
+def convert(src: Path) -> Path:
+    dst = src.parent / "dst"
+    convert_checkpoint(src, dst, name="dst", replace=dst.exists())
+    return dst
+
+
+def set_config(src: Path, **values: Any) -> None:
+    path = src / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def assert_holds(model: Path, config: GPT2Config, seed: int = 0) -> None:
+    expected = sharp_tensors(config, seed)
+    verify_shards(model)
+    assert load_manifest(model).config == config
+    for name, shard in load_manifest(model).tensors.items():
+        np.testing.assert_array_equal(np.load(model / shard.file), expected[name], err_msg=name)
+
+
+# --- what converts -------------------------------------------------------------------------------------------
+
+
+def test_a_converted_directory_is_the_same_model_as_one_from_openais_names(src: Path, tmp_path: Path) -> None:
+    dst = convert(src)
+    assert_holds(dst, BYTES)
+    assert model_hash(load_manifest(dst)) == model_hash(load_manifest(write_byte_model(tmp_path / "same")))
+    assert load_manifest(dst).source["format"] == "Hugging Face directory"
+
+
+def test_names_with_the_prefix_and_mask_buffers_convert_to_the_same(tmp_path: Path) -> None:
+    src = write_hf_model(tmp_path / "src", prefix="transformer.")
+    tensors = load_file(src / WEIGHTS)
+    for layer in range(BYTES.n_layer):
+        tensors[f"transformer.h.{layer}.attn.bias"] = np.ones((1, 1, 128, 128), np.uint8)
+        tensors[f"transformer.h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
+    write_safetensors(src / WEIGHTS, tensors)
+    assert_holds(convert(src), BYTES)
+
+
+def test_sharded_weights_convert_to_the_same(src: Path) -> None:
+    tensors = list(load_file(src / WEIGHTS).items())
+    (src / WEIGHTS).unlink()
+    places = {}
+    for i in range(3):
+        file = f"model-{i + 1:05d}-of-00003.safetensors"
+        write_safetensors(src / file, dict(tensors[i::3]))
+        places |= dict.fromkeys(dict(tensors[i::3]), file)
+    (src / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    assert_holds(convert(src), BYTES)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_halves_are_widened_exactly(dtype: str, src: Path) -> None:
+    expected, halves = {}, {}
+    for name, array in load_file(src / WEIGHTS).items():
+        if dtype == "F16":
+            halves[name] = array.astype(np.float16)
+            expected[name] = halves[name].astype(np.float32)
+        else:
+            bits = array.view(np.uint32) & 0xFFFF0000
+            halves[name] = ("BF16", (bits >> 16).astype(np.uint16))
+            expected[name] = bits.view(np.float32)
+    write_safetensors(src / WEIGHTS, halves)
+    manifest = load_manifest(convert(src))
+    for name, theirs in hf_names(BYTES).items():
+        found = np.load(src.parent / "dst" / manifest.tensors[name].file)
+        np.testing.assert_array_equal(found, expected[theirs], err_msg=name)
+
+
+def test_a_copy_of_a_tied_head_and_a_head_alone_are_the_same_model(src: Path) -> None:
+    tensors = load_file(src / WEIGHTS)
+    write_safetensors(src / WEIGHTS, tensors | {"lm_head.weight": tensors["wte.weight"]})
+    assert_holds(convert(src), BYTES)
+    set_config(src, tie_word_embeddings=False)  # said, but not so
+    assert_holds(convert(src), BYTES)
+    head = tensors.pop("wte.weight")
+    write_safetensors(src / WEIGHTS, tensors | {"lm_head.weight": head})
+    set_config(src, tie_word_embeddings=True)
+    assert_holds(convert(src), BYTES)
+
+
+OTHER = [
+    replace(BYTES, tie_word_embeddings=False),
+    replace(BYTES, n_inner=100),
+    replace(BYTES, n_inner=7),
+    replace(BYTES, scale_attn_weights=False),
+    replace(BYTES, scale_attn_by_inverse_layer_idx=True),
+    replace(BYTES, n_inner=33, tie_word_embeddings=False, scale_attn_by_inverse_layer_idx=True),
+]
+
+
+@pytest.mark.parametrize("config", OTHER, ids=lambda config: str(list(config.as_dict().items())[5:]))
+def test_what_differs_from_openais_models_is_kept_and_computed(config: GPT2Config, tmp_path: Path) -> None:
+    tensors = sharp_tensors(config)
+    if not config.tie_word_embeddings:
+        tensors["lm_head"] = np.random.default_rng(1).standard_normal((32, 257), dtype=np.float32)
+    src = write_hf_model(tmp_path / "src", config)
+    if not config.tie_word_embeddings:
+        saved = load_file(src / WEIGHTS) | {"lm_head.weight": np.ascontiguousarray(tensors["lm_head"].T)}
+        write_safetensors(src / WEIGHTS, saved)
+    params = load_params(convert(src))
+    manifest = load_manifest(src.parent / "dst")
+    assert manifest.config == config
+    np.testing.assert_array_equal(params["lm_head"], tensors["lm_head"])
+    ids = list(range(3, 43))
+    segment = KVArena(config, len(ids)).allocate(len(ids), start=0)
+    assert segment is not None
+    logits = Forward(params, config, len(ids), len(ids))(prefills=[Prefill(segment, ids, n_logits=len(ids))])
+    np.testing.assert_allclose(logits, plain_logits(ids, tensors, config), atol=2e-4 * float(np.abs(logits).max()))
+
+
+def plain_logits(ids: list[int], tensors: dict[str, Any], c: GPT2Config) -> Any:
+    """GPT-2 with Hugging Face's options in float64, whole matrices at a time."""
+    t = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+
+    def norm(x: Any, name: str) -> Any:
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * t[f"{name}/g"] + t[f"{name}/b"]
+
+    x = t["wte"][ids] + t["wpe"][: len(ids)]
+    for layer in range(c.n_layer):
+        h = f"h{layer}"
+        qkv = norm(x, f"{h}/ln_1") @ t[f"{h}/attn/c_attn/w"] + t[f"{h}/attn/c_attn/b"]
+        q, k, v = (part.reshape(len(ids), c.n_head, -1).swapaxes(0, 1) for part in np.split(qkv, 3, -1))
+        s = q @ k.swapaxes(1, 2)
+        s *= c.d_head**-0.5 if c.scale_attn_weights else 1
+        s /= layer + 1 if c.scale_attn_by_inverse_layer_idx else 1
+        s = np.exp(s + np.triu(np.full(s.shape, -np.inf), 1) - s.max(-1, keepdims=True))
+        a = (s / s.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(len(ids), -1)
+        x = x + a @ t[f"{h}/attn/c_proj/w"] + t[f"{h}/attn/c_proj/b"]
+        u = norm(x, f"{h}/ln_2") @ t[f"{h}/mlp/c_fc/w"] + t[f"{h}/mlp/c_fc/b"]
+        u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
+        x = x + u @ t[f"{h}/mlp/c_proj/w"] + t[f"{h}/mlp/c_proj/b"]
+    return norm(x, "ln_f") @ t["lm_head"]
+
+
+def test_an_mlp_of_the_usual_width_is_the_same_model_whether_said_or_not(src: Path) -> None:
+    before = model_hash(load_manifest(convert(src)))
+    set_config(src, n_inner=4 * BYTES.n_embd, scale_attn_weights=True, reorder_and_upcast_attn=True)
+    assert model_hash(load_manifest(convert(src))) == before
+
+
+def test_converting_twice_changes_nothing(src: Path) -> None:
+    dst = convert(src)
+    inodes = {path.name: path.stat().st_ino for path in dst.iterdir()}
+    convert_checkpoint(src, dst, name="dst")
+    assert {path.name: path.stat().st_ino for path in dst.iterdir()} == inodes
+
+
+def test_progress_counts_every_tensor(src: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    convert_checkpoint(src, src.parent / "dst", name="dst", on_progress=lambda *call: calls.append(call))
+    total = len(BYTES.tensor_shapes()) + 1
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[0] == (0, total)
+    assert calls[-1] == (total, total)
+
+
+def test_the_mlps_width_reaches_picogpts_function() -> None:
+    config = replace(BYTES, n_inner=50)
+    tensors = sharp_tensors(config)
+    from batchgen.gpt2.params import nest
+
+    found = gpt2([1, 2, 3], **nest(tensors, config.n_layer), n_head=config.n_head)
+    np.testing.assert_allclose(found, plain_logits([1, 2, 3], tensors, config), rtol=1e-3, atol=1e-3)
+
+
+# --- vocabularies --------------------------------------------------------------------------------------------
+
+
+def _as_tokenizer_json(src: Path, pairs: bool = True, **changes: Any) -> None:
+    """Put the directory's vocabulary into a tokenizer.json, with one merge and one added token."""
+    vocabulary = json.loads((src / "vocab.json").read_text(encoding="utf-8"))
+    eos = vocabulary.pop("<|endoftext|>")
+    vocabulary["th"] = eos
+    values = {
+        "version": "1.0",
+        "added_tokens": [{"id": 257, "content": "<|endoftext|>", "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": [["t", "h"]] if pairs else ["t h"]},
+    }
+    (src / "tokenizer.json").write_text(json.dumps(values | changes))
+    (src / "vocab.json").unlink()
+    (src / "merges.txt").unlink()
+    set_config(src, vocab_size=260)
+    tensors = load_file(src / WEIGHTS)
+    tensors["wte.weight"] = np.vstack([tensors["wte.weight"], np.zeros((3, BYTES.n_embd), np.float32)])
+    write_safetensors(src / WEIGHTS, tensors)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_tokenizer_json_alone_is_enough(pairs: bool, src: Path) -> None:
+    _as_tokenizer_json(src, pairs)
+    tokenizer = Tokenizer.load(convert(src))
+    assert (tokenizer.n_vocab, tokenizer.eos_id) == (258, 257)
+    assert tokenizer.encode("the") == [256, ord("e")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "normalizer is an object of 1"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer.type is 'Metaspace'"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre_tokenizer.add_prefix_space is True"),
+        ({"model": {"type": "Unigram"}}, "model.type is 'Unigram'; batchgen has only GPT-2's byte-level BPE"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "model.byte_fallback is True"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": "t h"}}, "model has no vocab and merges"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": [[1, 2]]}}, "in merges is not a pair of strings"),
+        ({"model": []}, "tokenizer.json: has no model"),
+        ({"added_tokens": [3]}, "an entry of added_tokens has no content"),
+    ],
+)
+def test_another_kind_of_tokenizer_is_refused_by_name(changes: dict[str, Any], message: str, src: Path) -> None:
+    _as_tokenizer_json(src, **changes)
+    with pytest.raises(ModelError, match=message):
+        convert(src)
+
+
+def test_added_tokens_join_the_vocabulary(src: Path) -> None:
+    (src / "added_tokens.json").write_text('{"<|pad|>": 257}')
+    tensors = load_file(src / WEIGHTS)
+    tensors["wte.weight"] = np.vstack([tensors["wte.weight"], np.zeros((1, BYTES.n_embd), np.float32)])
+    write_safetensors(src / WEIGHTS, tensors)
+    set_config(src, vocab_size=258)
+    assert Tokenizer.load(convert(src)).decode([257]) == "<|pad|>"
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(src: Path) -> None:
+    (src / "added_tokens.json").write_text('{"<|pad|>": 257}')
+    with pytest.raises(ModelError, match="the vocabulary has 258 tokens and the model 257"):
+        convert(src)
+
+
+def test_another_end_of_text_is_told(src: Path, caplog: pytest.LogCaptureFixture) -> None:
+    set_config(src, eos_token_id=3)
+    convert(src)
+    assert "eos_token_id is 3; batchgen ends completions at <|endoftext|> (id 256) alone" in caplog.text
+
+
+# --- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "gpt_neo"}, "model_type is 'gpt_neo'; batchgen computes only \"gpt2\""),
+        ({"activation_function": "gelu"}, "activation_function is 'gelu'; batchgen computes only \"gelu_new\""),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; batchgen computes only 1e-05"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map is an object of 1"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is an object of 1"),
+        ({"reorder_and_upcast_attn": 1}, "reorder_and_upcast_attn is 1"),
+        ({"scale_attn_weights": 1}, "scale_attn_weights is 1; it must be true or false"),
+        ({"n_inner": -1}, "n_inner is -1; it must be a whole number"),
+        ({"n_head": None}, "n_head is missing"),
+        ({"n_head": 3}, "n_embd 32 is not a multiple of n_head 3"),
+        ({"n_layer": 3}, "src: lacks tensor 'h.2."),
+        ({"n_layer": 1}, "src: has tensor 'h.1."),
+        ({"n_positions": 64}, r"wpe.weight: expected shape \[64, 32\] from the config, found \[128, 32\]"),
+        ({"tie_word_embeddings": False}, "lacks tensor 'lm_head.weight'"),
+    ],
+)
+def test_what_is_not_computed_exactly_is_refused_by_name(values: dict[str, Any], message: str, src: Path) -> None:
+    set_config(src, **values)
+    with pytest.raises(ModelError, match=message):
+        convert(src)
+    assert [path.name for path in src.parent.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
+def test_the_three_names_of_gpt2s_activation_are_one(name: str, src: Path) -> None:
+    set_config(src, activation_function=name)
+    assert read_hf_config(src / CONFIG) == BYTES
+
+
+def _change(**tensors: Any) -> Callable[[Path], object]:
+    def change(src: Path) -> None:
+        found = load_file(src / WEIGHTS) | {name.replace("__", "."): value for name, value in tensors.items()}
+        write_safetensors(src / WEIGHTS, {name: value for name, value in found.items() if value is not None})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_change(ln_f__bias=None), "lacks tensor 'ln_f.bias'"),
+        (_change(score__weight=np.zeros((2, 32), "f4")), "has tensor 'score.weight'"),
+        (_change(transformer__wte__weight=np.zeros((257, 32), "f4")), "tensor '.*wte.weight' is there twice"),
+        (_change(ln_f__bias=np.zeros(32, "f8")), "ln_f.bias: expected one of F32, F16, BF16, found 'F64'"),
+        (_change(ln_f__bias=np.zeros(31, "f4")), r"ln_f.bias: expected shape \[32\] from the config, found \[31\]"),
+        (_change(ln_f__bias=np.full(32, np.inf, "f4")), "tensor ln_f/b: holds nan, infinity"),
+        (_change(lm_head__weight=np.zeros((257, 32), "f4")), "lm_head.weight is not wte.weight, while config.json"),
+        (lambda src: (src / WEIGHTS).write_bytes(b"x" * 100), "cannot be read as safetensors"),
+        (lambda src: (src / WEIGHTS).write_bytes((src / WEIGHTS).read_bytes()[:-1]), "cannot be read as safetensors"),
+        (lambda src: (src / WEIGHTS).unlink(), "has no model.safetensors and no model.safetensors.index.json"),
+        (lambda src: (src / WEIGHTS).rename(src / "pytorch_model.bin"), "runs whatever code is in them; where you"),
+        (lambda src: (src / "vocab.json").unlink(), "has neither vocab.json and merges.txt nor tokenizer.json"),
+        (lambda src: (src / CONFIG).write_text("{"), "config.json: is not JSON"),
+        (lambda src: (src / CONFIG).write_text("[]"), "config.json: expected an object, found a list of 0"),
+        (lambda src: (src / CONFIG).write_text(" " * 2**20 + "{}"), "is larger than 1048576 bytes"),
+        (lambda src: (src / "vocab.json").write_text("[]"), "vocab.json: expected an object"),
+    ],
+)
+def test_a_damaged_directory_is_refused_and_leaves_nothing(damage: Any, message: str, src: Path) -> None:
+    damage(src)
+    with pytest.raises(ModelError, match=message) as caught:
+        convert(src)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in src.parent.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"wte.weight": "../other.safetensors"}, "is not a plain .safetensors name inside the directory"),
+        ({"wte.weight": "/etc/passwd"}, "is not a plain .safetensors name"),
+        ({"wte.weight": "model.bin"}, "is not a plain .safetensors name"),
+        ({"wte.weight": ["a"]}, "is not a plain .safetensors name"),
+        ({"wte.weight": "one.safetensors"}, "one.safetensors: holds tensor"),
+        ({"x": "none.safetensors"}, "none.safetensors: is missing"),
+        ({}, "has no weight_map"),
+    ],
+)
+def test_an_index_cannot_lead_elsewhere(weight_map: dict[str, Any], message: str, src: Path) -> None:
+    (src / WEIGHTS).rename(src / "one.safetensors")
+    (src / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=message):
+        convert(src)
+
+
+def test_pickles_are_never_opened(src: Path) -> None:
+    set_config(src)
+    (src / WEIGHTS).unlink()
+    (src / "pytorch_model.bin").symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match="only pickled weights"):
+        convert(src)
+
+
+def test_the_test_models_config_is_read_back() -> None:
+    assert len(hf_tensors()) == len(BYTES.tensor_shapes())
+    assert hf_config()["vocab_size"] == BYTES.n_vocab
