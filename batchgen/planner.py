@@ -7,6 +7,7 @@ from pathlib import Path
 import joblib
 
 from batchgen.engine.engine import kv_bytes_per_token
+from batchgen.errors import BatchgenError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.types import Chunk, Rejected, TokenizedRequest
 
@@ -53,6 +54,18 @@ def fitting_jobs(kv_bytes: int, model_bytes: int) -> int:
     """The cores that this process may use, or as many workers as fit into the memory that is free."""
     free = available_memory() - model_bytes
     return max(1, min(available_jobs(), free // (kv_bytes + WORKER_BYTES)))
+
+
+def check_memory(name: str, config: GPT2Config, model_bytes: int) -> None:
+    """Refuse a model that cannot work in the memory that is free, were it with one worker and one sequence."""
+    sequence = (config.n_ctx + 64) * kv_bytes_per_token(config)
+    needed, free = model_bytes + WORKER_BYTES + sequence, available_memory()
+    if needed > free:
+        raise BatchgenError(
+            f"model {name} needs {needed / 1e9:.1f} GB of memory ({model_bytes / 1e9:.1f} of weights, "
+            f"{sequence / 1e9:.1f} for one full sequence, the rest a worker's own), and {free / 1e9:.1f} GB are free; "
+            "free some, or use a smaller model"
+        )
 
 
 def available_memory() -> int:

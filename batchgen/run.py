@@ -27,7 +27,7 @@ from batchgen.engine.engine import MAX_BATCH, check_limits
 from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError
 from batchgen.ledger import Ledger, open_ledger
-from batchgen.planner import auto_chunk_rows, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
+from batchgen.planner import auto_chunk_rows, check_memory, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
 from batchgen.records.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
 from batchgen.records.schema import output_schema
 from batchgen.records.writer import check_output, merge_parts
@@ -114,16 +114,18 @@ class Summary:
 OnProgress = Callable[[Progress], None]
 
 
-def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
+def run_job(job: Job, on_progress: OnProgress | None = None, locate: Callable[[str], Path] = find_model) -> Summary:
     """Complete every prompt of job.input into job.output, going on where an interrupted run of it stopped.
 
     Every input row is accounted for by at least one output row, in input order. Raises a BatchgenError, whose
     text is for the user, where the job as a whole cannot run; nothing finished is lost by that, or by a kill.
+    locate: returns a model's directory by its name, and may fetch it.
     """
     check_input(job.input, job.prompt_column, job.id_column)
     check_output(job.output, [job.input])
-    directory = find_model(job.model)
+    directory = locate(job.model)
     model = Model(directory, load_manifest(directory))
+    check_memory(job.model, model.manifest.config, model.bytes)
     with open_ledger(job.output) as ledger:
         verify_shards(model.directory)
         facts = scan_input(job.input)

@@ -13,9 +13,11 @@ from batchgen import __version__
 from batchgen.errors import BatchgenError
 from jobs.complete import complete
 from jobs.convert import convert
+from jobs.fetch import fetch
 from jobs.generate import generate
 from jobs.models import models
 from jobs.report import discard_stdout, one_line
+from jobs.verify import verify
 
 STOPPED = {130: "interrupted", 143: "terminated"}  # 128 + the signal's number
 
@@ -26,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, complete, convert, models):
+for command in (generate, complete, fetch, convert, verify, models):
     app.command()(command)
 
 

@@ -5,19 +5,28 @@ from typing import Annotated
 
 import typer
 
-from batchgen.checkpoint.convert import convert_tf_checkpoint
+from batchgen.checkpoint.convert import convert_checkpoint
 from batchgen.checkpoint.registry import model_destination
+from jobs import report
+from jobs.fetch import convert_progress
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="An OpenAI GPT-2 checkpoint: a folder of seven files.")],
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="OpenAI's GPT-2 (a folder of seven files), or one of Hugging Face's.")
+    ],
     dst: Annotated[str, typer.Argument(metavar="DST", help="A name for --model, or a folder.")],
     replace: Annotated[bool, typer.Option("--replace", help="Replace a model that is there already.")] = False,
+    progress: Annotated[report.ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
 ) -> None:
     """Convert the checkpoint in SRC to shards in DST, checked, and all or nothing.
+
+    SRC is a TensorFlow checkpoint as OpenAI publishes it, or a Hugging Face folder with config.json,
+    model.safetensors (single or sharded) and a vocabulary.
 
     Example: batchgen convert ~/gpt-2/models/124M 124M
     """
     directory = model_destination(dst)
-    convert_tf_checkpoint(src, directory, name=directory.name, replace=replace)
+    with convert_progress(directory.name, progress) as show:
+        convert_checkpoint(src, directory, name=directory.name, replace=replace, on_progress=show)
     typer.echo(f"{directory}: converted; use it with --model {dst}")

@@ -1,16 +1,18 @@
 """batchgen generate: prompts in, completions out."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchgen.checkpoint.registry import DEFAULT_MODEL
+from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
 from batchgen.records.readers import DEFAULT_ID_COLUMN
 from batchgen.run import Job, Summary, run_job
 from batchgen.types import SamplingParams
 from jobs import options, report
+from jobs.fetch import find_or_fetch
 
 
 def generate(
@@ -44,6 +46,7 @@ def generate(
         bool, typer.Option("--require-invariant", help="Refuse to run where rows depend on their company.")
     ] = False,
     restart: Annotated[bool, typer.Option("--restart/--resume", help="Discard what an interrupted run did.")] = False,
+    fetch: Annotated[bool, typer.Option(help="Fetch one of OpenAI's models where it is not here yet.")] = True,
     progress: Annotated[report.ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
     show: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
 ) -> None:
@@ -87,8 +90,9 @@ def generate(
         require_invariant=require_invariant,
         restart=restart,
     )
+    locate = partial(find_or_fetch, progress=progress) if fetch else find_model
     with report.progress(progress) as on_progress:
-        summary = run_job(job, on_progress)
+        summary = run_job(job, on_progress, locate)
     with report.to_whoever_reads():
         _print_summary(summary, show)
     sys.exit(summary.exit_code)

@@ -16,17 +16,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from batchgen.checkpoint.convert import convert_tf_checkpoint, load_gpt2_params_from_tf_ckpt, read_hparams
 from batchgen.checkpoint.download import Patience, Remote, Stopped, download, shown
-from batchgen.checkpoint.openai import BASE_URL, CONFIGS, DATA, FILES, known_file
+from batchgen.checkpoint.openai import BASE_URL, CONFIGS, DATA, FILES, FetchProgress, known_file
 from batchgen.checkpoint.records import Records
 from batchgen.checkpoint.registry import models_dir
 from batchgen.checkpoint.shards import MANIFEST, load_manifest, load_params, read_json, short
+from batchgen.checkpoint.verify import record_verified
 from batchgen.errors import ModelError, UsageError
 from batchgen.tokenizer import Tokenizer, get_encoder
 
@@ -37,15 +37,6 @@ FETCHED = "fetched.json"
 
 _AT_ONCE = 4
 _SPARE = 64 * 2**20  # the small files, the manifest, and some room
-
-
-@dataclass(frozen=True, slots=True)
-class FetchProgress:
-    """How far a fetch is: bytes downloaded (those of earlier runs included), or tensors converted."""
-
-    phase: Literal["download", "convert"]
-    done: int
-    total: int
 
 
 OnFetch = Callable[[FetchProgress], None]
@@ -84,6 +75,8 @@ def fetch_model(
         )
         # Only now: TensorFlow has compared every tensor's checksum, so that these are the hashes of a whole model.
         records.update({f"{size}/{name}": sha256 for name, sha256 in found.items()})
+        if found[DATA] == known_file(size, DATA)[1]:
+            record_verified(load_manifest(directory))
         if not keep_download:
             shutil.rmtree(raw)
     return directory

@@ -1,6 +1,7 @@
 """What is known of OpenAI's four models: where they are, their files, shapes, sizes and hashes, and what they say."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from batchgen.gpt2.config import GPT2Config
 
@@ -35,6 +36,15 @@ _KNOWN: dict[str, dict[str, tuple[int, str | None]]] = {
 def known_file(size: str, name: str) -> tuple[int | None, str | None]:
     """The bytes and the sha256 of one of a model's files, as far as they are known: (90, "d9d5...") or (None, None)."""
     return _KNOWN[size].get(name) or _VOCABULARY.get(name) or (None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchProgress:
+    """How far a fetch is: bytes downloaded (those of earlier runs included), or tensors converted."""
+
+    phase: Literal["download", "convert"]
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)

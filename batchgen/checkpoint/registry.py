@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from batchgen.checkpoint.openai import SIZES
+from batchgen.checkpoint.records import Records
 from batchgen.checkpoint.shards import MANIFEST, load_manifest, load_params, model_hash
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 
 DEFAULT_MODEL = "tales"
-OPENAI_MODELS = ("124M", "355M", "774M", "1558M")
+OPENAI_MODELS = SIZES
+VERIFIED = "verified.json"  # in models_dir(): model_hash of what was verified, and when
 MODELS_VARIABLE = "BATCHGEN_MODELS"
 
 _BARE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator and no dot in front: it stays in its folder
@@ -30,6 +33,7 @@ class ModelInfo:
     parameters: int | None = None  # as published: wte counts once, its transposed copy does not
     bytes: int | None = None  # on disk, that copy and the vocabulary included
     source: dict[str, str] | None = None
+    verified: str | None = None  # the day when it was, as 2026-11-21
     error: str | None = None
 
 
@@ -53,7 +57,8 @@ def find_model(name_or_dir: str) -> Path:
 def list_models() -> list[ModelInfo]:
     """Describe every model that a bare name can reach, by name; broken ones with what is wrong with them."""
     names = {path.name for root in model_roots() for path in _subdirectories(root)}
-    return [_describe(name) for name in sorted(names)]
+    verified = _verified()
+    return [_describe(name, verified) for name in sorted(names)]
 
 
 def model_destination(name_or_dir: str) -> Path:
@@ -126,7 +131,14 @@ def _subdirectories(root: Path) -> Iterator[Path]:
     yield from (path for path in entries if _BARE_NAME.fullmatch(path.name) and os.path.isdir(path))
 
 
-def _describe(name: str) -> ModelInfo:
+def _verified() -> dict[str, str]:
+    try:
+        return Records(models_dir() / VERIFIED).read()
+    except ModelError:  # there is no home, or the file is damaged: then nothing is known to be verified
+        return {}
+
+
+def _describe(name: str, verified: dict[str, str]) -> ModelInfo:
     path = _locate(name) or next(root / name for root in model_roots() if os.path.isdir(root / name))
     try:
         manifest = load_manifest(path)
@@ -136,14 +148,21 @@ def _describe(name: str) -> ModelInfo:
     except (ModelError, OSError) as error:
         return ModelInfo(name, path, error=str(error))
     parameters = sum(math.prod(shape) for shape in manifest.config.tensor_shapes().values())
-    return ModelInfo(name, path, manifest.config, model_hash(manifest), parameters, size, manifest.source)
+    if not manifest.config.tie_word_embeddings:
+        parameters += manifest.config.n_vocab * manifest.config.n_embd
+    known = model_hash(manifest)
+    day = verified.get(known)
+    return ModelInfo(name, path, manifest.config, known, parameters, size, manifest.source, verified=day)
 
 
 def _unknown(name: str) -> str:
     known = sorted(info.name for info in list_models() if info.error is None)
     here = f"known: {', '.join(known)}" if known else "no models are here"
     if name in OPENAI_MODELS:
-        return f"model {name} is not here; convert a downloaded checkpoint with: batchgen convert SRC {name} ({here})"
+        return (
+            f"model {name} is not here; fetch it with: batchgen fetch {name}, or convert a downloaded checkpoint with: "
+            f"batchgen convert SRC {name} ({here})"
+        )
     near = get_close_matches(name.lower(), [other.lower() for other in (*known, *OPENAI_MODELS)], n=1)
     meant = next((f"; did you mean {other!r}?" for other in (*known, *OPENAI_MODELS) if [other.lower()] == near), "")
     return f"no model is called {name!r}{meant} ({here})"

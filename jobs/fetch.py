@@ -1,0 +1,137 @@
+"""batchgen fetch: one of OpenAI's models, downloaded, checked and converted."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TransferSpeedColumn as SpeedColumn
+
+from batchgen.checkpoint.openai import FetchProgress
+from batchgen.checkpoint.registry import OPENAI_MODELS, find_model
+from batchgen.errors import ModelError
+from jobs import report
+
+OnFetch = Callable[[FetchProgress], None]
+
+
+def fetch(
+    size: Annotated[str, typer.Argument(metavar="SIZE", help=f"{', '.join(OPENAI_MODELS)}: OpenAI's four.")],
+    mirror: Annotated[
+        str | None,
+        typer.Option(envvar="BATCHGEN_MIRROR", help="Another address with the same files; their hashes are checked."),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Fetch it although it is here, and replace it.")] = False,
+    keep_download: Annotated[
+        bool, typer.Option("--keep-download", help="Keep the checkpoint too, after converting it.")
+    ] = False,
+    progress: Annotated[report.ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
+) -> None:
+    """Download one of OpenAI's GPT-2s, check it and convert it; `--model SIZE` then works.
+
+    What an interrupted fetch has downloaded is gone on with by the same command.
+
+    Example: batchgen fetch 124M
+    """
+    directory = fetch_shown(size, progress, mirror=mirror, again=again, keep_download=keep_download)
+    typer.echo(f"{directory}: here; use it with --model {size}")
+
+
+def find_or_fetch(name: str, progress: report.ProgressStyle) -> Path:
+    """The directory of a model; one of OpenAI's that is not here is fetched first."""
+    try:
+        return find_model(name)
+    except ModelError:
+        if name not in OPENAI_MODELS:
+            raise
+    typer.echo(f"batchgen: model {name} is not here; fetching it (--no-fetch would refuse)", err=True)
+    return fetch_shown(name, progress)
+
+
+def fetch_shown(
+    size: str,
+    progress: report.ProgressStyle,
+    *,
+    mirror: str | None = None,
+    again: bool = False,
+    keep_download: bool = False,
+) -> Path:
+    """Fetch a model while showing how far it is on standard error."""
+    from batchgen.checkpoint.fetch import fetch_model  # here: it imports requests
+
+    with fetch_progress(size, progress) as show:
+        return fetch_model(size, mirror=mirror, again=again, keep_download=keep_download, on_progress=show)
+
+
+@contextmanager
+def fetch_progress(name: str, style: report.ProgressStyle) -> Iterator[OnFetch | None]:
+    """A way to show a fetch: a bar with rate and time left on a terminal, else a line every ten seconds."""
+    if style == "auto":
+        style = "bar" if sys.stderr.isatty() else "plain"
+    if style == "none":
+        yield None
+    elif style == "plain":
+        yield _Plain(name)
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), SpeedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+            yield _Bar(name, bar)
+
+
+@contextmanager
+def convert_progress(name: str, style: report.ProgressStyle) -> Iterator[Callable[[int, int], None] | None]:
+    """The same for a conversion alone."""
+    with fetch_progress(name, style) as show:
+        yield (lambda done, total: show(FetchProgress("convert", done, total))) if show else None
+
+
+class _Bar:
+    """The download by bytes; then the conversion, by tensors."""
+
+    def __init__(self, name: str, bar: Progress) -> None:
+        self.name, self.bar = name, bar
+        self.task: TaskID | None = None
+        self.phase = ""
+
+    def __call__(self, now: FetchProgress) -> None:
+        if now.phase == "convert":
+            if self.phase != "convert":
+                if self.task is not None:
+                    self.bar.remove_task(self.task)
+                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+                self.bar.columns = columns
+                self.task = self.bar.add_task(f"{self.name}: converting", total=now.total)
+        elif self.task is None:  # what an earlier fetch has had is no speed of this one
+            self.task = self.bar.add_task(f"{self.name}: downloading", total=now.total, completed=now.done)
+        self.phase = now.phase
+        assert self.task is not None
+        self.bar.update(self.task, completed=now.done, total=now.total)
+
+
+class _Plain:
+    """A line now and then, and when a phase ends."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.phase, self.first, self.started, self.last = "", 0, 0.0, 0.0
+
+    def __call__(self, now: FetchProgress) -> None:
+        clock = time.monotonic()
+        if now.phase != self.phase:
+            self.phase, self.first, self.started, self.last = now.phase, now.done, clock, clock
+        if clock - self.last < report.PLAIN_SECONDS and now.done != now.total:
+            return
+        self.last = clock
+        print(f"{self.name}: {self._line(now, clock - self.started)}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def _line(self, now: FetchProgress, seconds: float) -> str:
+        if now.phase == "convert":
+            return f"{now.done} of {now.total} tensors converted"
+        rate = (now.done - self.first) / max(seconds, 1e-3)
+        left = f", {(now.total - now.done) / rate:,.0f} s left" if rate and now.done < now.total else ""
+        return f"{now.done / 1e6:,.1f} of {now.total / 1e6:,.1f} MB, {rate / 1e6:,.1f} MB/s{left}"
