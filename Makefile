@@ -36,6 +36,10 @@ lint: .venv/dev  ## Lint, formatting, types, and which module may import which.
 bench: .venv/dev  ## Measure against transformers, CTranslate2, vLLM and llama.cpp, each in an environment of its own (an hour).
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
+.PHONY: parity
+parity: .venv/parity  ## Compare logits and completions with transformers, on the same random weights.
+	@$(BIN)/python -W ignore -m benchmarks.hf_parity $(ARGS)
+
 .PHONY: clean
 clean:  ## Remove .venv and caches; outputs stay.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -50,4 +54,9 @@ clean:  ## Remove .venv and caches; outputs stay.
 .venv/dev: .venv/run
 	@echo "Installing the development tools into .venv (once) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+.venv/parity: .venv/run
+	@echo "Installing PyTorch and transformers into .venv (once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[parity]"
 	@touch $@
