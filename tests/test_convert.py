@@ -306,6 +306,7 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     train = SimpleNamespace(NewCheckpointReader=lambda prefix: FakeReader(made))
     fake = SimpleNamespace(compat=SimpleNamespace(v1=SimpleNamespace(train=train)))
     monkeypatch.setattr(convert, "_import_tensorflow", lambda: fake)
+    monkeypatch.setattr(convert, "check_index", lambda index, data: None)
     return made
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from batchgen.checkpoint.bundle import check_index
 from batchgen.checkpoint.huggingface import CONFIG, convert_hf_checkpoint
 from batchgen.checkpoint.shards import (
     OnProgress,
@@ -116,6 +117,7 @@ def read_tf_tensors(prefix: Path, config: GPT2Config) -> Iterator[tuple[str, Arr
     `model/h0/attn/c_attn/w` of shape [1, 768, 2304] -> `h0/attn/c_attn/w` of shape [768, 2304].
     """
     tensorflow = _import_tensorflow()
+    check_index(Path(f"{prefix}{INDEX}"), Path(f"{prefix}{DATA}"))
     with _reading(f"{prefix}{INDEX}"):
         reader = tensorflow.compat.v1.train.NewCheckpointReader(str(prefix))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
