@@ -1,9 +1,10 @@
-"""Damage one file of a model thousands of times: python -m tests.fuzz_formats KIND [N] [SEED]; KIND as in KINDS.
+"""Damage a file of a model thousands of times: python -m tests.fuzz_formats [N] [KIND ...]; KIND as in KINDS.
 
 After each mutation the model either is refused with a ModelError of one line, or loads bit for bit as it was before.
 A crash ends the process, which whoever started it sees; a hang meets the alarm.
 """
 
+import json
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +129,8 @@ class Bundle(Target):
     name = INDEX
 
     def __init__(self, directory: Path) -> None:
-        script = Path(__file__).with_name("write_tf_checkpoint.py")
-        import json
-
-        command = [sys.executable, str(script), str(directory), json.dumps(TINY), "1"]
-        subprocess.run(command, check=True, capture_output=True)
+        for name, data in tf_checkpoint().items():
+            (directory / name).write_bytes(data)
         self.prefix, self.config = directory / "model.ckpt", GPT2Config(**TINY)
         self.file = Path(f"{self.prefix}{self.name}")
         self.expected = dict(read_tf_tensors(self.prefix, self.config))
@@ -139,6 +138,15 @@ class Bundle(Target):
     def load(self) -> None:
         for name, array in read_tf_tensors(self.prefix, self.config):
             np.testing.assert_array_equal(array, self.expected[name])
+
+
+@cache
+def tf_checkpoint() -> dict[str, bytes]:
+    """A tiny checkpoint's files, written once by a process of its own."""
+    script = Path(__file__).with_name("write_tf_checkpoint.py")
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
+        subprocess.run([sys.executable, str(script), directory, json.dumps(TINY), "1"], check=True, capture_output=True)
+        return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
 
 
 class BundleData(Bundle):
@@ -235,5 +243,6 @@ def fuzz(kind: str, n: int, seed: int = 0) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    asked, count, first = sys.argv[1], int((sys.argv[2:] or ["10000"])[0]), int((sys.argv[3:] or ["0"])[0])
-    print(asked, "refused {}, loaded as before {}".format(*fuzz(asked, count, first)))  # noqa: T201
+    count = int((sys.argv[1:] or ["10000"])[0])
+    for asked in sys.argv[2:] or KINDS:
+        print(asked, "refused {}, loaded as before {}".format(*fuzz(asked, count)), flush=True)  # noqa: T201

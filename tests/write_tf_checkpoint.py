@@ -22,7 +22,8 @@ def main(directory: Path, hparams: dict[str, int], seed: int) -> None:
     del tensors["lm_head"]
     tf1 = tf.compat.v1
     with tf.Graph().as_default(), tf1.Session() as session:
-        for name, array in tensors.items():
+        for name in list(tensors):
+            array = tensors.pop(name)  # TensorFlow has a copy of its own; of 1558M two would be too many
             value = array[None] if array.ndim == 2 and name.startswith("h") else array
             given = tf1.placeholder(tf.float32, value.shape)
             variable = tf1.get_variable(f"model/{name}", initializer=given)

@@ -13,6 +13,7 @@ from pathlib import Path
 from batchgen.checkpoint.shards import open_file, short
 from batchgen.errors import ModelError
 
+_REMEDY = "download the checkpoint again"
 _LIMIT = 2**22  # 1558M's has 20 kB
 _FOOTER, _MAGIC = 48, 0xDB4775248B80FB57.to_bytes(8, "little")
 _FLOAT32 = 1
@@ -33,11 +34,13 @@ def check_index(index: Path, data: Path) -> None:
             raise ValueError(f"it is larger than {_LIMIT} bytes")
         for key, value in _entries(table):
             if key:
-                _check_entry(value, os.stat(data).st_size, short(key.decode("ascii")))
+                end = _check_entry(value, name := short(key.decode("ascii")))
+                if end > os.stat(data).st_size:
+                    raise ModelError(f"{data} cannot be read (it ends before {name}, at byte {end}, does); {_REMEDY}")
             else:
                 _check_header(value)
     except ValueError as error:
-        raise ModelError(f"{index} cannot be read ({short(error)}); download the checkpoint again") from error
+        raise ModelError(f"{index} cannot be read ({short(error)}); {_REMEDY}") from error
 
 
 def _check_header(value: bytes) -> None:
@@ -50,8 +53,11 @@ def _check_header(value: bytes) -> None:
     _message(_content(found.get(3, b"")), {1: _VARINT, 2: _VARINT})
 
 
-def _check_entry(value: bytes, data_size: int, name: str) -> None:
-    """BundleEntryProto: 1 dtype, 2 shape {2 dim {1 size}}, 3 shard_id, 4 offset, 5 size, 6 crc32c; 7 are slices."""
+def _check_entry(value: bytes, name: str) -> int:
+    """Returns where the tensor's data ends.
+
+    BundleEntryProto: 1 dtype, 2 shape {2 dim {1 size}}, 3 shard_id, 4 offset, 5 size, 6 crc32c; 7 are slices.
+    """
     fields = _message(value, {1: _VARINT, 2: _BYTES, 3: _VARINT, 4: _VARINT, 5: _VARINT, 6: _FIXED32})
     _once(fields)
     found = {number: content for number, _, content in fields}
@@ -63,8 +69,9 @@ def _check_entry(value: bytes, data_size: int, name: str) -> None:
     if found.get(1) != _FLOAT32:
         raise ValueError(f"{name}: expected float32, found type {found.get(1)!r}")
     offset, size = _number(found.get(4, 0)), _number(found.get(5, 0))
-    if found.get(3, 0) != 0 or len(dims) > 8 or size != 4 * math.prod(dims) or offset + size > data_size:
-        raise ValueError(f"{name}: {size} bytes at {offset}, of shape {dims[:8]}, are not in the data file")
+    if found.get(3, 0) != 0 or len(dims) > 8 or size != 4 * math.prod(dims):
+        raise ValueError(f"{name}: {size} bytes are not of shape {dims[:8]}, or not in the first data file")
+    return offset + size
 
 
 # --- the table -----------------------------------------------------------------------------------------------

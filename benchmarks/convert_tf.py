@@ -1,0 +1,85 @@
+"""Checkpoints of OpenAI's true shapes, made by TensorFlow and converted: python -m benchmarks.convert_tf [SIZE ...].
+
+The weights are random. Prints how long the conversion takes and the most memory that it has at once, how long mapping
+the shards takes, and whether every weight is there bit for bit. 1558M needs 13 GB of disk in --dir, and 14 GB of
+memory to make the checkpoint.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from batchgen.checkpoint.openai import CONFIGS, DATA, INDEX, known_file
+from batchgen.checkpoint.shards import load_manifest, load_params
+from batchgen.gpt2.config import GPT2Config
+from batchgen.gpt2.params import random_tensors
+
+WRITER = Path(__file__).parents[1] / "tests" / "write_tf_checkpoint.py"
+CONVERT = """
+import pathlib, sys, time
+from batchgen.checkpoint.convert import convert_tf_checkpoint
+started = time.monotonic()
+convert_tf_checkpoint(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), name=sys.argv[3])
+peak = pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+print(time.monotonic() - started, peak)
+"""
+
+
+def measure(size: str, folder: Path) -> bool:
+    """Print one line on a size; whether the checkpoint's files are as large as OpenAI's and all weights came over."""
+    config = CONFIGS[size]
+    src, dst = folder / "src", folder / size
+    src.mkdir()
+    command = [sys.executable, str(WRITER), str(src), json.dumps(config.as_dict()), "7"]
+    subprocess.run(command, check=True, capture_output=True)
+    sizes = {name: (src / name).stat().st_size for name in (DATA, INDEX)}
+    alike = all(known_file(size, name)[0] in (None, found) for name, found in sizes.items())
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, str(src), str(dst), size], check=True, capture_output=True, text=True
+    )
+    seconds, peak = map(float, done.stdout.split())
+    shutil.rmtree(src)
+    load_params(dst)  # once, so that what is timed is not the disk
+    started = time.perf_counter()
+    load_params(dst)
+    load = time.perf_counter() - started
+    equal = holds(dst, config)
+    print(
+        f"{size}: data {sizes[DATA]:,} and index {sizes[INDEX]:,} bytes ({'as' if alike else 'UNLIKE'} OpenAI's); "
+        f"converted in {seconds:.1f} s, {peak / 2**20:.2f} GB at most; mapped in {1000 * load:.1f} ms; "
+        f"weights {'equal' if equal else 'DIFFERENT'}",
+        flush=True,
+    )
+    return alike and equal
+
+
+def holds(model: Path, config: GPT2Config) -> bool:
+    expected = random_tensors(config, 7)
+    shards = load_manifest(model).tensors
+    return all(
+        np.array_equal(np.load(model / shard.file, mmap_mode="r").view("u4"), expected.pop(name).view("u4"))
+        for name, shard in shards.items()
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=", ".join(CONFIGS))
+    parser.add_argument("--dir", type=Path, help="where to put the files meanwhile")
+    options = parser.parse_args()
+    right = True
+    for size in options.sizes or ["124M"]:
+        with tempfile.TemporaryDirectory(dir=options.dir, prefix="convert-") as folder:
+            right &= measure(size, Path(folder))
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
