@@ -114,16 +114,15 @@ class Summary:
 OnProgress = Callable[[Progress], None]
 
 
-def run_job(job: Job, on_progress: OnProgress | None = None, locate: Callable[[str], Path] = find_model) -> Summary:
+def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
     """Complete every prompt of job.input into job.output, going on where an interrupted run of it stopped.
 
     Every input row is accounted for by at least one output row, in input order. Raises a BatchgenError, whose
     text is for the user, where the job as a whole cannot run; nothing finished is lost by that, or by a kill.
-    locate: returns a model's directory by its name, and may fetch it.
     """
     check_input(job.input, job.prompt_column, job.id_column)
     check_output(job.output, [job.input])
-    directory = locate(job.model)
+    directory = find_model(job.model)
     model = Model(directory, load_manifest(directory))
     check_memory(job.model, model.manifest.config, model.bytes)
     with open_ledger(job.output) as ledger:

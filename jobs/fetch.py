@@ -42,15 +42,13 @@ def fetch(
     typer.echo(f"{directory}: here; use it with --model {size}")
 
 
-def find_or_fetch(name: str, progress: report.ProgressStyle) -> Path:
-    """The directory of a model; one of OpenAI's that is not here is fetched first."""
+def is_to_be_fetched(name: str) -> bool:
+    """Whether a model is one of OpenAI's and is not here."""
     try:
-        return find_model(name)
+        find_model(name)
     except ModelError:
-        if name not in OPENAI_MODELS:
-            raise
-    typer.echo(f"batchgen: model {name} is not here; fetching it (--no-fetch would refuse)", err=True)
-    return fetch_shown(name, progress)
+        return name in OPENAI_MODELS
+    return False
 
 
 def fetch_shown(
@@ -64,6 +62,7 @@ def fetch_shown(
     """Fetch a model while showing how far it is on standard error."""
     from batchgen.checkpoint.fetch import fetch_model  # here: it imports requests
 
+    typer.echo(f"batchgen: fetching {size}", err=True)
     with fetch_progress(size, progress) as show:
         return fetch_model(size, mirror=mirror, again=again, keep_download=keep_download, on_progress=show)
 

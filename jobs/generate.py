@@ -1,18 +1,18 @@
 """batchgen generate: prompts in, completions out."""
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
-from batchgen.records.readers import DEFAULT_ID_COLUMN
+from batchgen.checkpoint.registry import DEFAULT_MODEL
+from batchgen.records.readers import DEFAULT_ID_COLUMN, check_input
+from batchgen.records.writer import check_output
 from batchgen.run import Job, Summary, run_job
 from batchgen.types import SamplingParams
 from jobs import options, report
-from jobs.fetch import find_or_fetch
+from jobs.fetch import fetch_shown, is_to_be_fetched
 
 
 def generate(
@@ -90,9 +90,12 @@ def generate(
         require_invariant=require_invariant,
         restart=restart,
     )
-    locate = partial(find_or_fetch, progress=progress) if fetch else find_model
+    if fetch and is_to_be_fetched(model):
+        check_input(input, prompt_column, id_column)  # before hours of download, not after
+        check_output(output, [input])
+        fetch_shown(model, progress)
     with report.progress(progress) as on_progress:
-        summary = run_job(job, on_progress, locate)
+        summary = run_job(job, on_progress)
     with report.to_whoever_reads():
         _print_summary(summary, show)
     sys.exit(summary.exit_code)

@@ -1,9 +1,11 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from batchgen.checkpoint.shards import load_manifest, load_params, verify_shards
 from batchgen.errors import ModelError, UsageError
 from batchgen.gpt2.params import random_tensors
 from jobs.cli import app
-from tests.fault_server import FaultServer, drop, stall, status
+from tests.fault_server import FaultServer, both, claim, drop, stall, status
 from tests.models import BYTES, sharp_tensors, write_byte_vocabulary
 from tests.test_convert import REPOSITORY, needs_tensorflow
 
@@ -311,6 +313,9 @@ def test_generate_fetches_what_is_absent_unless_told_not_to(server: FaultServer,
     assert isinstance(result.exception, ModelError)
     assert "model 124M is not here; fetch it with: batchgen fetch 124M" in str(result.exception)
     assert not models.exists()
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "none.jsonl"), *arguments[2:]])
+    assert "none.jsonl" in str(result.exception)
+    assert asked(server) == {}
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "1 rows: 1 ok" in result.output
@@ -318,6 +323,23 @@ def test_generate_fetches_what_is_absent_unless_told_not_to(server: FaultServer,
     listed = CliRunner().invoke(app, ["models"]).output
     assert "OpenAI's 124M" in listed
     assert "Not here: 355M, 774M, 1558M (OpenAI). To have one: batchgen fetch 355M" in listed
+
+
+def test_an_interrupt_ends_a_fetch_at_once_and_what_has_come_is_kept(models: Path) -> None:
+    with FaultServer({f"/124M/{name}": bytes(100_000) for name in FILES}) as server:
+        for name in FILES:
+            server.always[f"/124M/{name}"] = both(claim(497_759_232), stall(50_000)) if name == DATA else stall(0)
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "BATCHGEN_MODELS": str(models)}
+        command = [sys.executable, "-m", "jobs.cli", "fetch", "124M", "--mirror", server.url()]
+        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        part = models / ".downloads" / "124M" / f"{DATA}.part"
+        while child.poll() is None and not (part.exists() and part.stat().st_size == 50_000):
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=20)  # reads wait for 30 s
+    assert child.returncode == 130
+    assert "interrupted; run the same command again to go on" in said
+    assert part.stat().st_size == 50_000
 
 
 def test_fetch_tells_how_far_it_is(server: FaultServer, models: Path) -> None:

@@ -170,7 +170,8 @@ def _download_files(
         _raise_first(futures.values(), stop)
     finally:  # interrupted, nobody waits for them; else no thread may still write when this returns
         stop.set()
-        threads.shutdown(wait=sys.exc_info()[0] is not KeyboardInterrupt, cancel_futures=True)
+        kind = sys.exc_info()[0]
+        threads.shutdown(wait=kind is None or issubclass(kind, Exception), cancel_futures=True)
     return {name: future.result() for name, future in futures.items()}
 
 
