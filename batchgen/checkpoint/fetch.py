@@ -11,10 +11,9 @@ import logging
 import os
 import shutil
 import stat
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -160,26 +159,39 @@ def _download_files(
     count = _Count({name: remote.size or 0 for name, remote in wanted.items()}, on_progress)
     stop = threading.Event()
 
-    def one(name: str) -> str:
-        return download(wanted[name], directory / name, patience=patience, on_bytes=count.of(name), stop=stop)
+    waiting, futures = iter(wanted), {name: Future[str]() for name in wanted}
 
-    threads = ThreadPoolExecutor(_AT_ONCE)
-    futures = {name: threads.submit(one, name) for name in wanted}
+    def work() -> None:
+        """One thread: a file after the other, until there are no more or one of them failed."""
+        while not stop.is_set() and (name := next(waiting, None)) is not None:
+            try:
+                sha256 = download(wanted[name], directory / name, patience=patience, on_bytes=count.of(name), stop=stop)
+                futures[name].set_result(sha256)
+            except BaseException as error:
+                futures[name].set_exception(error)
+
+    # Daemons, which an exit does not wait for: a silent server would hold it up.
+    threads = [threading.Thread(target=work, daemon=True, name=f"fetch-{i}") for i in range(_AT_ONCE)]
+    for thread in threads:
+        thread.start()
     try:
         wait(futures.values(), return_when=FIRST_EXCEPTION)
-        _raise_first(futures.values(), stop)
-    finally:  # interrupted, nobody waits for them; else no thread may still write when this returns
+        _raise_first(futures.values())
+    except Exception:
         stop.set()
-        kind = sys.exc_info()[0]
-        threads.shutdown(wait=kind is None or issubclass(kind, Exception), cancel_futures=True)
+        for thread in threads:  # none may still write when this returns; interrupted, nobody waits for them
+            thread.join()
+        raise
+    except BaseException:
+        stop.set()
+        raise
     return {name: future.result() for name, future in futures.items()}
 
 
-def _raise_first(futures: Iterable[Future[str]], stop: threading.Event) -> None:
-    """Have the others stop and raise what went wrong, if anything did; not that the others were stopped for it."""
+def _raise_first(futures: Iterable[Future[str]]) -> None:
+    """Raise what went wrong, if anything did; not that others were stopped for it."""
     errors = [error for future in futures if future.done() and (error := future.exception())]
     if errors:
-        stop.set()
         raise min(errors, key=lambda error: isinstance(error, Stopped))
 
 
