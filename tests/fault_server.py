@@ -170,7 +170,7 @@ class FaultServer:
         self.requests: defaultdict[str, list[Asked]] = defaultdict(list)
         self.lock = threading.Lock()
         self.over = threading.Event()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http = _Quiet(("127.0.0.1", 0), _handler(self))
         self.http.daemon_threads = True
 
     def url(self, path: str = "", host: str = "127.0.0.1") -> str:
@@ -204,6 +204,13 @@ class FaultServer:
             waiting = self.faults[asked.path]
             fault = waiting.pop(0) if waiting else self.always.get(asked.path, good)
         return fault(reply, asked)
+
+
+class _Quiet(ThreadingHTTPServer):
+    """A client that leaves in the middle is what is tested, and no news."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass
 
 
 def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
