@@ -12,5 +12,6 @@ def _one_blas_thread():
 
 @pytest.fixture(autouse=True)
 def _no_models_of_the_user(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("BATCHGEN_MIRROR", "http://127.0.0.1:9")  # where nobody answers
     monkeypatch.setenv("BATCHGEN_MODELS", str(tmp_path_factory.getbasetemp() / "models"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -148,10 +148,10 @@ def test_models_are_listed_with_what_is_wrong_with_them(batchgen, model, monkeyp
     code, out, err = batchgen("models", use_model=False)
     assert (code, err) == (0, "")
     lines = {line.split()[0]: line for line in out.splitlines()}
-    assert re.fullmatch(rf"bytes +0\.0M +128 +0\.2 MB +{re.escape(str(model))}", lines["bytes"])
+    assert re.fullmatch(rf"bytes +0\.0M +128 +0\.2 MB +test +no +{re.escape(str(model))}", lines["bytes"])
     assert "manifest.json: is not JSON" in lines["broken"]
     assert lines["broken"].count("manifest.json") == 1
-    assert "batchgen convert SRC 124M" in lines["Not"]
+    assert "batchgen fetch 124M" in lines["Not"]
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["complete"], ["convert"], ["models"]])
@@ -203,7 +203,12 @@ MISTAKES = [
     (["p.jsonl", "-o", "x" * 250 + ".parquet"], 1, "File name too long"),
     (["p.jsonl", "-o", "o.csv"], 2, "o.csv: the suffix '.csv' is neither of .parquet, .jsonl"),
     (["p.jsonl", "-o", "o.parquet", "--model", "bites"], 1, r"no model is called 'bites'.*\(known: .*bytes"),
-    (["p.jsonl", "-o", "o.parquet", "--model", "124M"], 1, "model 124M is not here; .* batchgen convert SRC 124M"),
+    (
+        ["p.jsonl", "-o", "o.parquet", "--model", "124M", "--no-fetch"],
+        1,
+        "124M is not here; fetch it with: batchgen fetch",
+    ),
+    (["p.jsonl", "-o", "o.parquet", "--model", "124M"], 1, "is there a network. --mirror names another place"),
     (["p.jsonl", "-o", "o.parquet", "--model", "./folder"], 1, "folder: is not a model"),
     (["p.jsonl", "-o", "o.parquet", "--max-tokens", "0"], 2, r"max_tokens 0 is out of range \(1 or more\)"),
     (["p.jsonl", "-o", "o.parquet", "--temperature", "nan"], 2, "temperature nan is out of range"),

@@ -39,7 +39,9 @@ from tests.fault_server import (
 DATA = random.Random(0).randbytes(400_000)
 OTHER = random.Random(1).randbytes(400_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
-QUICK = Patience(connect=5, read=0.3, tries=4, first_wait=0.001, longest_wait=0.01, longest_retry_after=2)
+QUICK = Patience(
+    connect=5, read=0.3, tries=4, first_wait=0.001, longest_wait=0.01, longest_retry_after=2, tries_unreached=2
+)
 CUT = drop(after=150_000)
 NAME = "model.ckpt.data"
 
@@ -401,7 +403,7 @@ def test_from_https_nothing_leads_to_http(path: Path) -> None:
 
 
 def test_nobody_at_home_is_one_line(path: Path) -> None:
-    with pytest.raises(ModelError, match="Connection refused; gave up after 4 tries"):
+    with pytest.raises(ModelError, match="Connection refused; is there a network. --mirror names another place"):
         download(Remote("http://127.0.0.1:1/file"), path, patience=QUICK)
 
 

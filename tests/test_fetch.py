@@ -89,7 +89,8 @@ def asked(server: FaultServer) -> dict[str, int]:
 # --- what is fetched -----------------------------------------------------------------------------------------
 
 
-def test_the_addresses_files_and_hashes_are_picogpts_and_openais() -> None:
+def test_the_addresses_files_and_hashes_are_picogpts_and_openais(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BATCHGEN_MIRROR")
     found = fetch.remotes("124M", base_url(), {})
     assert {remote.url for remote in found.values()} == {
         f"https://openaipublic.blob.core.windows.net/gpt-2/models/124M/{name}"

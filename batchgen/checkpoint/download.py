@@ -49,6 +49,7 @@ class Patience:
     connect: float = 15.0
     read: float = 30.0
     tries: int = 8
+    tries_unreached: int = 4  # where not one answer has come: there is no network, or no such server
     first_wait: float = 0.5
     longest_wait: float = 60.0
     longest_retry_after: float = 600.0
@@ -253,6 +254,7 @@ class _Download:
         self.remote, self.part, self.patience = remote, part, patience
         self.on_bytes, self.stop = on_bytes, stop
         self.session = _Session()
+        self.reached = False
 
     def run(self) -> str:
         """Try until the file is whole and right, or until too many tries in a row brought nothing new."""
@@ -285,6 +287,8 @@ class _Download:
     def _wait(self, failure: _TryAgain, failures: int) -> None:
         """Sleep before the next try: longer each time, never less than the server asks, shorter when stopped."""
         patience = self.patience
+        if not self.reached and failures >= patience.tries_unreached:
+            raise self._refusal(f"{failure.reason}; is there a network? --mirror names another place")
         if failures >= patience.tries:
             raise self._refusal(
                 f"{failure.reason}; gave up after {failures} tries; run the same command again to go on"
@@ -340,6 +344,7 @@ class _Download:
         url, timeout = self.remote.url, (self.patience.connect, self.patience.read)
         for _ in range(_MAX_REDIRECTS + 1):
             response = self.session.get(url, headers=headers, stream=True, allow_redirects=False, timeout=timeout)
+            self.reached = True
             if response.status_code not in _REDIRECTS:
                 return response
             response.close()
