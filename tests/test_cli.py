@@ -208,7 +208,6 @@ MISTAKES = [
         1,
         "124M is not here; fetch it with: batchgen fetch",
     ),
-    (["p.jsonl", "-o", "o.parquet", "--model", "124M"], 1, "is there a network. --mirror names another place"),
     (["p.jsonl", "-o", "o.parquet", "--model", "./folder"], 1, "folder: is not a model"),
     (["p.jsonl", "-o", "o.parquet", "--max-tokens", "0"], 2, r"max_tokens 0 is out of range \(1 or more\)"),
     (["p.jsonl", "-o", "o.parquet", "--temperature", "nan"], 2, "temperature nan is out of range"),
