@@ -140,8 +140,11 @@ def test_what_differs_from_openais_models_is_kept_and_computed(config: GPT2Confi
     ids = list(range(3, 43))
     segment = KVArena(config, len(ids)).allocate(len(ids), start=0)
     assert segment is not None
-    logits = Forward(params, config, len(ids), len(ids))(prefills=[Prefill(segment, ids, n_logits=len(ids))])
-    np.testing.assert_allclose(logits, plain_logits(ids, tensors, config), atol=2e-4 * float(np.abs(logits).max()))
+    expected = plain_logits(ids, tensors, config)
+    forward, near = Forward(params, config, len(ids), len(ids)), 2e-4 * float(np.abs(expected).max())
+    logits = forward(prefills=[Prefill(segment, ids[:-1], n_logits=len(ids) - 1)])
+    np.testing.assert_allclose(logits, expected[:-1], atol=near)
+    np.testing.assert_allclose(forward([ids[-1]], [segment]), expected[-1:], atol=near)  # a decode step
 
 
 def plain_logits(ids: list[int], tensors: dict[str, Any], c: GPT2Config) -> Any:
