@@ -5,7 +5,7 @@ INPUT  ?= data/prompts/sample.jsonl
 OUTPUT ?= $(basename $(patsubst %.gz,%,$(notdir $(INPUT)))).completions.parquet
 MODEL  ?= tales
 ifeq ($(origin INPUT),file)
-ARGS   ?= --temperature 0.8 --top-p 0.95 --show 12
+ARGS   ?= --temperature 0.8 --top-p 0.95 --show 5
 endif
 
 BIN := .venv/bin

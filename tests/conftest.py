@@ -1,7 +1,12 @@
 """What holds for all tests: one BLAS thread, as batchgen's workers have, and models from nowhere but the test."""
 
+import signal
+
 import pytest
 from threadpoolctl import threadpool_limits
+
+# Started in the background of a shell, this process ignores Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
