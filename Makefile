@@ -4,9 +4,10 @@ PYTHON ?= python3
 INPUT  ?= data/prompts/sample.jsonl
 OUTPUT ?= $(basename $(patsubst %.gz,%,$(notdir $(INPUT)))).completions.parquet
 MODEL  ?= tales
-ifeq ($(origin INPUT),file)
-ARGS   ?= --temperature 0.8 --top-p 0.95 --show 5
-endif
+ARGS   ?=
+
+# The sample prompts are drawn for: greedy tales go round in circles.
+RUN_ARGS := $(if $(ARGS)$(filter-out file,$(origin INPUT)),$(ARGS),--temperature 0.8 --top-p 0.95 --show 5)
 
 BIN := .venv/bin
 
@@ -19,7 +20,7 @@ run: .venv/run  ## Complete prompts: make run [INPUT=prompts.jsonl] [OUTPUT=...]
 ifeq ($(origin INPUT)-$(origin MODEL),file-file)
 	@echo "Sample prompts on the embedded model tales. Your own on GPT-2: make run INPUT=prompts.jsonl MODEL=124M (README: Getting GPT-2)"
 endif
-	@$(BIN)/batchgen generate "$(INPUT)" --output "$(OUTPUT)" --model "$(MODEL)" $(ARGS)
+	@$(BIN)/batchgen generate "$(INPUT)" --output "$(OUTPUT)" --model "$(MODEL)" $(RUN_ARGS)
 
 .PHONY: test
 test: lint  ## Lint, check types and run the tests.
