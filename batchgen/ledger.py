@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.durable import sync_path
 from batchgen.errors import BusyError, OutputError, UsageError
 from batchgen.types import Receipt
 
@@ -84,7 +85,7 @@ class Ledger:
         """Make a worker's finished part one of the parts: one rename, on disk when this returns."""
         name = f"{receipt.chunk:08d}-{receipt.sha256[:16]}.parquet"
         os.replace(receipt.path, self.parts_directory / name)
-        _sync_directory(self.parts_directory)
+        sync_path(self.parts_directory)
         self.receipts[receipt.chunk] = replace(receipt, path=name)
 
     def _read_plan(self, path: Path) -> dict[str, Any] | None:
@@ -101,7 +102,7 @@ class Ledger:
     def _clear(self) -> None:
         """Everything but the lock; the plan first, so that a clearing that is cut short is not resumed from."""
         (self.directory / "plan.json").unlink(missing_ok=True)
-        _sync_directory(self.directory)
+        sync_path(self.directory)
         self._remove_all_but_lock()
 
     def _remove_all_but_lock(self) -> None:
@@ -226,12 +227,4 @@ def _write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(path.parent)

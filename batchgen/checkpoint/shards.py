@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from batchgen.durable import sync_path
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import OPTIONS, GPT2Config
 from batchgen.gpt2.params import Array, Params, nest
@@ -359,7 +360,7 @@ def write_model(
             _write_file(new / MANIFEST, [_manifest_json(manifest)])
             for path in kept:
                 _keep(path, new / path.name)
-            _sync(new)
+            sync_path(new)
             if replace or not _holds(directory, manifest):
                 _install(new, directory, aside=Path(private, "old"))
     except OSError as error:
@@ -505,7 +506,7 @@ def _manifest_json(manifest: Manifest) -> bytes:
 def _keep(path: Path, target: Path) -> None:
     shutil.copy2(path, target, follow_symlinks=False)
     if not target.is_symlink():
-        _sync(target)
+        sync_path(target)
 
 
 def _holds(directory: Path, manifest: Manifest) -> bool:
@@ -529,12 +530,4 @@ def _install(new: Path, directory: Path, aside: Path) -> None:
         if replaced:
             aside.rename(directory)
         raise
-    _sync(directory.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(directory.parent)

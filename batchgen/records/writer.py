@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.durable import sync_path
 from batchgen.errors import OutputError, UsageError
 from batchgen.records.schema import rows_to_table
 from batchgen.types import OutputRow
@@ -46,15 +47,6 @@ def _output_errors(out: Path) -> Iterator[None]:
         raise OutputError(f"{out}: cannot be written: {reason}; make room or choose another path") from error
 
 
-def _sync_directory(directory: Path) -> None:
-    """Make a rename in the directory outlast a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _temporary(out: Path) -> Path:
     """Always the same for one output, so that the next run finds what a killed one left: a lock keeps others out."""
     return out.with_name(f".{out.name}.batchgen-tmp")
@@ -78,7 +70,7 @@ def _replacing(out: Path) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(out.parent)
+        sync_path(out.parent)
 
 
 def _file_sha256(path: Path) -> str:
