@@ -3,21 +3,15 @@
 import json
 import logging
 import os
-import re
-import signal
 import threading
 import time
-import warnings
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed, parallel_config
 from threadpoolctl import threadpool_limits
 
 from batchgen import __version__
@@ -28,13 +22,14 @@ from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError
 from batchgen.ledger import Ledger, open_ledger
 from batchgen.planner import auto_chunk_rows, check_memory, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
+from batchgen.pool import Pool
 from batchgen.records.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
 from batchgen.records.schema import output_schema
 from batchgen.records.writer import check_output, merge_parts
 from batchgen.tokenizer import Tokenizer
-from batchgen.types import Chunk, Receipt, Rejected, SamplingParams, TokenizedRequest
+from batchgen.types import Receipt, Rejected, SamplingParams, TokenizedRequest
 from batchgen.validation import EmptyPrompt, OnTooLong, validate
-from batchgen.worker import WorkerSetup, become_worker, read_progress, run_chunk
+from batchgen.worker import WorkerSetup, read_sightings
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +56,7 @@ class Job:
     token_ids: bool = False
     require_invariant: bool = False
     restart: bool = False
+    row_timeout: float | None = None  # seconds without a step, after which a worker is taken for hung
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +131,9 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
         jobs = max(min(job.jobs or fitting_jobs(plan["kv_bytes"], model.bytes), missing), 1)
         chunks = (c for c in plan_chunks(validated(job, model), plan["chunk_rows"]) if c.index not in ledger.receipts)
         started = time.monotonic()
-        with reporting(on_progress, ledger, facts.rows), closing(generate(setup, chunks, ledger.attempt, jobs)) as new:
-            for receipt in new:
+        pool = Pool(setup, ledger.attempt, jobs, job.row_timeout)
+        with reporting(on_progress, ledger, facts.rows), closing(pool.receipts(chunks)) as receipts:
+            for receipt in receipts:
                 ledger.commit(receipt)
         summary = summarise(job, facts, ledger, done, time.monotonic() - started, jobs)
         schema = output_schema(token_ids=job.token_ids, logprobs=job.params.logprobs is not None)
@@ -198,6 +195,7 @@ def validated(job: Job, model: Model) -> Iterator[TokenizedRequest | Rejected]:
 def worker_setup(job: Job, model: Model, plan: dict[str, Any]) -> WorkerSetup:
     return WorkerSetup(
         model=str(model.directory.resolve()),
+        model_hash=plan["model_hash"],
         kv_bytes=plan["kv_bytes"],
         max_batch=plan["batch_size"],
         share_prefixes=plan["share_prefixes"],
@@ -205,64 +203,6 @@ def worker_setup(job: Job, model: Model, plan: dict[str, Any]) -> WorkerSetup:
         logprobs=job.params.logprobs is not None,
         parent=os.getpid(),
     )
-
-
-def generate(setup: WorkerSetup, chunks: Iterator[Chunk], attempt: Path, jobs: int) -> Generator[Receipt, None, None]:
-    """Have workers do the chunks, or this process where one is enough; yields their receipts as they come."""
-    if jobs > 1:
-        yield from in_workers(setup, chunks, attempt, jobs)
-    else:
-        for chunk in chunks:
-            yield run_chunk(setup, chunk, str(attempt))
-
-
-def in_workers(setup: WorkerSetup, chunks: Iterator[Chunk], attempt: Path, jobs: int) -> Iterator[Receipt]:
-    """Have worker processes do the chunks. An error in reading chunks is raised here, after what is under way."""
-    failure: list[Exception] = []
-
-    def tasks() -> Iterator[Any]:
-        """joblib pulls these from a thread of its own, where an exception would hang the run."""
-        try:
-            for chunk in chunks:
-                yield delayed(run_chunk)(setup, chunk, str(attempt))
-        except Exception as error:
-            failure.append(error)
-
-    # A Parallel that is used again after a failure can hand out results of the earlier run: a new one each time.
-    with parallel_config("loky", inner_max_num_threads=1, initializer=become_worker, initargs=(setup.parent,)):
-        parallel = Parallel(
-            n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch=2 * jobs, max_nbytes=None
-        )
-        with _no_interrupts_to_workers():
-            receipts = parallel(tasks())
-    try:
-        for receipt in receipts:  # noqa: UP028  # `yield from` would close it itself, and joblib warn
-            yield receipt
-    except BrokenProcessPool as error:
-        raise BatchgenError(_death_notice(error)) from error
-    finally:
-        with warnings.catch_warnings(action="ignore"):  # that there was more to come
-            receipts.close()
-    if failure:
-        raise failure[0]
-
-
-def _death_notice(error: BrokenProcessPool) -> str:
-    """joblib's text ends in the exit codes: `{SIGKILL(-9)}`."""
-    codes = re.search(r"\{(.*)\}", str(error))
-    how = f" ({codes[1]})" if codes else ""
-    return f"a worker process died{how}, perhaps for lack of memory; run again to go on, with fewer --jobs if so"
-
-
-@contextmanager
-def _no_interrupts_to_workers() -> Iterator[None]:
-    """What is started in this block inherits a mask: Ctrl-C reaches this process alone, which ends its workers."""
-    resource_tracker.ensure_running()  # whose start would lift the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -274,12 +214,11 @@ def reporting(on_progress: OnProgress | None, ledger: Ledger, rows_in_all: int) 
     if on_progress is None:
         yield
         return
-    before = sum(receipt.input_rows for receipt in ledger.receipts.values())
+    resumed = set(ledger.receipts)
     started, over = time.monotonic(), threading.Event()
 
     def report() -> None:
-        rows, *tokens = read_progress(ledger.attempt)
-        now = Progress(before + rows, rows_in_all, tokens[0], tokens[1], time.monotonic() - started)
+        now = progress_now(ledger, resumed, rows_in_all, time.monotonic() - started)
         try:
             on_progress(now)
         except Exception as error:
@@ -299,6 +238,20 @@ def reporting(on_progress: OnProgress | None, ledger: Ledger, rows_in_all: int) 
             over.set()
             watcher.join()
             report()
+
+
+def progress_now(ledger: Ledger, resumed: set[int], rows_in_all: int, seconds: float) -> Progress:
+    """What is committed, and what the workers say of the chunks that are not; tokens are of this run alone."""
+    receipts = dict(ledger.receipts)
+    new = [receipt for chunk, receipt in receipts.items() if chunk not in resumed]
+    now = [s for s in read_sightings(ledger.attempt) if s.chunk is not None and s.chunk not in receipts]
+    return Progress(
+        rows=sum(receipt.input_rows for receipt in receipts.values()) + sum(s.rows for s in now),
+        rows_in_all=rows_in_all,
+        prompt_tokens=sum(r.prompt_tokens for r in new) + sum(s.prompt_tokens for s in now),
+        completion_tokens=sum(r.completion_tokens for r in new) + sum(s.completion_tokens for s in now),
+        seconds=seconds,
+    )
 
 
 def summarise(job: Job, facts: InputFacts, ledger: Ledger, done: list[Receipt], seconds: float, jobs: int) -> Summary:

@@ -97,7 +97,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """One input row that cannot be generated, and why; it gets its output row all the same."""
+    """One input row that cannot be generated, and why; it gets its output row all the same.
+
+    status is `failed` of a row that was tried, and killed its worker.
+    """
 
     row: int
     place: str
@@ -105,6 +108,7 @@ class Rejected:
     prompt: str | None
     error: str
     prompt_tokens: int | None = None
+    status: Status = "rejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,11 @@ class TokenizedRequest:
     prompt: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+
+    def failed(self, reason: str) -> Rejected:
+        """The row set aside."""
+        error = f"{self.place}: {reason}"
+        return Rejected(self.row, self.place, self.id, self.prompt, error, len(self.prompt_token_ids), "failed")
 
     def with_max_tokens(self, max_tokens: int) -> "TokenizedRequest":
         params = replace(self.params, max_tokens=max_tokens, min_tokens=min(self.params.min_tokens, max_tokens))

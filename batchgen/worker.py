@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,8 +19,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from batchgen.checkpoint.shards import load_manifest, load_params
-from batchgen.engine.engine import Engine
+from batchgen.engine.engine import LARGEST_BATCH, Engine
 from batchgen.engine.sequence import Completion, Prompt, sample_seeds
+from batchgen.errors import BatchgenError
 from batchgen.ledger import with_receipt
 from batchgen.records.schema import output_schema
 from batchgen.records.writer import write_part
@@ -34,6 +36,7 @@ class WorkerSetup:
     """All that a worker needs besides its chunk."""
 
     model: str
+    model_hash: str  # a worker that has another model under this path maps it anew
     kv_bytes: int
     max_batch: int
     share_prefixes: bool
@@ -42,28 +45,88 @@ class WorkerSetup:
     parent: int  # process id: a worker does not outlive it
 
 
-class Progress:
-    """A worker's running count in a file of three int64: rows done, tokens in, tokens out; the parent adds them up."""
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What a worker's marker says: the chunk that it is on (None: idle), what of it is done, and the rows in flight.
 
-    def __init__(self, directory: Path) -> None:
-        path = directory / f"progress-{os.getpid()}"
-        path.touch()
-        if path.stat().st_size == 0:
-            path.write_bytes(bytes(24))
-        self.counts = np.memmap(path, np.int64, "r+", shape=(3,))
+    pulse changes with everything that the worker does. suspects are the rows that it has just begun to read, or is
+    about to write down: what they do to a worker, they do now. running are the others of this step.
+    """
+
+    pid: int
+    chunk: int | None
+    pulse: int
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    suspects: tuple[int, ...]
+    running: tuple[int, ...]
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        return self.suspects + self.running
+
+
+class Marker:
+    """A worker's account of itself, in a small mapped file that outlives it.
+
+    int64: pulse, chunk + 1, rows done, tokens in, tokens out, number of suspects, number of running rows, the rows.
+    """
+
+    HEADER = 7
+    MAX_ROWS = 2 * LARGEST_BATCH
+    BYTES = 8 * (HEADER + MAX_ROWS)
+
+    def __init__(self, directory: Path, chunk: int) -> None:
+        path = directory / f"worker-{os.getpid()}"
+        if not path.exists():
+            path.write_bytes(bytes(self.BYTES))  # a hole could not be filled on a full disk
+        self._values = np.memmap(path, np.int64, "r+")
+        self._values[1 : self.HEADER] = chunk + 1, 0, 0, 0, 0, 0
+        self._values[0] += 1
 
     def add(self, rows: int, prompt_tokens: int, completion_tokens: int) -> None:
-        self.counts += (rows, prompt_tokens, completion_tokens)
+        self._values[2:5] += (rows, prompt_tokens, completion_tokens)
+
+    def on(self, suspects: Sequence[int], running: Sequence[int] = ()) -> None:
+        """Say which rows are next, before anything is done with them."""
+        rows = [*suspects, *running][: self.MAX_ROWS]
+        self._values[self.HEADER : self.HEADER + len(rows)] = rows
+        self._values[5:7] = min(len(suspects), len(rows)), max(len(rows) - len(suspects), 0)
+        self._values[0] += 1
+
+    def idle(self) -> None:
+        self.on(())
+        self._values[1] = 0
+
+    def sighting(self) -> Sighting:
+        return _sighting(os.getpid(), self._values.tolist())
 
 
-def read_progress(directory: Path) -> tuple[int, int, int]:
-    """Rows done, tokens in and tokens out of all workers of an attempt so far."""
-    total = np.zeros(3, np.int64)
-    for path in directory.glob("progress-*"):
-        counts = np.frombuffer(path.read_bytes()[:24], np.int64)
-        if len(counts) == 3:
-            total += counts
-    return int(total[0]), int(total[1]), int(total[2])
+def _sighting(pid: int, values: list[int]) -> Sighting:
+    pulse, chunk, rows, prompt_tokens, completion_tokens, n_suspect, n_running = values[: Marker.HEADER]
+    in_flight = tuple(values[Marker.HEADER :][: n_suspect + n_running])
+    return Sighting(
+        pid=pid,
+        chunk=chunk - 1 if chunk else None,
+        pulse=pulse,
+        rows=rows,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        suspects=in_flight[:n_suspect],
+        running=in_flight[n_suspect:],
+    )
+
+
+def read_sightings(directory: Path) -> list[Sighting]:
+    """What the workers of an attempt are doing, or were when they died."""
+    sightings = []
+    for path in directory.glob("worker-*"):
+        with suppress(FileNotFoundError):
+            data = path.read_bytes()
+            if len(data) == Marker.BYTES:  # else it is just being made
+                sightings.append(_sighting(int(path.name.partition("-")[2]), np.frombuffer(data, np.int64).tolist()))
+    return sightings
 
 
 @lru_cache(maxsize=1)
@@ -93,13 +156,38 @@ def become_worker(parent: int) -> None:
             os._exit(1)
 
 
+class ChunkError(Exception):
+    """What a chunk raised that is no fault of the job as a whole, and what its worker was doing."""
+
+    def __init__(self, text: str, sighting: Sighting) -> None:
+        super().__init__(text, sighting)
+        self.text, self.sighting = text, sighting
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
-    """Generate one chunk and write it as a part into the attempt's directory."""
+    """Generate one chunk and write it as a part into the attempt's directory.
+
+    Raises ChunkError with the rows that were in flight, or a BatchgenError or OSError that concerns the whole job.
+    """
+    marker = Marker(Path(attempt), chunk.index)
+    try:
+        return _run_chunk(setup, chunk, Path(attempt), marker)
+    except (BatchgenError, OSError):
+        raise
+    except Exception as error:
+        raise ChunkError(f"{type(error).__name__}: {error}", marker.sighting()) from error
+    finally:
+        marker.idle()
+
+
+def _run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: Path, marker: Marker) -> Receipt:
     started = time.monotonic()
     engine, tokenizer = _loaded(setup)
-    directory = Path(attempt)
-    rows = complete_chunk(chunk, engine, tokenizer, Progress(directory))
-    path = directory / f"{chunk.index:08d}.parquet"
+    rows = complete_chunk(chunk, engine, tokenizer, marker)
+    path = attempt / f"{chunk.index:08d}.parquet"
     path.unlink(missing_ok=True)
     generated = [row for row in rows if row.status == "ok"]
     receipt = Receipt(
@@ -110,7 +198,7 @@ def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
         rows=len(rows),
         ok=len(generated),
         rejected=sum(row.status == "rejected" for row in rows),
-        failed=0,
+        failed=sum(row.status == "failed" for row in rows),
         prompt_tokens=sum(row.prompt_tokens or 0 for row in generated),
         completion_tokens=sum(row.completion_tokens or 0 for row in generated),
     )
@@ -119,18 +207,20 @@ def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
     return receipt.finished(sha256, time.monotonic() - started)
 
 
-def complete_chunk(chunk: Chunk, engine: Engine, tokenizer: Tokenizer, progress: Progress) -> list[OutputRow]:
-    """The chunk's output rows in order: every sample of every request, and a row for each rejected one."""
+def complete_chunk(chunk: Chunk, engine: Engine, tokenizer: Tokenizer, marker: Marker) -> list[OutputRow]:
+    """The chunk's output rows in order: every sample of every request, and a row for each that is not generated."""
     requests = {item.row: item for item in chunk.items if isinstance(item, TokenizedRequest)}
-    rows = {(item.row, 0): rejected_row(item) for item in chunk.items if isinstance(item, Rejected)}
-    progress.add(len(rows), 0, 0)
+    rows = {(item.row, 0): unfinished_row(item) for item in chunk.items if isinstance(item, Rejected)}
+    marker.add(len(rows), 0, 0)
     prompts = [to_prompt(request) for request in requests.values()]
     seeds = {prompt.row: prompt.seeds for prompt in prompts}
-    for completion in engine.generate(prompts):
+    for completion in engine.generate(prompts, marker.on):
+        marker.on([completion.row])
         request = requests[completion.row]
         row = completed_row(request, completion, tokenizer, seeds[completion.row])
         rows[completion.row, completion.sample] = row
-        progress.add(int(completion.sample == 0), len(request.prompt_token_ids), len(completion.token_ids))
+        marker.add(int(completion.sample == 0), len(request.prompt_token_ids), len(completion.token_ids))
+    marker.on((), list(requests))
     return [rows[key] for key in sorted(rows)]
 
 
@@ -139,7 +229,7 @@ def to_prompt(request: TokenizedRequest) -> Prompt:
     return Prompt(request.row, request.prompt_token_ids, params, sample_seeds(params.seed, request.row, params.n))
 
 
-def rejected_row(item: Rejected) -> OutputRow:
+def unfinished_row(item: Rejected) -> OutputRow:
     return OutputRow(
         row=item.row,
         sample=0,
@@ -149,7 +239,7 @@ def rejected_row(item: Rejected) -> OutputRow:
         prompt_tokens=item.prompt_tokens,
         completion_tokens=None,
         finish_reason=None,
-        status="rejected",
+        status=item.status,
         error=item.error,
         seed=None,
     )

@@ -46,6 +46,9 @@ def generate(
         bool, typer.Option("--require-invariant", help="Refuse to run where rows depend on their company.")
     ] = False,
     restart: Annotated[bool, typer.Option("--restart/--resume", help="Discard what an interrupted run did.")] = False,
+    row_timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="A worker without a step for so long hangs: 30s, 10m (default).")
+    ] = None,
     fetch: Annotated[bool, typer.Option(help="Fetch one of OpenAI's models where it is not here yet.")] = True,
     progress: Annotated[report.ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
     show: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
@@ -89,6 +92,7 @@ def generate(
         token_ids=output_token_ids,
         require_invariant=require_invariant,
         restart=restart,
+        row_timeout=options.parse_duration(row_timeout, "--row-timeout"),
     )
     if fetch and is_to_be_fetched(model):
         check_input(input, prompt_column, id_column)  # before hours of download, not after

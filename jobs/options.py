@@ -9,6 +9,7 @@ from batchgen.errors import UsageError
 from batchgen.validation import EmptyPrompt, OnTooLong
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model's name (see: batchgen models) or its directory.")]
 MaxTokens = Annotated[int, typer.Option(help="New tokens at most, for each sample.")]
@@ -43,3 +44,14 @@ def parse_count(text: str, option: str) -> int | None:
     if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
         raise UsageError(f"{option} {text!r}: must be a whole number from 1 on, or auto")
     return int(text)
+
+
+def parse_duration(text: str | None, option: str) -> float | None:
+    """Seconds: `90` and `90s` -> 90.0, `50m` -> 3000.0, `1h30m` -> 5400.0; None -> None."""
+    if text is None:
+        return None
+    parts = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text)
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < 1e9:
+        raise UsageError(f"{option} {text!r}: not a time; write it as 90s, 50m or 1h30m")
+    return seconds

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from batchgen import __version__
+from batchgen.errors import UsageError
 from batchgen.stream import stream_completion
 from batchgen.types import SamplingParams
 from jobs import cli, options
@@ -281,6 +282,19 @@ def test_sizes_and_counts_are_read():
     assert options.parse_size("1536M", "--x") == options.parse_size("1536MiB", "--x") == 1536 * 2**20
     assert (options.parse_size("2g", "--x"), options.parse_size("77", "--x")) == (2 * 2**30, 77)
     assert (options.parse_size("auto", "--x"), options.parse_size(None, "--x")) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("50m", 3000), ("1h30m", 5400), ("2d", 172800)]
+)
+def test_durations_are_seconds(text, seconds):
+    assert options.parse_duration(text, "--x") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "m", "5x", "5 m", "1e3", "nan", "inf", "9999999999"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(UsageError, match="--x .*: not a time; write it as 90s, 50m or 1h30m"):
+        options.parse_duration(text, "--x")
     assert (options.parse_count("12", "--x"), options.parse_count("auto", "--x")) == (12, None)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import run
+from batchgen import pool, run
 from batchgen.checkpoint.shards import load_manifest, load_params, model_hash
 from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError, BusyError, InputError, ModelError, OutputError, UsageError
@@ -400,27 +399,10 @@ def test_an_error_in_a_worker_is_raised_as_it_is(job, monkeypatch, jobs):
     def no_room(setup: WorkerSetup, chunk, attempt: str) -> None:
         raise OutputError(f"{attempt}: cannot be written: No space left on device")
 
-    monkeypatch.setattr(run, "run_chunk", no_room)
+    monkeypatch.setattr(pool, "run_chunk", no_room)
     with pytest.raises(OutputError, match="cannot be written: No space left on device"):
         run_job(replace(job, jobs=jobs))
     assert sorted(os.listdir(work_directory(job.output))) == ["lock", "parts", "plan.json"]
-
-
-def test_a_worker_that_dies_is_told_of_and_what_is_done_is_kept(job, undisturbed, monkeypatch):
-    run_chunk = run.run_chunk
-
-    def dies_at_the_fifth(setup: WorkerSetup, chunk, attempt: str):
-        if chunk.index == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return run_chunk(setup, chunk, attempt)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "run_chunk", dies_at_the_fifth)
-        with pytest.raises(BatchgenError, match=r"a worker process died \(SIGKILL\(-9\)\).* run again to go on"):
-            run_job(replace(job, jobs=2))
-    assert not job.output.exists()
-    run_job(replace(job, jobs=2))
-    assert job.output.read_bytes() == undisturbed
 
 
 def test_what_no_engine_can_do_is_refused_before_there_is_a_plan(job):

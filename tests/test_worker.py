@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen import worker
+from batchgen.engine.engine import LARGEST_BATCH
 from batchgen.gpt2.config import GPT2Config
 from batchgen.ledger import work_directory
 from batchgen.planner import default_kv_bytes
 from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
-from batchgen.worker import Progress, WorkerSetup, read_progress, run_chunk
+from batchgen.worker import ChunkError, Marker, WorkerSetup, read_sightings, run_chunk
 from tests.models import BYTES, write_byte_model
 
 SLOW = GPT2Config(n_vocab=257, n_ctx=128, n_embd=256, n_head=8, n_layer=4)
@@ -36,8 +37,9 @@ def attempt(tmp_path: Path) -> str:
 
 
 def setup(model: Path, **changes) -> WorkerSetup:
-    values = {"model": str(model), "kv_bytes": default_kv_bytes(BYTES), "max_batch": 8, "share_prefixes": True}
-    return WorkerSetup(**values | {"token_ids": True, "logprobs": False, "parent": os.getpid()} | changes)
+    values = {"model": str(model), "model_hash": "", "kv_bytes": default_kv_bytes(BYTES), "max_batch": 8}
+    values |= {"share_prefixes": True, "token_ids": True, "logprobs": False, "parent": os.getpid()}
+    return WorkerSetup(**values | changes)
 
 
 def request(row: int, **params) -> TokenizedRequest:
@@ -122,27 +124,59 @@ def test_a_worker_is_sent_paths_and_numbers_and_no_weights():
 # ---- progress
 
 
-def test_progress_adds_up_over_workers(tmp_path, monkeypatch):
-    for pid in (11, 12):
-        monkeypatch.setattr(worker.os, "getpid", lambda pid=pid: pid)
-        progress = Progress(tmp_path)
-        progress.add(1, 20, 300)
-        progress.add(0, 20, 300)
-    Progress(tmp_path).add(1, 0, 0)  # a worker's next chunk goes on counting
-    assert read_progress(tmp_path) == (3, 80, 1200)
+def test_a_marker_says_what_its_worker_is_on(tmp_path):
+    marker = Marker(tmp_path, 4)
+    marker.add(1, 20, 300)
+    marker.on([7, 8], [1, 2, 3])
+    [seen] = read_sightings(tmp_path)
+    assert (seen.pid, seen.chunk) == (os.getpid(), 4)
+    assert (seen.rows, seen.prompt_tokens, seen.completion_tokens) == (1, 20, 300)
+    assert (seen.suspects, seen.running, seen.in_flight) == ((7, 8), (1, 2, 3), (7, 8, 1, 2, 3))
+    assert marker.sighting() == seen
+    marker.on([1])
+    assert read_sightings(tmp_path)[0].pulse > seen.pulse
+    assert read_sightings(tmp_path)[0].in_flight == (1,)
+    marker.idle()
+    assert read_sightings(tmp_path)[0].chunk is None
 
 
-def test_a_progress_file_that_is_just_being_made_counts_nothing(tmp_path):
-    assert read_progress(tmp_path) == (0, 0, 0)
-    (tmp_path / "progress-1").touch()
-    (tmp_path / "progress-2").write_bytes(bytes(16))
-    assert read_progress(tmp_path) == (0, 0, 0)
+def test_a_next_chunk_counts_from_nothing_and_its_pulse_goes_on(tmp_path):
+    Marker(tmp_path, 4).add(1, 20, 300)
+    before = read_sightings(tmp_path)[0].pulse
+    Marker(tmp_path, 5)
+    [seen] = read_sightings(tmp_path)
+    assert (seen.chunk, seen.rows, seen.completion_tokens) == (5, 0, 0)
+    assert seen.pulse > before
 
 
-def test_a_chunk_counts_its_input_rows_and_its_tokens(model, attempt):
+def test_a_marker_holds_as_many_rows_as_can_be_in_flight(tmp_path):
+    marker = Marker(tmp_path, 0)
+    marker.on(range(LARGEST_BATCH), range(LARGEST_BATCH, 3 * LARGEST_BATCH))
+    assert read_sightings(tmp_path)[0].in_flight == tuple(range(2 * LARGEST_BATCH))
+
+
+def test_a_marker_that_is_just_being_made_says_nothing(tmp_path):
+    (tmp_path / "worker-1").touch()
+    (tmp_path / "worker-2").write_bytes(bytes(16))
+    assert read_sightings(tmp_path) == []
+
+
+def test_a_chunk_counts_its_input_rows_and_its_tokens(model, attempt, monkeypatch):
+    monkeypatch.setattr(Marker, "idle", lambda self: None)
     receipt = run_chunk(setup(model), MIXED, attempt)
-    tokens = (receipt.prompt_tokens, receipt.completion_tokens)
-    assert read_progress(Path(attempt)) == (len(MIXED.items), *tokens)
+    [seen] = read_sightings(Path(attempt))
+    assert (seen.rows, seen.prompt_tokens) == (len(MIXED.items), receipt.prompt_tokens)
+    assert seen.completion_tokens == receipt.completion_tokens
+
+
+def test_what_a_chunk_raises_tells_what_was_in_flight(model, attempt, monkeypatch):
+    monkeypatch.setattr(worker, "completed_row", lambda *_: 1 / 0)
+    with pytest.raises(ChunkError, match="ZeroDivisionError") as error:
+        run_chunk(setup(model), MIXED, attempt)
+    assert error.value.sighting.chunk == 3
+    assert error.value.sighting.suspects[0] in {97, 98, 100, 101, 109}
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+    assert read_sightings(Path(attempt))[0].chunk is None
 
 
 # ---- the parent's death

@@ -1,6 +1,6 @@
 """The engine: schedule, forward, sample, step after step, until every prompt has its completions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -19,6 +19,9 @@ MAX_BATCH = 256  # sequences in flight; past it products gain nothing
 LARGEST_BATCH = 4096
 MAX_ROWS = 1024  # rows of one pass
 MIB = 2**20
+
+# told before every step which rows have their prompts read to the end in it, and which go on
+OnStep = Callable[[list[int], list[int]], None]
 
 
 def kv_bytes_per_token(config: GPT2Config) -> int:
@@ -60,26 +63,33 @@ class Engine:
         self.arena = KVArena(config, min(kv_bytes // kv_bytes_per_token(config), largest))
         self.forward = Forward(params, config, max_rows=max(MAX_ROWS, max_batch), max_logits=max_batch)
 
-    def generate(self, prompts: Seq[Prompt]) -> Iterator[Completion]:
+    def generate(self, prompts: Seq[Prompt], on_step: OnStep | None = None) -> Iterator[Completion]:
         """Complete the prompts; yields each sample as it ends, so not in the prompts' order."""
-        for finished, _ in self.steps(prompts):
+        for finished, _ in self.steps(prompts, on_step):
             yield from finished
 
-    def steps(self, prompts: Seq[Prompt]) -> Iterator[tuple[list[Completion], list[tuple[Sequence, int]]]]:
+    def steps(
+        self, prompts: Seq[Prompt], on_step: OnStep | None = None
+    ) -> Iterator[tuple[list[Completion], list[tuple[Sequence, int]]]]:
         """One step of all running sequences after another: what it finished, and each sequence's new token."""
         self._check(prompts)
         scheduler = Scheduler(expand(prompts), self.arena, self.max_batch, self.share_prefixes)
         try:
             while scheduler.busy:
-                yield self._step(scheduler)
+                yield self._step(scheduler, on_step)
         finally:  # a caller that stops listening leaves no memory taken
             self.arena.clear()
 
-    def _step(self, scheduler: Scheduler) -> tuple[list[Completion], list[tuple[Sequence, int]]]:
+    def _step(
+        self, scheduler: Scheduler, on_step: OnStep | None
+    ) -> tuple[list[Completion], list[tuple[Sequence, int]]]:
         scheduler.admit()
         running = scheduler.running
         running.sort(key=_neighbours)
         prefills, ready = scheduler.next_prefills(self.forward.max_rows - len(running))
+        if on_step:
+            starting = [sequence for leader, followers in ready for sequence in (leader, *followers)]
+            on_step([s.prompt.row for s in starting], [s.prompt.row for s in running])
         last_ids = [sequence.token_ids[-1] for sequence in running]
         segments = [sequence.segment for sequence in running if sequence.segment is not None]
         logits = self.forward(last_ids, segments, prefills)

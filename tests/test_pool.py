@@ -1,0 +1,222 @@
+"""pool.py: a row that kills its worker is set aside, a worker that dies of something else costs nothing but time."""
+
+import logging
+import os
+import re
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from batchgen import pool
+from batchgen.errors import BatchgenError, OutputError
+from batchgen.ledger import work_directory
+from batchgen.pool import POLL_SECONDS, STALL_SECONDS, _Stall
+from batchgen.run import Job, run_job
+from batchgen.types import SamplingParams
+from batchgen.worker import Sighting, read_sightings
+from tests import poison
+from tests.models import write_byte_model
+
+PARAMS = SamplingParams(max_tokens=10, temperature=0.8, ignore_eos=True)
+
+
+@pytest.fixture
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("pool")
+
+
+@pytest.fixture
+def job(folder, monkeypatch):
+    """Make a job of 60 rows, some of which may be poison: {row: its first word}."""
+    model = write_byte_model(folder / "bytes")
+    monkeypatch.setattr(pool, "run_chunk", poison.run_chunk)
+
+    def make(words: dict[int, str], **changes) -> Job:
+        path = folder / "prompts.jsonl"
+        prompts = [words.get(row, "row") + f" {row}" for row in range(60)]
+        path.write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
+        values = {"jobs": 2, "chunk_rows": 15, "row_timeout": 2.0} | changes
+        return Job(path, folder / "out" / "out.parquet", str(model), PARAMS, **values)
+
+    (folder / "out").mkdir()
+    yield make
+    pool.get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+
+
+def deaths(folder: Path) -> Counter[str]:
+    path = folder / poison.DEATHS
+    return Counter(path.read_text().split() if path.exists() else [])
+
+
+def rows_of(job: Job) -> list[dict]:
+    return pq.read_table(job.output).to_pylist()
+
+
+# ---- rows that are to blame
+
+
+@pytest.mark.parametrize(
+    ("word", "reason", "times"),
+    [
+        ("kill-first", r"its worker died \(SIGKILL\(-9\)\)", 2),
+        ("exit-first", r"its worker died \(UNKNOWN\(7\)\)|its worker died", 2),
+        ("raise-first", "its worker raised ValueError: no good: raise-first", 2),
+        ("hang-first", r"its worker took no step for 2 s \(--row-timeout\)", 2),
+        ("kill-last", r"its worker died \(SIGKILL\(-9\)\)", 2),
+        ("raise-last", "its worker raised ValueError", 2),
+        ("raise-middle", "its worker raised ValueError", 3),
+        ("kill-middle", r"its worker died \(SIGKILL\(-9\)\)", 4),
+    ],
+)
+def test_a_row_that_ends_its_worker_every_time_is_set_aside(job, folder, word, reason, times):
+    this = job({17: word})
+    summary = run_job(this)
+    rows = rows_of(this)
+    assert [row["row"] for row in rows] == list(range(60))
+    assert {row["row"] for row in rows if row["status"] != "ok"} == {17}
+    assert rows[17]["status"] == "failed"
+    assert rows[17]["error"].startswith("prompts.jsonl:18: its worker ")
+    assert re.search(reason, rows[17]["error"])
+    assert rows[17]["prompt"] == f"{word} 17"
+    assert rows[17]["prompt_tokens"] == len(rows[17]["prompt"])
+    assert rows[17]["completion"] is None
+    assert (summary.ok, summary.failed, summary.exit_code) == (59, 1, 3)
+    assert deaths(folder) == {word: times}
+    assert os.listdir(this.output.parent) == ["out.parquet"]
+
+
+def test_several_such_rows_in_one_chunk_are_all_found(job, folder):
+    words = {3: "exit-first", 4: "kill-last", 5: "raise-first", 50: "kill-first"}
+    this = job(words)
+    assert run_job(this).failed == 4
+    assert {row["row"] for row in rows_of(this) if row["status"] == "failed"} == set(words)
+    assert max(deaths(folder).values()) <= 2
+    assert deaths(folder).total() <= 6  # found together, they do not cost two each
+
+
+# ---- rows that are not
+
+
+@pytest.mark.parametrize("word", ["kill-first-once", "kill-middle-once", "memory-first-once", "raise-last-once"])
+def test_a_worker_that_dies_once_costs_no_row_and_no_byte(job, folder, word):
+    this = job({17: word})
+    with pytest.MonkeyPatch.context() as undisturbed:
+        undisturbed.setattr(pool, "run_chunk", pool_run_chunk)
+        run_job(this)
+    expected = this.output.read_bytes()
+    summary = run_job(this)
+    assert this.output.read_bytes() == expected
+    assert (summary.ok, summary.exit_code) == (60, 0)
+    assert word in deaths(folder)
+
+
+pool_run_chunk = pool.run_chunk
+
+
+def test_a_worker_killed_from_outside_costs_no_row_and_no_byte(job, folder):
+    this = job({}, chunk_rows=5)
+    run_job(this)
+    expected = this.output.read_bytes()
+    killed = []
+
+    def kill_some() -> None:
+        while len(killed) < 3:
+            for path in work_directory(this.output).glob("attempt-*"):
+                for sighting in read_sightings(path):
+                    if sighting.running and sighting.pid not in killed:
+                        os.kill(sighting.pid, signal.SIGKILL)
+                        killed.append(sighting.pid)
+            if done.is_set():
+                return
+
+    done = threading.Event()
+    killer = threading.Thread(target=kill_some)
+    killer.start()
+    try:
+        assert run_job(this).exit_code == 0
+    finally:
+        done.set()
+        killer.join()
+    assert killed
+    assert this.output.read_bytes() == expected
+
+
+# ---- what is not a row's fault ends
+
+
+def test_workers_that_keep_dying_end_the_run_and_what_is_done_is_kept(job, monkeypatch):
+    monkeypatch.setattr(pool, "run_chunk", dies_at_once)
+    this = job({})
+    with pytest.raises(BatchgenError, match=r"a worker process died 5 times in a row.* fewer --jobs") as error:
+        run_job(this)
+    assert error.value.exit_code == 1
+    monkeypatch.setattr(pool, "run_chunk", pool_run_chunk)
+    assert run_job(this).ok == 60
+
+
+def test_where_every_row_ends_its_worker_the_rows_are_not_to_blame(job, folder):
+    this = job(dict.fromkeys(range(60), "raise-first"), chunk_rows=30)
+    with pytest.raises(BatchgenError, match="no single row is to blame"):
+        run_job(this)
+    assert deaths(folder).total() < 40
+
+
+def dies_at_once(*_: object) -> None:
+    os._exit(1)
+
+
+def test_a_worker_that_cannot_write_ends_the_run_in_its_own_words(job, monkeypatch):
+    monkeypatch.setattr(pool, "run_chunk", cannot_write)
+    with pytest.raises(OutputError, match="no space"):
+        run_job(job({}))
+
+
+def cannot_write(*_: object) -> None:
+    raise OutputError("part: no space")
+
+
+# ---- what hangs
+
+
+def sighting(pulse: int, **changes) -> Sighting:
+    values = {"pid": 7, "chunk": 0, "rows": 0, "prompt_tokens": 0, "completion_tokens": 0, "suspects": (1,)}
+    return Sighting(**values | {"pulse": pulse, "running": ()} | changes)
+
+
+def test_only_a_worker_that_takes_no_step_for_so_long_is_stuck(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
+    stall = _Stall(5.0)
+    for now, pulse, stuck in [(0, 1, []), (4, 1, []), (5, 2, []), (9.9, 2, []), (10.1, 2, [7]), (10.2, 3, [])]:  # noqa: B007
+        assert stall.stuck([sighting(pulse)]) == stuck
+
+
+def test_a_worker_that_is_idle_loading_or_writing_has_longer(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
+    stall = _Stall(5.0)
+    while now < STALL_SECONDS:
+        assert stall.stuck([sighting(1, suspects=()), sighting(1, pid=8, chunk=None)]) == []
+        now += POLL_SECONDS
+    now += 1
+    assert stall.stuck([sighting(1, suspects=()), sighting(1, pid=8, chunk=None)]) == [7]
+
+
+def test_a_parent_that_was_stopped_itself_takes_nobody_for_stuck(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
+    stall = _Stall(5.0)
+    assert stall.stuck([sighting(1)]) == []
+    now = 3600.0
+    assert stall.stuck([sighting(1)]) == []
+
+
+def test_pool_warns_of_what_it_does(job, caplog):
+    with caplog.at_level(logging.WARNING):
+        run_job(job({17: "kill-first"}))
+    assert "chunk 1: its worker died (SIGKILL(-9)); it is done again, after" in caplog.text
+    assert "prompts.jsonl:18: its worker died" in caplog.text
