@@ -29,3 +29,9 @@ class BusyError(BatchgenError):
     """Another run holds this output; nothing was touched."""
 
     exit_code = 75
+
+
+class StoppedError(BatchgenError):
+    """The time that was given is over; what is finished is kept, and the same command goes on."""
+
+    exit_code = 75

@@ -5,6 +5,7 @@
         plan.json               written once: what is being made; a run that would make something else is refused
         attempt-<uuid>/         workers write only here
         parts/00000042-<sha256[:16]>.parquet    one rename is the commit
+        old/                    the dataset that parts/ has just taken the place of
 
 A part is a chunk's finished rows. Its receipt travels in its own metadata, so that a resumed run can count it.
 """
@@ -17,15 +18,17 @@ import os
 import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.dataset import SUCCESS, dataset_plan
 from batchgen.durable import sync_path
 from batchgen.errors import BusyError, OutputError, UsageError
 from batchgen.types import Receipt
@@ -33,6 +36,7 @@ from batchgen.types import Receipt
 logger = logging.getLogger(__name__)
 
 RECEIPT_KEY = "batchgen_receipt"
+COUNTS = ("input_rows", "rows", "ok", "rejected", "failed", "prompt_tokens", "completion_tokens")
 _PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")
 
 
@@ -48,15 +52,16 @@ class Ledger:
         self.directory = work_directory(out)
         self.parts_directory = self.directory / "parts"
         self.attempt = self.directory / f"attempt-{uuid.uuid4().hex}"
-        self.receipts: dict[int, Receipt] = {}  # of committed chunks
+        self.committed: dict[int, str] = {}  # chunk -> start of its part's SHA-256
+        self.counts: Counter[str] = Counter()  # COUNTS of the committed chunks
         self._lock = lock
 
     def part(self, chunk: int) -> Path:
-        return self.parts_directory / self.receipts[chunk].path
+        return self.parts_directory / _part_name(chunk, self.committed[chunk])
 
-    def parts(self) -> list[Path]:
+    def parts(self) -> Iterator[Path]:
         """Committed parts in the order of the input."""
-        return [self.part(chunk) for chunk in sorted(self.receipts)]
+        return map(self.part, sorted(self.committed))
 
     def settle(self, plan: dict[str, Any], automatic: dict[str, Any], *, restart: bool) -> dict[str, Any]:
         """Adopt the plan, or go on with the one that is there if it says the same; returns the plan that holds.
@@ -68,27 +73,46 @@ class Ledger:
         plan = json.loads(json.dumps(plan))  # as it will be read back: tuples are lists
         if restart:
             self._clear()
-        old = self._read_plan(path)
+        old = self.read_plan()
         if old is None:
             self._clear()
             self.parts_directory.mkdir()
             plan |= {key: value for key, value in automatic.items() if plan[key] is None}
             _write_durably(path, json.dumps(plan, indent=1).encode())
         else:
-            _refuse_changes(self.directory, old, plan)
+            refuse_changes(
+                str(self.directory), old, plan, "run it as before, or pass --restart to discard what it has done"
+            )
+            if not self.parts_directory.exists() and dataset_plan(self.out) == old:
+                os.rename(self.out, self.parts_directory)  # a run was killed when it had only to clear up
             self.parts_directory.mkdir(exist_ok=True)
+            (self.parts_directory / SUCCESS).unlink(missing_ok=True)
             self._collect_parts()
         self.attempt.mkdir()
         return old or plan
 
     def commit(self, receipt: Receipt) -> None:
         """Make a worker's finished part one of the parts: one rename, on disk when this returns."""
-        name = f"{receipt.chunk:08d}-{receipt.sha256[:16]}.parquet"
-        os.replace(receipt.path, self.parts_directory / name)
+        os.replace(receipt.path, self.parts_directory / _part_name(receipt.chunk, receipt.sha256[:16]))
         sync_path(self.parts_directory)
-        self.receipts[receipt.chunk] = replace(receipt, path=name)
+        self._count(receipt)
 
-    def _read_plan(self, path: Path) -> dict[str, Any] | None:
+    def publish_dataset(self, plan: dict[str, Any]) -> None:
+        """Make the folder of parts the output; its _SUCCESS, which holds the plan, comes last, then one rename."""
+        _write_durably(self.parts_directory / SUCCESS, json.dumps(plan, sort_keys=True).encode())
+        if self.out.exists():
+            os.rename(self.out, self.directory / "old")
+        os.rename(self.parts_directory, self.out)
+        sync_path(self.out.parent)
+        sync_path(self.directory)
+
+    def _count(self, receipt: Receipt) -> None:
+        self.committed[receipt.chunk] = receipt.sha256[:16]
+        self.counts.update({name: getattr(receipt, name) for name in COUNTS})
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """The plan of an interrupted run, if there is one."""
+        path = self.directory / "plan.json"
         try:
             plan = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -120,7 +144,7 @@ class Ledger:
                 logger.warning("%s: not the part that was committed; it will be made again", path)
                 _remove(path)
             else:
-                self.receipts[receipt.chunk] = receipt
+                self._count(receipt)
 
     def close(self, *, finished: bool) -> None:
         """Let go of the lock; a finished run leaves nothing behind, nor does one that never began."""
@@ -181,12 +205,19 @@ def _take_lock(directory: Path) -> int:
         os.close(lock)
 
 
-def _refuse_changes(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _part_name(chunk: int, sha256: str) -> str:
+    return f"{chunk:08d}-{sha256}.parquet"
+
+
+def refuse_changes(where: str, old: dict[str, Any], new: dict[str, Any], remedy: str) -> None:
+    """Raise UsageError, naming what differs, unless the run that made `old` and the one that would make `new` agree.
+
+    None in `new` agrees with anything: it is automatic.
+    """
     for key in sorted(old.keys() | new.keys()):
         if key not in old or key not in new or new[key] not in (None, old[key]):
             raise UsageError(
-                f"{directory}: the run to go on with had {key} {old.get(key)!r}, this one has {new.get(key)!r}; "
-                "run it as before, or pass --restart to discard what it has done"
+                f"{where}: the run to go on with had {key} {old.get(key)!r}, this one has {new.get(key)!r}; {remedy}"
             )
 
 

@@ -32,7 +32,7 @@ from joblib.externals.loky.process_executor import ShutdownExecutorError
 
 from batchgen.errors import BatchgenError
 from batchgen.types import Chunk, Receipt, Rejected, TokenizedRequest
-from batchgen.worker import Sighting, WorkerSetup, become_worker, read_sightings, run_chunk
+from batchgen.worker import OUT_OF_MEMORY, Sighting, WorkerSetup, become_worker, read_sightings, run_chunk
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class _Stall:
                 self.seen[sighting.pid] = sighting.pulse, now
                 continue
             limit = self.limit if sighting.in_flight else STALL_SECONDS
-            if sighting.chunk is not None and now - since > limit:
+            if sighting.working and now - since > limit:
                 stuck.append(sighting.pid)
         return stuck
 
@@ -95,6 +95,7 @@ class Pool:
         self.losses: dict[int, _Loss] = {}  # by chunk
         self.losses_in_a_row = 0
         self.failed_in_a_row = 0  # rows
+        self.longest = 0.0  # seconds that a chunk took
         self.hung: set[int] = set()  # process ids that were killed for it
         self.dead: set[int] = set()  # process ids that were, when the pool was found broken
         self._executor: Any = None
@@ -126,6 +127,7 @@ class Pool:
                 for future in [f for f in finished if f.exception() is None]:
                     del futures[future]
                     self.losses_in_a_row = self.failed_in_a_row = 0
+                    self.longest = max(self.longest, future.result().seconds)
                     yield future.result()
                 if lost := [(futures.pop(future), future) for future in finished if future in futures]:
                     again.extend(self._after_loss(lost))
@@ -163,7 +165,7 @@ class Pool:
             if finished:
                 return list(finished)
             sightings = read_sightings(self.attempt)
-            if any(sighting.chunk is not None for sighting in sightings):
+            if any(sighting.working for sighting in sightings):
                 last_sign = time.monotonic()
             for pid in stall.stuck(sightings):
                 self.hung.add(pid)
@@ -185,7 +187,7 @@ class Pool:
 
     def _blamed(self, lost: Sequence[_Lost]) -> dict[int, Sighting | None]:
         """The chunks whose own worker died or raised, with what it was doing; a broken pool's markers are removed."""
-        sightings = {s.chunk: s for s in read_sightings(self.attempt) if s.chunk is not None}
+        sightings = {s.chunk: s for s in read_sightings(self.attempt) if s.working}
         blamed: dict[int, Sighting | None] = {}
         alone = len(lost) == 1  # nobody else can have died; and loky may call _note_the_dead later than this
         for chunk, future in lost:
@@ -309,7 +311,7 @@ def _is_alive(pid: int) -> bool:
 def _exit_codes(future: "Future[Any]") -> str:
     """joblib's text ends in the exit codes: `{SIGKILL(-9)}`."""
     codes = re.search(r"\{(.*)\}", str(future.exception()))
-    return f" ({codes[1]})" if codes else ""
+    return f" ({codes[1].replace(f'EXIT({OUT_OF_MEMORY})', 'out of memory')})" if codes else ""
 
 
 def _notice(future: "Future[Any]", times: int, where: str) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -19,15 +20,17 @@ from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
 from batchgen.checkpoint.shards import Manifest, load_manifest, load_params, model_hash, verify_shards
 from batchgen.engine.engine import MAX_BATCH, check_limits
 from batchgen.engine.probe import blas_info, is_batch_invariant
-from batchgen.errors import BatchgenError
-from batchgen.ledger import Ledger, open_ledger
+from batchgen.errors import BatchgenError, StoppedError, UsageError
+from batchgen.ledger import Ledger, open_ledger, refuse_changes
 from batchgen.planner import auto_chunk_rows, check_memory, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
 from batchgen.pool import Pool
+from batchgen.records.finished import failed_rows, read_manifest, with_rows_replaced
 from batchgen.records.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
 from batchgen.records.schema import output_schema
-from batchgen.records.writer import check_output, merge_parts
+from batchgen.records.writer import METADATA_KEY, check_output, merge_parts, write_output
+from batchgen.status import Progress, StatusFile
 from batchgen.tokenizer import Tokenizer
-from batchgen.types import Receipt, Rejected, SamplingParams, TokenizedRequest
+from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
 from batchgen.validation import EmptyPrompt, OnTooLong, validate
 from batchgen.worker import WorkerSetup, read_sightings
 
@@ -57,6 +60,10 @@ class Job:
     require_invariant: bool = False
     restart: bool = False
     row_timeout: float | None = None  # seconds without a step, after which a worker is taken for hung
+    time_limit: float | None = None  # seconds, after which StoppedError
+    dataset: bool = False  # the output is a folder of the parts
+    retry_failed: bool = False
+    status: Path | None = None  # where to keep the status file
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +76,6 @@ class Model:
     @property
     def bytes(self) -> int:
         return sum(path.stat().st_size for path in self.directory.glob("*.npy"))
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run is: rows of the input, tokens of this run."""
-
-    rows: int
-    rows_in_all: int
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +99,10 @@ class Summary:
         return self.ok + self.rejected + self.failed
 
     @property
+    def statuses(self) -> dict[str, int]:
+        return {"ok": self.ok, "rejected": self.rejected, "failed": self.failed}
+
+    @property
     def exit_code(self) -> int:
         return 0 if self.rows == self.ok else 3
 
@@ -116,32 +116,101 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
     Every input row is accounted for by at least one output row, in input order. Raises a BatchgenError, whose
     text is for the user, where the job as a whole cannot run; nothing finished is lost by that, or by a kill.
     """
+    until = time.monotonic() + job.time_limit if job.time_limit else None
     check_input(job.input, job.prompt_column, job.id_column)
-    check_output(job.output, [job.input])
+    check_output(job.output, [job.input], dataset=job.dataset)
     directory = find_model(job.model)
     model = Model(directory, load_manifest(directory))
     check_memory(job.model, model.manifest.config, model.bytes)
     with open_ledger(job.output) as ledger:
         verify_shards(model.directory)
         facts = scan_input(job.input)
-        plan = ledger.settle(*make_plan(job, model, facts), restart=job.restart)
-        done = list(ledger.receipts.values())
-        setup = worker_setup(job, model, plan)
-        missing = n_chunks(facts.rows, plan["chunk_rows"]) - len(done)
+        retry = find_failed(job) if job.retry_failed else None
+        plan = settle(job, model, facts, ledger, retry)
+        resumed = ledger.counts.copy()
+        rows = len(retry.rows) if retry else facts.rows
+        missing = n_chunks(rows, plan["chunk_rows"]) - len(ledger.committed)
         jobs = max(min(job.jobs or fitting_jobs(plan["kv_bytes"], model.bytes), missing), 1)
-        chunks = (c for c in plan_chunks(validated(job, model), plan["chunk_rows"]) if c.index not in ledger.receipts)
+        items = (item for item in validated(job, model) if retry is None or item.row in retry.rows)
+        chunks = (c for c in plan_chunks(items, plan["chunk_rows"]) if c.index not in ledger.committed)
+        pool = Pool(worker_setup(job, model, plan), ledger.attempt, jobs, job.row_timeout)
         started = time.monotonic()
-        pool = Pool(setup, ledger.attempt, jobs, job.row_timeout)
-        with reporting(on_progress, ledger, facts.rows), closing(pool.receipts(chunks)) as receipts:
-            for receipt in receipts:
-                ledger.commit(receipt)
-        summary = summarise(job, facts, ledger, done, time.monotonic() - started, jobs)
-        schema = output_schema(token_ids=job.token_ids, logprobs=job.params.logprobs is not None)
-        merge_parts(ledger.parts(), job.output, schema, run_metadata(plan), summary.rows)
+        with recorded(job, ledger) as status, reporting(on_progress, status, ledger, rows):
+            with closing(pool.receipts(in_time(chunks, until, pool))) as receipts:
+                for receipt in receipts:
+                    ledger.commit(receipt)
+            check_done(job, rows, ledger.counts - resumed, ledger.counts)
+            summary = summarise(job, facts, ledger, resumed, time.monotonic() - started, jobs, retry)
+            publish(job, ledger, plan, summary, retry)
+        status.finish("finished", Counter(summary.statuses), summary.exit_code, None)
     return summary
 
 
-def make_plan(job: Job, model: Model, facts: InputFacts) -> tuple[dict[str, Any], dict[str, Any]]:
+def in_time(chunks: Iterator[Chunk], until: float | None, pool: Pool) -> Iterator[Chunk]:
+    """Give out chunks only while they are likely to be done by `until`; what is under way then ends well.
+
+    A chunk that is given out first waits for a worker, about as long as it will take.
+    """
+    for chunk in chunks:
+        if until is not None and time.monotonic() + 2 * pool.longest > until:
+            return
+        yield chunk
+
+
+def check_done(job: Job, rows: int, new: Counter[str], counts: Counter[str]) -> None:
+    """Raise StoppedError where the time was over, and BatchgenError where a row is missing."""
+    done = counts["input_rows"]
+    if done == rows:
+        return
+    if job.time_limit is not None and done < rows:
+        remedy = "run the same command again to go on" if new["input_rows"] else "nothing was done: give it more"
+        raise StoppedError(f"--time-limit {job.time_limit:g} s: {done:,} of {rows:,} rows are done; {remedy}")
+    raise BatchgenError(
+        f"{job.input}: {rows} rows were counted and {done} were done; was it changed meanwhile? "
+        "run again with --restart"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A finished output whose failed rows are to be tried again."""
+
+    rows: frozenset[int]
+    statuses: Counter[str]  # of its output rows
+    manifest: dict[str, Any]
+
+
+def find_failed(job: Job) -> Retry:
+    if job.dataset or job.output.suffix.lower() != ".parquet":
+        raise UsageError(f"{job.output}: --retry-failed wants a finished .parquet file, which says how it was made")
+    rows, statuses = failed_rows(job.output)
+    return Retry(frozenset(rows), statuses, read_manifest(job.output))
+
+
+def settle(job: Job, model: Model, facts: InputFacts, ledger: Ledger, retry: Retry | None) -> dict[str, Any]:
+    """The plan that holds: this run's, or that of the one to go on with."""
+    plan, automatic = make_plan(job, model, facts, len(retry.rows) if retry else facts.rows)
+    plan["format"] = "dataset" if job.dataset else job.output.suffix.lower().lstrip(".")
+    if retry is None:
+        return ledger.settle(plan, automatic, restart=job.restart)
+    refuse_changes(str(job.output), retry.manifest, plan, "give the options that made it")
+    again = (ledger.read_plan() or {}).get("retry")  # few rows: begun again where one was interrupted
+    return ledger.settle(plan | {"retry": True}, automatic, restart=job.restart or bool(again))
+
+
+def publish(job: Job, ledger: Ledger, plan: dict[str, Any], summary: Summary, retry: Retry | None) -> None:
+    """Make the committed parts the output."""
+    schema = output_schema(token_ids=job.token_ids, logprobs=job.params.logprobs is not None)
+    if job.dataset:
+        ledger.publish_dataset(plan)
+    elif retry is None:
+        merge_parts(ledger.parts(), job.output, schema, run_metadata(plan), summary.rows)
+    elif retry.rows:
+        rows = with_rows_replaced(job.output, ledger.parts())
+        write_output(rows, job.output, schema, run_metadata(retry.manifest), summary.rows)
+
+
+def make_plan(job: Job, model: Model, facts: InputFacts, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the output depends on, with None where it is automatic; and the automatic values."""
     config = model.manifest.config
     kv_bytes = default_kv_bytes(config)
@@ -176,11 +245,11 @@ def make_plan(job: Job, model: Model, facts: InputFacts) -> tuple[dict[str, Any]
     }
     jobs = (job.jobs or fitting_jobs(job.kv_bytes or kv_bytes, model.bytes)) if invariant else NOMINAL_JOBS
     automatic = {
-        "chunk_rows": auto_chunk_rows(facts.rows, jobs, job.params.n),
+        "chunk_rows": auto_chunk_rows(rows, jobs, job.params.n),
         "batch_size": MAX_BATCH,
         "kv_bytes": kv_bytes,
     }
-    return plan, automatic
+    return json.loads(json.dumps(plan)), automatic  # as it will be read back: tuples are lists
 
 
 def validated(job: Job, model: Model) -> Iterator[TokenizedRequest | Rejected]:
@@ -206,24 +275,49 @@ def worker_setup(job: Job, model: Model, plan: dict[str, Any]) -> WorkerSetup:
 
 
 @contextmanager
-def reporting(on_progress: OnProgress | None, ledger: Ledger, rows_in_all: int) -> Iterator[None]:
-    """Call on_progress a few times a second, from a thread, while the block runs, and once at its end.
+def recorded(job: Job, ledger: Ledger) -> Iterator[StatusFile]:
+    """Keep the status file while the block runs, and have it say so if that ends badly."""
+    status = StatusFile(job.status, str(job.output))
+    try:
+        yield status
+    except BaseException as error:
+        code = exit_code_of(error)
+        text = str(error) if isinstance(error, Exception) else type(error).__name__
+        status.finish("stopped" if code in (75, 130, 143) else "failed", ledger.counts, code, text)
+        raise
+
+
+def exit_code_of(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
+@contextmanager
+def reporting(on_progress: OnProgress | None, status: StatusFile, ledger: Ledger, rows_in_all: int) -> Iterator[None]:
+    """Tell on_progress and the status file a few times a second, from a thread, while the block runs, and at its end.
 
     What only shows how far a run is does not end it: an exception in on_progress is logged, and it is not called again.
     """
-    if on_progress is None:
-        yield
-        return
-    resumed = set(ledger.receipts)
+    resumed = ledger.counts.copy()
     started, over = time.monotonic(), threading.Event()
+    listeners = [on_progress] if on_progress else []
+
+    last = Progress(0, rows_in_all, 0, 0, 0.0)
 
     def report() -> None:
+        nonlocal last
         now = progress_now(ledger, resumed, rows_in_all, time.monotonic() - started)
+        # A worker that has begun its next chunk no longer counts the one that is about to be committed.
+        rows, tokens = max(now.rows, last.rows), max(now.completion_tokens, last.completion_tokens)
+        last = now = replace(now, rows=rows, completion_tokens=tokens)
+        status.update(now, ledger.counts)
         try:
-            on_progress(now)
+            for listener in listeners:
+                listener(now)
         except Exception as error:
             logger.warning("progress is no longer shown: %r", error)
-            over.set()
+            listeners.clear()
 
     def watch() -> None:
         while not over.wait(0.25):
@@ -234,44 +328,43 @@ def reporting(on_progress: OnProgress | None, ledger: Ledger, rows_in_all: int) 
     try:
         yield
     finally:
-        if not over.is_set():
-            over.set()
-            watcher.join()
-            report()
+        over.set()
+        watcher.join()
+        report()
 
 
-def progress_now(ledger: Ledger, resumed: set[int], rows_in_all: int, seconds: float) -> Progress:
+def progress_now(ledger: Ledger, resumed: Counter[str], rows_in_all: int, seconds: float) -> Progress:
     """What is committed, and what the workers say of the chunks that are not; tokens are of this run alone."""
-    receipts = dict(ledger.receipts)
-    new = [receipt for chunk, receipt in receipts.items() if chunk not in resumed]
-    now = [s for s in read_sightings(ledger.attempt) if s.chunk is not None and s.chunk not in receipts]
+    sightings = read_sightings(ledger.attempt)  # before the counts: what is committed meanwhile is counted there
+    now = [sighting for sighting in sightings if sighting.chunk not in ledger.committed]
+    counts = ledger.counts.copy()
     return Progress(
-        rows=sum(receipt.input_rows for receipt in receipts.values()) + sum(s.rows for s in now),
+        rows=min(counts["input_rows"] + sum(s.rows for s in now), rows_in_all),
         rows_in_all=rows_in_all,
-        prompt_tokens=sum(r.prompt_tokens for r in new) + sum(s.prompt_tokens for s in now),
-        completion_tokens=sum(r.completion_tokens for r in new) + sum(s.completion_tokens for s in now),
+        prompt_tokens=counts["prompt_tokens"] - resumed["prompt_tokens"] + sum(s.prompt_tokens for s in now),
+        completion_tokens=counts["completion_tokens"]
+        - resumed["completion_tokens"]
+        + sum(s.completion_tokens for s in now),
         seconds=seconds,
+        resumed_rows=resumed["input_rows"],
     )
 
 
-def summarise(job: Job, facts: InputFacts, ledger: Ledger, done: list[Receipt], seconds: float, jobs: int) -> Summary:
-    """Add up the receipts; `done` are those of earlier runs. Raises BatchgenError if a row is missing."""
-    receipts = list(ledger.receipts.values())
-    input_rows = sum(receipt.input_rows for receipt in receipts)
-    if input_rows != facts.rows:
-        raise BatchgenError(
-            f"{job.input}: {facts.rows} rows were counted and {input_rows} were done; was it changed meanwhile? "
-            "run again with --restart"
-        )
+def summarise(
+    job: Job, facts: InputFacts, ledger: Ledger, resumed: Counter[str], seconds: float, jobs: int, retry: Retry | None
+) -> Summary:
+    """Add up what was done; `resumed` by earlier runs, and with `retry` the rows that were not tried again."""
+    counts = ledger.counts
+    before = retry.statuses if retry else Counter()
     return Summary(
         output=job.output,
         input_rows=facts.rows,
-        ok=sum(receipt.ok for receipt in receipts),
-        rejected=sum(receipt.rejected for receipt in receipts),
-        failed=sum(receipt.failed for receipt in receipts),
-        resumed=sum(receipt.rows for receipt in done),
-        prompt_tokens=sum(r.prompt_tokens for r in receipts) - sum(r.prompt_tokens for r in done),
-        completion_tokens=sum(r.completion_tokens for r in receipts) - sum(r.completion_tokens for r in done),
+        ok=counts["ok"] + before["ok"],
+        rejected=counts["rejected"] + before["rejected"],
+        failed=counts["failed"],
+        resumed=resumed["rows"] + before["ok"] + before["rejected"],
+        prompt_tokens=counts["prompt_tokens"] - resumed["prompt_tokens"],
+        completion_tokens=counts["completion_tokens"] - resumed["completion_tokens"],
         seconds=seconds,
         jobs=jobs,
         blas=str(replace(blas_info(), threads=1)),
@@ -280,4 +373,4 @@ def summarise(job: Job, facts: InputFacts, ledger: Ledger, done: list[Receipt], 
 
 def run_metadata(plan: dict[str, Any]) -> dict[str, str]:
     """The run manifest, for the output file's own metadata: what makes these rows again."""
-    return {"batchgen": json.dumps(plan, sort_keys=True)}
+    return {METADATA_KEY: json.dumps(plan, sort_keys=True)}

@@ -28,6 +28,7 @@ from batchgen.records.writer import write_part
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, Receipt, Rejected, TokenizedRequest
 
+OUT_OF_MEMORY = 12  # exit code: errno's ENOMEM
 _PR_SET_PDEATHSIG = 1
 
 
@@ -47,15 +48,16 @@ class WorkerSetup:
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """What a worker's marker says: the chunk that it is on (None: idle), what of it is done, and the rows in flight.
+    """What a worker's marker says: the chunk that it is working on, or was, what of it is done, the rows in flight.
 
     pulse changes with everything that the worker does. suspects are the rows that it has just begun to read, or is
     about to write down: what they do to a worker, they do now. running are the others of this step.
     """
 
     pid: int
-    chunk: int | None
     pulse: int
+    working: bool
+    chunk: int
     rows: int
     prompt_tokens: int
     completion_tokens: int
@@ -70,10 +72,10 @@ class Sighting:
 class Marker:
     """A worker's account of itself, in a small mapped file that outlives it.
 
-    int64: pulse, chunk + 1, rows done, tokens in, tokens out, number of suspects, number of running rows, the rows.
+    int64: pulse, working, chunk, rows done, tokens in and out, number of suspects, of running rows, and all these rows.
     """
 
-    HEADER = 7
+    HEADER = 8
     MAX_ROWS = 2 * LARGEST_BATCH
     BYTES = 8 * (HEADER + MAX_ROWS)
 
@@ -82,34 +84,39 @@ class Marker:
         if not path.exists():
             path.write_bytes(bytes(self.BYTES))  # a hole could not be filled on a full disk
         self._values = np.memmap(path, np.int64, "r+")
-        self._values[1 : self.HEADER] = chunk + 1, 0, 0, 0, 0, 0
+        self._values[1 : self.HEADER] = True, chunk, 0, 0, 0, 0, 0
         self._values[0] += 1
 
     def add(self, rows: int, prompt_tokens: int, completion_tokens: int) -> None:
-        self._values[2:5] += (rows, prompt_tokens, completion_tokens)
+        self._values[3:6] += (rows, prompt_tokens, completion_tokens)
 
     def on(self, suspects: Sequence[int], running: Sequence[int] = ()) -> None:
         """Say which rows are next, before anything is done with them."""
         rows = [*suspects, *running][: self.MAX_ROWS]
         self._values[self.HEADER : self.HEADER + len(rows)] = rows
-        self._values[5:7] = min(len(suspects), len(rows)), max(len(rows) - len(suspects), 0)
+        self._values[6:8] = min(len(suspects), len(rows)), max(len(rows) - len(suspects), 0)
         self._values[0] += 1
 
-    def idle(self) -> None:
+    def done(self) -> None:
         self.on(())
-        self._values[1] = 0
+        self._values[1] = False
 
-    def sighting(self) -> Sighting:
-        return _sighting(os.getpid(), self._values.tolist())
+    def lost(self) -> Sighting:
+        """What it says now, and will say no more: nothing of the chunk will come."""
+        sighting = _sighting(os.getpid(), self._values.tolist())
+        self._values[3:6] = 0
+        self.done()
+        return sighting
 
 
 def _sighting(pid: int, values: list[int]) -> Sighting:
-    pulse, chunk, rows, prompt_tokens, completion_tokens, n_suspect, n_running = values[: Marker.HEADER]
+    pulse, working, chunk, rows, prompt_tokens, completion_tokens, n_suspect, n_running = values[: Marker.HEADER]
     in_flight = tuple(values[Marker.HEADER :][: n_suspect + n_running])
     return Sighting(
         pid=pid,
-        chunk=chunk - 1 if chunk else None,
         pulse=pulse,
+        working=bool(working),
+        chunk=chunk,
         rows=rows,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
@@ -174,13 +181,15 @@ def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
     """
     marker = Marker(Path(attempt), chunk.index)
     try:
-        return _run_chunk(setup, chunk, Path(attempt), marker)
+        receipt = _run_chunk(setup, chunk, Path(attempt), marker)
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)  # not to be used again; its marker says what it was on
     except (BatchgenError, OSError):
         raise
     except Exception as error:
-        raise ChunkError(f"{type(error).__name__}: {error}", marker.sighting()) from error
-    finally:
-        marker.idle()
+        raise ChunkError(f"{type(error).__name__}: {error}", marker.lost()) from error
+    marker.done()
+    return receipt
 
 
 def _run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: Path, marker: Marker) -> Receipt:

@@ -15,9 +15,12 @@ from jobs.complete import complete
 from jobs.convert import convert
 from jobs.fetch import fetch
 from jobs.generate import generate
+from jobs.logs import is_json, log_for_people
 from jobs.models import models
 from jobs.report import discard_stdout, one_line
 from jobs.verify import verify
+
+logger = logging.getLogger(__name__)
 
 STOPPED = {130: "interrupted", 143: "terminated"}  # 128 + the signal's number
 
@@ -50,8 +53,8 @@ def _root(
 def main() -> None:
     """Run the command line; a user's own mistake is one line on standard error, never a traceback."""
     _open_missing_streams()
-    logging.basicConfig(format="batchgen: %(message)s", level=logging.WARNING)
-    signal.signal(signal.SIGTERM, _terminate)
+    log_for_people()
+    _heed_signals()
     try:
         app()
     except BatchgenError as error:
@@ -72,12 +75,23 @@ def main() -> None:
         raise
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    """End in good order, or else at once: what is raised while a finalizer happens to run, Python drops."""
-    last_resort = threading.Timer(3, _stop, (128 + number,))
-    last_resort.daemon = True
-    last_resort.start()
-    sys.exit(128 + number)
+def _heed_signals() -> None:
+    """The first ends the run in good order, the second at once; what was ignored (nohup, `&` in a script) stays so."""
+    seen: list[int] = []
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        if seen:
+            _stop(128 + number)
+        seen.append(number)
+        # What is raised while a finalizer happens to run, Python drops.
+        last_resort = threading.Timer(3, _stop, (128 + number,))
+        last_resort.daemon = True
+        last_resort.start()
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, terminate)
 
 
 def _open_missing_streams() -> None:
@@ -90,7 +104,10 @@ def _open_missing_streams() -> None:
 
 
 def _say(text: str) -> None:
-    typer.echo(f"batchgen: {one_line(text)}", err=True)
+    if is_json():
+        logger.error("%s", one_line(text))
+    else:
+        typer.echo(f"batchgen: {one_line(text)}", err=True)
 
 
 def _stop(code: int) -> NoReturn:

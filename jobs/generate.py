@@ -1,8 +1,9 @@
 """batchgen generate: prompts in, completions out."""
 
+import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -10,14 +11,18 @@ from batchgen.checkpoint.registry import DEFAULT_MODEL
 from batchgen.records.readers import DEFAULT_ID_COLUMN, check_input
 from batchgen.records.writer import check_output
 from batchgen.run import Job, Summary, run_job
+from batchgen.status import status_path
 from batchgen.types import SamplingParams
 from jobs import options, report
 from jobs.fetch import fetch_shown, is_to_be_fetched
+from jobs.logs import log_as_json
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
     input: Annotated[Path, typer.Argument(metavar="INPUT", help="Prompts: .jsonl, .jsonl.gz or .parquet.")],  # noqa: A002
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .parquet or .jsonl.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .parquet or .jsonl, or a folder.")],
     model: options.Model = DEFAULT_MODEL,
     prompt_column: Annotated[str, typer.Option(help="The column or key that holds the prompt.")] = "prompt",
     id_column: Annotated[str, typer.Option(help="The one that holds the row's id, if any.")] = DEFAULT_ID_COLUMN,
@@ -49,6 +54,20 @@ def generate(
     row_timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="A worker without a step for so long hangs: 30s, 10m (default).")
     ] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Stop in time, exit code 75: 50m, 7h30m; run again to go on."),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the failed rows of a finished output again.")
+    ] = False,
+    output_format: Annotated[
+        Literal["file", "dataset"], typer.Option("--format", help="One file, or a folder of Parquet parts.")
+    ] = "file",
+    status: Annotated[bool, typer.Option(help="Keep OUTPUT.status.json up to date, for machines.")] = True,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", callback=log_as_json, help="Messages as JSON, one object a line.")
+    ] = False,
     fetch: Annotated[bool, typer.Option(help="Fetch one of OpenAI's models where it is not here yet.")] = True,
     progress: Annotated[report.ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
     show: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
@@ -92,16 +111,21 @@ def generate(
         token_ids=output_token_ids,
         require_invariant=require_invariant,
         restart=restart,
+        time_limit=options.parse_duration(time_limit, "--time-limit"),
+        dataset=output_format == "dataset",
+        retry_failed=retry_failed,
+        status=status_path(output) if status else None,
         row_timeout=options.parse_duration(row_timeout, "--row-timeout"),
     )
     if fetch and is_to_be_fetched(model):
         check_input(input, prompt_column, id_column)  # before hours of download, not after
-        check_output(output, [input])
+        check_output(output, [input], dataset=job.dataset)
         fetch_shown(model, progress)
     with report.progress(progress) as on_progress:
         summary = run_job(job, on_progress)
     with report.to_whoever_reads():
         _print_summary(summary, show)
+    logger.info("finished", extra={"values": {"exit_code": summary.exit_code} | summary.statuses})
     sys.exit(summary.exit_code)
 
 

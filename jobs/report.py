@@ -1,11 +1,13 @@
 """What the commands print: progress while it runs, a summary and some rows at the end."""
 
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from batchgen.run import OnProgress, Progress, Summary
+from batchgen.run import OnProgress, Summary
+from batchgen.status import Progress
+from jobs.logs import is_json
+
+logger = logging.getLogger(__name__)
 
 ProgressStyle = Literal["auto", "bar", "plain", "none"]
 
@@ -26,7 +32,7 @@ PLAIN_SECONDS = 10.0
 def progress(style: ProgressStyle) -> Iterator[OnProgress | None]:
     """A way to show progress on standard error: a bar on a terminal, else a line every ten seconds."""
     if style == "auto":
-        style = "bar" if sys.stderr.isatty() else "plain"
+        style = "bar" if sys.stderr.isatty() and not is_json() else "plain"
     if style == "none":
         yield None
     elif style == "plain":
@@ -61,7 +67,11 @@ def _plain() -> OnProgress:
         nonlocal last
         if time.monotonic() - last >= PLAIN_SECONDS:
             last = time.monotonic()
-            print(f"{now.rows:,} of {now.rows_in_all:,} rows, {_rate(now)}", file=sys.stderr, flush=True)  # noqa: T201
+            text = f"{now.rows:,} of {now.rows_in_all:,} rows, {_rate(now)}"
+            if is_json():
+                logger.info("%s", text, extra={"values": asdict(now)})
+            else:
+                print(text, file=sys.stderr, flush=True)  # noqa: T201
 
     return show
 
@@ -124,6 +134,8 @@ def sample_lines(output: Path, n: int) -> Iterator[str]:
 
 
 def _first_rows(output: Path, n: int) -> list[dict[str, Any]]:
+    if output.is_dir():
+        output = min(output.glob("*.parquet"), default=output)
     if output.suffix.lower() == ".jsonl":
         with open(output, encoding="utf-8") as file:
             return [json.loads(line) for line in islice(file, n)]

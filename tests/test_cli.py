@@ -83,7 +83,7 @@ def test_a_job_prints_its_counts_its_output_and_some_rows(here, batchgen):
     assert lines[2] == "output: out.parquet"
     assert lines[4].startswith("[a] Once ->")
     assert lines[5].startswith("[row 1] upon a time ->")
-    assert sorted(os.listdir(here)) == ["out.parquet", "p.jsonl"]
+    assert sorted(os.listdir(here)) == ["out.parquet", "out.parquet.status.json", "p.jsonl"]
 
 
 def test_a_rejected_row_is_exit_code_3_and_is_shown(here, batchgen):
@@ -346,7 +346,7 @@ def test_a_finished_job_does_not_mind_that_nobody_reads(here, model):
     done = run(*arguments, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert sorted(os.listdir(here)) == ["out.parquet", "p.jsonl"]
+    assert sorted(os.listdir(here)) == ["out.parquet", "out.parquet.status.json", "p.jsonl"]
 
 
 def test_closed_streams_and_no_home_are_no_hindrance(here, model):
@@ -355,7 +355,7 @@ def test_closed_streams_and_no_home_are_no_hindrance(here, model):
     done = subprocess.run(["sh", "-c", script, sys.executable, model], env=environment, timeout=120, check=False)
     assert done.returncode == 0
     assert pq.read_table("out.parquet").num_rows == 2
-    assert sorted(os.listdir(here)) == ["out.parquet", "p.jsonl"]
+    assert sorted(os.listdir(here)) == ["out.parquet", "out.parquet.status.json", "p.jsonl"]
 
 
 def test_a_full_disk_behind_standard_output_is_one_line():

@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -66,6 +67,7 @@ def rows_of(job: Job) -> list[dict]:
         ("exit-first", r"its worker died \(UNKNOWN\(7\)\)|its worker died", 2),
         ("raise-first", "its worker raised ValueError: no good: raise-first", 2),
         ("hang-first", r"its worker took no step for 2 s \(--row-timeout\)", 2),
+        ("memory-first", r"its worker died \(out of memory\)", 2),
         ("kill-last", r"its worker died \(SIGKILL\(-9\)\)", 2),
         ("raise-last", "its worker raised ValueError", 2),
         ("raise-middle", "its worker raised ValueError", 3),
@@ -154,7 +156,7 @@ def test_workers_that_keep_dying_end_the_run_and_what_is_done_is_kept(job, monke
     with pytest.raises(BatchgenError, match=r"a worker process died 5 times in a row.* fewer --jobs") as error:
         run_job(this)
     assert error.value.exit_code == 1
-    monkeypatch.setattr(pool, "run_chunk", pool_run_chunk)
+    cure(monkeypatch)
     assert run_job(this).ok == 60
 
 
@@ -179,11 +181,90 @@ def cannot_write(*_: object) -> None:
     raise OutputError("part: no space")
 
 
+# ---- failed rows, once more
+
+
+def cure(monkeypatch) -> None:
+    """No poison from here on; workers that have it in them are ended."""
+    pool.get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+    monkeypatch.setattr(pool, "run_chunk", pool_run_chunk)
+
+
+def test_retry_failed_tries_only_the_failed_rows_and_changes_no_other(job, folder, monkeypatch):
+    this = job({17: "kill-first", 40: "raise-first", 41: "raise-last"})
+    run_job(this)
+    before = rows_of(this)
+    cure(monkeypatch)
+    seen = []
+    summary = run_job(replace(this, retry_failed=True), seen.append)
+    after = rows_of(this)
+    assert [row["row"] for row in after if row != before[row["row"]]] == [17, 40, 41]
+    assert {row["status"] for row in after} == {"ok"}
+    assert (summary.ok, summary.failed, summary.exit_code, summary.resumed) == (60, 0, 0, 57)
+    assert (seen[-1].rows, seen[-1].rows_in_all) == (3, 3)
+    assert os.listdir(this.output.parent) == ["out.parquet"]
+
+
+def test_what_fails_again_says_so_and_may_be_retried_again(job, monkeypatch):
+    this = job({17: "raise-first", 40: "raise-first-once"})
+    run_job(this)
+    again = replace(this, retry_failed=True)
+    summary = run_job(again)
+    assert (summary.ok, summary.failed) == (59, 1)
+    cure(monkeypatch)
+    assert run_job(again).exit_code == 0
+    bytes_before = this.output.read_bytes()
+    assert run_job(again).ok == 60  # nothing left to do
+    assert this.output.read_bytes() == bytes_before
+
+
+def test_retry_failed_makes_what_an_undisturbed_run_makes(job, monkeypatch):
+    this = job({17: "kill-first"})
+    run_job(this)
+    cure(monkeypatch)
+    run_job(replace(this, retry_failed=True))
+    retried = pq.read_table(this.output)
+    run_job(this)
+    assert retried.equals(pq.read_table(this.output), check_metadata=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"params": SamplingParams(max_tokens=11)}, "had parameters .* this one has .* give the options that made it"),
+        ({"output": Path("other.jsonl")}, "--retry-failed wants a finished .parquet file"),
+        ({"output": Path("missing.parquet")}, "no such file; run without --retry-failed first"),
+        ({"output": Path("foreign.parquet")}, "has no batchgen metadata"),
+        ({"output": Path("torn.parquet")}, "not a whole Parquet file"),
+    ],
+)
+def test_only_a_finished_output_of_the_same_options_can_be_retried(job, changes, message):
+    this = job({17: "raise-first"})
+    run_job(this)
+    out = this.output.parent
+    pq.write_table(pq.read_table(this.output).replace_schema_metadata(None), out / "foreign.parquet")
+    (out / "torn.parquet").write_bytes(this.output.read_bytes()[:-10])
+    if "output" in changes:
+        changes = {"output": out / changes["output"]}
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(BatchgenError, match=message):
+        run_job(replace(this, retry_failed=True, **changes))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 # ---- what hangs
 
 
 def sighting(pulse: int, **changes) -> Sighting:
-    values = {"pid": 7, "chunk": 0, "rows": 0, "prompt_tokens": 0, "completion_tokens": 0, "suspects": (1,)}
+    values = {
+        "pid": 7,
+        "working": True,
+        "chunk": 0,
+        "rows": 0,
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "suspects": (1,),
+    }
     return Sighting(**values | {"pulse": pulse, "running": ()} | changes)
 
 
@@ -200,10 +281,10 @@ def test_a_worker_that_is_idle_loading_or_writing_has_longer(monkeypatch):
     monkeypatch.setattr(pool.time, "monotonic", lambda: now)
     stall = _Stall(5.0)
     while now < STALL_SECONDS:
-        assert stall.stuck([sighting(1, suspects=()), sighting(1, pid=8, chunk=None)]) == []
+        assert stall.stuck([sighting(1, suspects=()), sighting(1, pid=8, working=False)]) == []
         now += POLL_SECONDS
     now += 1
-    assert stall.stuck([sighting(1, suspects=()), sighting(1, pid=8, chunk=None)]) == [7]
+    assert stall.stuck([sighting(1, suspects=()), sighting(1, pid=8, working=False)]) == [7]
 
 
 def test_a_parent_that_was_stopped_itself_takes_nobody_for_stuck(monkeypatch):
@@ -215,7 +296,7 @@ def test_a_parent_that_was_stopped_itself_takes_nobody_for_stuck(monkeypatch):
     assert stall.stuck([sighting(1)]) == []
 
 
-def test_pool_warns_of_what_it_does(job, caplog):
+def test_a_lost_workers_chunk_and_the_row_set_aside_are_named(job, caplog):
     with caplog.at_level(logging.WARNING):
         run_job(job({17: "kill-first"}))
     assert "chunk 1: its worker died (SIGKILL(-9)); it is done again, after" in caplog.text

@@ -1,5 +1,6 @@
 """run.py: every input row has its output rows, in order, whatever the workers, the chunks and the interruptions."""
 
+import contextlib
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 from batchgen import pool, run
 from batchgen.checkpoint.shards import load_manifest, load_params, model_hash
 from batchgen.engine.probe import blas_info, is_batch_invariant
-from batchgen.errors import BatchgenError, BusyError, InputError, ModelError, OutputError, UsageError
+from batchgen.errors import BatchgenError, BusyError, InputError, ModelError, OutputError, StoppedError, UsageError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.ledger import Ledger, open_ledger, work_directory
 from batchgen.records.schema import output_schema
@@ -435,8 +436,138 @@ def test_chunks_do_not_depend_on_jobs_where_rows_depend_on_company(job, monkeypa
     monkeypatch.setattr(run, "is_batch_invariant", lambda *_: False)
     model = run.Model(Path(job.model), load_manifest(Path(job.model)))
     facts = replace(run.scan_input(job.input), rows=100_000)
-    sizes = {run.make_plan(replace(job, jobs=jobs), model, facts)[1]["chunk_rows"] for jobs in (1, 2, 7, 64)}
+    sizes = {run.make_plan(replace(job, jobs=jobs), model, facts, 1000)[1]["chunk_rows"] for jobs in (1, 2, 7, 64)}
     assert len(sizes) == 1
+
+
+# ---- a dataset
+
+
+def dataset_rows(folder: Path) -> list[dict]:
+    return pq.read_table(folder).to_pylist()
+
+
+def test_a_dataset_holds_the_rows_of_the_file(job, undisturbed):
+    this = replace(job, output=job.output.with_name("out"), dataset=True)
+    summary = run_job(this)
+    assert dataset_rows(this.output) == pq.read_table(pa.BufferReader(undisturbed)).to_pylist()
+    assert summary.rows == 260
+    plan = json.loads((this.output / "_SUCCESS").read_text())
+    assert (plan["format"], plan["chunk_rows"], plan["model"]) == ("dataset", 32, "bytes")
+    assert os.listdir(job.output.parent) == ["out"]
+
+
+def test_a_dataset_takes_the_place_of_an_older_one_or_an_empty_folder(job):
+    this = replace(job, output=job.output.with_name("out"), dataset=True)
+    this.output.mkdir()
+    run_job(this)
+    run_job(replace(this, chunk_rows=100))
+    assert len(list(this.output.iterdir())) == 3 + 1
+    assert len(dataset_rows(this.output)) == 260
+    assert os.listdir(job.output.parent) == ["out"]
+
+
+def test_a_folder_of_anything_else_is_refused_untouched(job):
+    this = replace(job, output=job.output.with_name("out"), dataset=True)
+    this.output.mkdir()
+    (this.output / "thesis.txt").write_text("all my work")
+    with pytest.raises(OutputError, match="there is something else than a dataset of batchgen; choose another name"):
+        run_job(this)
+    assert (this.output / "thesis.txt").read_text() == "all my work"
+
+
+@pytest.mark.parametrize("nth", range(6))
+@pytest.mark.parametrize("older", [False, True])
+def test_a_dataset_is_old_absent_or_complete_whenever_its_publishing_is_killed(job, monkeypatch, nth, older):
+    this = replace(job, output=job.output.with_name("out"), dataset=True, chunk_rows=100)
+    if older:
+        run_job(this)
+    expected = None if not older else dataset_rows(this.output)
+    this = replace(this, params=SamplingParams(max_tokens=3))
+    left = iter(range(nth))
+
+    def killed(rename):
+        def call(*args):
+            if publishing and next(left, None) is None:
+                raise Interrupted
+            rename(*args)
+
+        return call
+
+    publishing = []
+    publish = Ledger.publish_dataset
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "publish_dataset", lambda *args: (publishing.append(1), publish(*args)))
+        patch.setattr(os, "rename", killed(os.rename))
+        patch.setattr(os, "replace", killed(os.replace))
+        patch.setattr(Ledger, "close", lambda self, finished: os.close(self._lock))  # as a kill leaves it
+        with contextlib.suppress(Interrupted):
+            run_job(this)
+    if this.output.exists() and dataset_rows(this.output) != expected:
+        assert (this.output / "_SUCCESS").exists()
+        assert len(dataset_rows(this.output)) == 260
+    summary = run_job(this)
+    assert summary.resumed == 260  # nothing was done again
+    assert {row["completion_tokens"] for row in dataset_rows(this.output)} <= {None, 0, 1, 2, 3}
+    assert os.listdir(job.output.parent) == ["out"]
+
+
+# ---- a time limit
+
+
+def test_at_the_time_limit_a_run_stops_with_75_and_another_goes_on(job, undisturbed, monkeypatch):
+    this = replace(job, time_limit=1000.0, jobs=2, status=job.output.with_name("s.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Pool, "longest", property(lambda self: 600.0, lambda self, value: None), raising=False)
+        with pytest.raises(StoppedError, match="--time-limit 1000 s: 0 of 260 rows are done; .* give it more") as error:
+            run_job(this)
+    assert error.value.exit_code == 75
+    slow = iter([0.0] * 3 + [600.0] * 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Pool, "longest", property(lambda self: next(slow), lambda self, value: None), raising=False)
+        with pytest.raises(StoppedError, match=r"96 of 260 rows are done; run the same command again to go on"):
+            run_job(this)
+    status = json.loads(this.status.read_text())
+    assert (status["state"], status["exit_code"], status["rows_done"]) == ("stopped", 75, 96)
+    assert run_job(this).resumed == 96
+    assert job.output.read_bytes() == undisturbed
+
+
+def test_a_run_that_is_in_time_ends_well(job, undisturbed):
+    assert run_job(replace(job, time_limit=1000.0)).exit_code == 3
+    assert job.output.read_bytes() == undisturbed
+
+
+# ---- the status file
+
+
+def test_the_status_says_at_the_end_what_the_summary_says(job):
+    this = replace(job, status=job.output.with_name("s.json"))
+    summary = run_job(this)
+    status = json.loads(this.status.read_text())
+    assert (status["state"], status["exit_code"], status["error"]) == ("finished", 3, None)
+    assert {key: status[key] for key in ("ok", "rejected", "failed")} == summary.statuses
+    assert status["rows_done"] == status["rows"] == 260
+    assert status["completion_tokens"] == summary.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [
+        (OutputError("no room"), "failed", 1),
+        (ValueError("a bug"), "failed", 1),
+        (KeyboardInterrupt(), "stopped", 130),
+        (SystemExit(143), "stopped", 143),
+    ],
+)
+def test_the_status_says_how_a_run_ended_badly(job, monkeypatch, error, state, code):
+    this = replace(job, status=job.output.with_name("s.json"))
+    monkeypatch.setattr(run, "merge_parts", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        run_job(this)
+    status = json.loads(this.status.read_text())
+    assert (status["state"], status["exit_code"], status["rows_done"]) == (state, code, 260)
+    assert status["error"]
 
 
 # ---- progress

@@ -132,12 +132,13 @@ def test_a_marker_says_what_its_worker_is_on(tmp_path):
     assert (seen.pid, seen.chunk) == (os.getpid(), 4)
     assert (seen.rows, seen.prompt_tokens, seen.completion_tokens) == (1, 20, 300)
     assert (seen.suspects, seen.running, seen.in_flight) == ((7, 8), (1, 2, 3), (7, 8, 1, 2, 3))
-    assert marker.sighting() == seen
     marker.on([1])
     assert read_sightings(tmp_path)[0].pulse > seen.pulse
     assert read_sightings(tmp_path)[0].in_flight == (1,)
-    marker.idle()
-    assert read_sightings(tmp_path)[0].chunk is None
+    assert read_sightings(tmp_path)[0].working
+    marker.done()
+    [seen] = read_sightings(tmp_path)
+    assert (seen.working, seen.rows, seen.in_flight) == (False, 1, ())
 
 
 def test_a_next_chunk_counts_from_nothing_and_its_pulse_goes_on(tmp_path):
@@ -161,8 +162,7 @@ def test_a_marker_that_is_just_being_made_says_nothing(tmp_path):
     assert read_sightings(tmp_path) == []
 
 
-def test_a_chunk_counts_its_input_rows_and_its_tokens(model, attempt, monkeypatch):
-    monkeypatch.setattr(Marker, "idle", lambda self: None)
+def test_a_chunk_counts_its_input_rows_and_its_tokens(model, attempt):
     receipt = run_chunk(setup(model), MIXED, attempt)
     [seen] = read_sightings(Path(attempt))
     assert (seen.rows, seen.prompt_tokens) == (len(MIXED.items), receipt.prompt_tokens)
@@ -176,7 +176,8 @@ def test_what_a_chunk_raises_tells_what_was_in_flight(model, attempt, monkeypatc
     assert error.value.sighting.chunk == 3
     assert error.value.sighting.suspects[0] in {97, 98, 100, 101, 109}
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
-    assert read_sightings(Path(attempt))[0].chunk is None
+    [seen] = read_sightings(Path(attempt))
+    assert (seen.working, seen.rows) == (False, 0)
 
 
 # ---- the parent's death
@@ -262,7 +263,7 @@ def test_workers_die_with_a_killed_parent_and_the_next_run_finishes(disturbed, t
         assert not out.exists()
     assert Run(model, prompts, out).finish() == 0
     assert out.read_bytes() == expected
-    assert os.listdir(tmp_path) == ["out.parquet"]
+    assert sorted(os.listdir(tmp_path)) == ["out.parquet", "out.parquet.status.json"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchgen.dataset import may_become_dataset
 from batchgen.durable import sync_path
 from batchgen.errors import OutputError, UsageError
 from batchgen.records.schema import rows_to_table
@@ -26,6 +27,7 @@ GROUP_ROWS = 65_536
 GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
 BATCH_ROWS = 8_192
 SUFFIXES = (".parquet", ".jsonl")
+METADATA_KEY = "batchgen"  # in the output's own metadata: the run manifest
 FEW_VALUES = ["finish_reason", "status", "error"]  # worth a dictionary; the other columns hardly repeat
 
 PARQUET_OPTIONS: dict[str, Any] = {
@@ -173,8 +175,15 @@ def merge_parts(
 
     metadata={"batchgen": manifest_json} -> pq.read_schema(out).metadata[b"batchgen"]
     """
-    write: Callable[..., None] = _write_json_lines if out.suffix.lower() == ".jsonl" else _write_parquet
     batches = (batch for part in parts for batch in _part_batches(part, schema))
+    write_output(batches, out, schema, metadata, expected_rows)
+
+
+def write_output(
+    batches: Iterable[Any], out: Path, schema: pa.Schema, metadata: dict[str, str], expected_rows: int
+) -> None:
+    """The same for record batches."""
+    write: Callable[..., None] = _write_json_lines if out.suffix.lower() == ".jsonl" else _write_parquet
     with _replacing(out) as file:
         write(_counted(batches, expected_rows, out), file, schema, metadata)
 
@@ -182,18 +191,24 @@ def merge_parts(
 # ---- before the run
 
 
-def check_output(out: Path, inputs: Sequence[Path]) -> None:
+def check_output(out: Path, inputs: Sequence[Path], *, dataset: bool = False) -> None:
     """Refuse, before any work, an output path that could not be written or must not be replaced."""
-    if out.suffix.lower() not in SUFFIXES:
+    if not dataset and out.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{out}: the suffix {out.suffix!r} is neither of {', '.join(SUFFIXES)}; name the output so")
     with _output_errors(out):
         with suppress(FileNotFoundError, NotADirectoryError):
             _temporary(out).lstat()  # asks for the longest of the names; is_symlink and the like would answer False
         if out.is_symlink():
             raise OutputError(f"{out}: a symbolic link, which would be replaced; name the file it points to")
-        if out.is_dir():
-            raise OutputError(f"{out}: a directory; name a file in it, such as {out / 'completions.parquet'}")
-        if out.exists() and not out.is_file():
+        if dataset:
+            if not may_become_dataset(out):
+                raise OutputError(f"{out}: there is something else than a dataset of batchgen; choose another name")
+        elif out.is_dir():
+            raise OutputError(
+                f"{out}: a directory; name a file in it, such as {out / 'completions.parquet'}, "
+                "or pass --format dataset"
+            )
+        elif out.exists() and not out.is_file():
             raise OutputError(f"{out}: a pipe or device, which cannot be replaced at once; name a regular file")
         for path in inputs:
             if out.exists() and path.exists() and out.samefile(path):
