@@ -120,6 +120,21 @@ def test_prefill_with_its_parent_in_the_same_pass_equals_prefill_after_it():
     assert close(row, gpt2(ids, **params, n_head=TINY.n_head)[-1])
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_prefill_after_copied_keys_and_values_equals_reading_them(together):
+    params, ids = sharp_params(TINY), tokens(120, TINY.n_vocab)
+    forward, arena = Forward(params, TINY, max_rows=200, max_logits=2), KVArena(TINY, 512)
+    parent = arena.allocate(BLOCK, start=0)
+    copied, own = arena.allocate(20, BLOCK, parent), arena.allocate(60, BLOCK, parent)
+    read = [Prefill(parent, ids[:BLOCK]), Prefill(copied, ids[BLOCK : BLOCK + 20])]
+    rest = [Prefill(own, ids[BLOCK + 20 :], n_logits=1, copied=copied)]
+    if not together:
+        forward(prefills=read)
+    row = forward(prefills=[*read, *rest] if together else rest)[0]
+    assert own.end == len(ids)
+    assert close(row, gpt2(ids, **params, n_head=TINY.n_head)[-1])
+
+
 def test_decode_of_more_sequences_than_a_group_equals_each_alone():
     params = sharp_params(TINY)
     forward, arena = Forward(params, TINY, max_rows=600, max_logits=80), KVArena(TINY, 8192)

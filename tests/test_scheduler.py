@@ -1,12 +1,14 @@
 """engine/scheduler.py: what is shared, in which order, and that memory always suffices for somebody."""
 
+import os
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.engine.scheduler import Prefix, Scheduler, Waiting, find_prefixes, tokens_needed
 from batchgen.engine.sequence import Prompt, expand, sample_seeds
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.kv_cache import BLOCK, KVArena
+from batchgen.gpt2.kv_cache import BLOCK, LANES, KVArena
 from batchgen.types import SamplingParams
 
 CONFIG = GPT2Config(n_vocab=10, n_ctx=512, n_embd=2, n_head=1, n_layer=1)
@@ -35,8 +37,7 @@ def test_a_shared_prefix_is_the_longest_that_two_sequences_have_in_blocks(prompt
     families = find_prefixes(items)
     assert sorted(p.token_ids for family in families for p in family) == sorted(prompts)
     for item in items:
-        shared = tokens_of(item.prefix)
-        assert item.shared == len(shared)
+        shared = tokens_of(item.shared)
         assert item.token_ids[: len(shared)] == shared
         assert len(shared) < len(item.token_ids)
         longest = 0
@@ -46,6 +47,24 @@ def test_a_shared_prefix_is_the_longest_that_two_sequences_have_in_blocks(prompt
             if users >= 2:
                 longest = len(stem)
         assert len(shared) == longest
+
+
+@given(st.lists(texts, unique=True, max_size=8), st.integers(1, 3))
+def test_prompts_that_agree_on_part_of_a_block_copy_it_and_read_their_last_token_themselves(prompts, n):
+    items = [waiting(prompt, n) for prompt in prompts]
+    find_prefixes(items)
+    for item in items:
+        start = item.shared.end if item.shared else 0
+        others = [o for o in items if o is not item and o.shared is item.shared]
+        agreed = [len(os.path.commonprefix([item.token_ids[start:-1], o.token_ids[start:-1]])) for o in others]
+        assert (item.copied is not None) == (max(agreed, default=0) >= LANES)
+        if item.copied:
+            family = [o for o in items if o.copied is item.copied]
+            common = os.path.commonprefix([o.token_ids[start:-1] for o in family])
+            assert item.copied.token_ids == common
+            assert len(family) >= 2
+            assert LANES <= len(common) < BLOCK
+            assert item.copied.unfinished == n * len(family)
 
 
 @given(st.lists(texts, unique=True, min_size=1, max_size=8))
@@ -73,6 +92,10 @@ def test_everybody_gets_in_with_memory_for_one(prompts, max_batch):
         prefills, ready = scheduler.next_prefills(100)
         assert sum(p.n_row for p in prefills) <= 100
         for prefill in prefills:
+            if prefill.copied:
+                assert prefill.copied.length
+                assert not prefill.segment.length
+                prefill.segment.length = prefill.copied.length
             prefill.segment.length += prefill.n_row
         for leader, followers in ready:
             assert leader.segment.end == len(leader.prompt.token_ids)

@@ -14,7 +14,10 @@ Tokens = tuple[int, ...]
 
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """Whole blocks of tokens that several sequences start with, after those of `parent`."""
+    """Tokens that several sequences start with, after those of `parent`.
+
+    Of whole blocks, all attend to the same keys and values; of less than a block, each takes a copy of them.
+    """
 
     token_ids: Tokens
     start: int
@@ -30,6 +33,10 @@ class Prefix:
     def path(self) -> list["Prefix"]:
         return [*(self.parent.path if self.parent else []), self]
 
+    @property
+    def is_copied(self) -> bool:
+        return len(self.token_ids) < BLOCK
+
 
 @dataclass(slots=True, eq=False)
 class Waiting:
@@ -42,8 +49,14 @@ class Waiting:
     pending: bool = False
 
     @property
-    def shared(self) -> int:
-        return self.prefix.end if self.prefix else 0
+    def copied(self) -> Prefix | None:
+        """What it begins with after the last block that it shares."""
+        return self.prefix if self.prefix and self.prefix.is_copied else None
+
+    @property
+    def shared(self) -> Prefix | None:
+        """The last of the blocks that it shares."""
+        return self.prefix.parent if self.prefix and self.prefix.is_copied else self.prefix
 
     @property
     def longest(self) -> int:
@@ -61,13 +74,14 @@ def find_prefixes(prompts: Iterable[Waiting], start: int = 0, parent: Prefix | N
     A prefix is as long as all its sequences agree: of AAB, AAC and D (a letter a block), AA is one prefix.
     """
     families: dict[Tokens | None, list[Waiting]] = {}
+    alone: list[Waiting] = []
     for prompt in prompts:
         families.setdefault(_shareable(prompt, start), []).append(prompt)
     result: list[list[Waiting]] = []
     for block, family in families.items():
         n_sequence = sum(len(prompt.sequences) for prompt in family)
         if block is None or n_sequence < 2:
-            result.extend([prompt] for prompt in family)
+            alone += family
             continue
         end = start + BLOCK
         while (following := _shareable(family[0], end)) and all(_shareable(p, end) == following for p in family):
@@ -78,7 +92,24 @@ def find_prefixes(prompts: Iterable[Waiting], start: int = 0, parent: Prefix | N
         subfamilies = find_prefixes(family, end, prefix)
         subfamilies.sort(key=lambda members: -max(p.longest for p in members))
         result.append([prompt for members in subfamilies for prompt in members])
-    return result
+    _find_beginnings(alone, start, parent)
+    return [*result, *([prompt] for prompt in alone)]
+
+
+def _find_beginnings(prompts: list[Waiting], start: int, parent: Prefix | None) -> None:
+    """Set a prefix of less than a block where prompts share no more: at least LANES tokens, to be worth a copy."""
+    families: dict[Tokens, list[Waiting]] = {}
+    for prompt in prompts:
+        families.setdefault(prompt.token_ids[start:-1][:LANES], []).append(prompt)
+    for beginning, family in families.items():
+        if len(beginning) < LANES or len(family) < 2:
+            continue
+        rests = [prompt.token_ids[start:-1] for prompt in family]
+        first, last = min(rests), max(rests)  # what these two agree on, all do
+        n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        prefix = Prefix(first[:n], start, parent, sum(len(prompt.sequences) for prompt in family))
+        for prompt in family:
+            prompt.prefix = prefix
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +120,7 @@ class _Pending:
     token_ids: Tokens
     prompt: Waiting | None
     leader: Sequence | None
+    copied: Segment | None = None  # holds the keys and values of what comes before
 
 
 class Scheduler:
@@ -139,7 +171,8 @@ class Scheduler:
             max_rows -= len(taken)
             piece.token_ids = piece.token_ids[len(taken) :]
             done = not piece.token_ids
-            prefills.append(Prefill(piece.segment, taken, int(done and piece.leader is not None)))
+            prefills.append(Prefill(piece.segment, taken, int(done and piece.leader is not None), piece.copied))
+            piece.copied = None
             if done:
                 self.pending.popleft()
             if done and piece.leader is not None and piece.prompt is not None:
@@ -181,9 +214,9 @@ class Scheduler:
             if prefix.segment is None:
                 break
         else:
-            shared = prompt.prefix.segment if prompt.prefix else None
-            n_own = len(prompt.token_ids) - prompt.shared + sequence.params.max_tokens
-            sequence.segment = self.arena.allocate(n_own, prompt.shared, shared)
+            shared, start = (prompt.shared.segment, prompt.shared.end) if prompt.shared else (None, 0)
+            n_own = len(prompt.token_ids) - start + sequence.params.max_tokens
+            sequence.segment = self.arena.allocate(n_own, start, shared)
         if sequence.segment is None:
             for prefix in missing:
                 if prefix.segment is not None:
@@ -198,7 +231,9 @@ class Scheduler:
             prompt.followers.append(sequence)
         else:
             prompt.pending = True
-            self.pending.append(_Pending(sequence.segment, prompt.token_ids[prompt.shared :], prompt, sequence))
+            rest = prompt.token_ids[prompt.prefix.end if prompt.prefix else 0 :]
+            copied = prompt.copied.segment if prompt.copied else None
+            self.pending.append(_Pending(sequence.segment, rest, prompt, sequence, copied))
         return True
 
     def _drop(self, prefix: Prefix) -> None:
@@ -215,4 +250,4 @@ class Scheduler:
 
 def tokens_needed(n_prompt: int, max_tokens: int) -> int:
     """Room in the arena that always suffices for one sequence alone, whatever it shares."""
-    return round_up(n_prompt + max_tokens, LANES) + LANES
+    return round_up(n_prompt + max_tokens, LANES) + BLOCK

@@ -101,6 +101,7 @@ class Prefill:
     segment: Segment
     token_ids: Sequence[int]
     n_logits: int = 0  # of how many of its last rows the logits are wanted
+    copied: Segment | None = None  # what the segment, empty so far, begins with; read before, or earlier in this pass
     first_row: int = 0  # set by the pass
     first_position: int = 0
 
@@ -240,6 +241,8 @@ class Forward:
             segment.length += 1
         for prefill in prefills:
             prefill.first_row = len(token_ids)
+            if prefill.copied is not None:
+                prefill.segment.length = prefill.copied.length
             prefill.first_position = prefill.segment.end
             token_ids.extend(prefill.token_ids)
             positions.extend(range(prefill.first_position, prefill.first_position + prefill.n_row))
@@ -328,6 +331,9 @@ class Forward:
         for prefill in prefills:
             first, last = prefill.first_row, prefill.first_row + prefill.n_row
             lo = prefill.first_position - prefill.segment.start
+            if prefill.copied is not None:
+                prefill.segment.k[layer][:, :, :lo] = prefill.copied.k[layer][:, :, :lo]
+                prefill.segment.v[layer][:, :lo] = prefill.copied.v[layer][:, :lo]
             prefill.segment.k[layer][:, :, lo : lo + prefill.n_row] = self._heads(1, first, last).transpose(1, 2, 0)
             prefill.segment.v[layer][:, lo : lo + prefill.n_row] = self._heads(2, first, last).transpose(1, 0, 2)
 
