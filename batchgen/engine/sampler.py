@@ -52,7 +52,7 @@ def candidates(logits: Array, k: int) -> tuple[Ids, Array]:
     if width >= 2 * k:
         runs = logits[:, : width * _LANES].reshape(n_row, _LANES, width).max(axis=1)  # [n_row, width]
         bound = np.partition(runs, width - k, axis=1)[:, width - k]
-        rows, ids = np.nonzero(logits >= bound[:, None])
+        rows, ids = np.divmod(np.flatnonzero(logits >= bound[:, None]), n_vocab)  # np.nonzero is slow in two dimensions
     else:
         rows, ids = np.divmod(np.arange(n_row * n_vocab), n_vocab)
     counts = np.bincount(rows, minlength=n_row)
