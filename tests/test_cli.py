@@ -362,3 +362,60 @@ def test_a_full_disk_behind_standard_output_is_one_line():
     with open("/dev/full", "w") as full:
         done = run("models", stdout=full, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (1, b"batchgen: [Errno 28] No space left on device\n")
+
+
+# ---- for machines
+
+
+def test_messages_can_be_json_lines(here, model):
+    command = ["generate", "p.jsonl", "-o", "o.parquet", "--model", model, "--log-json", "--show", 0]
+    done = run(*command, capture_output=True, text=True)
+    assert done.returncode == 0
+    [last] = map(json.loads, done.stderr.splitlines())
+    assert (last["level"], last["message"], last["exit_code"], last["ok"]) == ("info", "finished", 0, 2)
+    refused = run(*command[:-2], "--max-tokens", 0, capture_output=True, text=True)
+    [line] = map(json.loads, refused.stderr.splitlines())
+    assert (refused.returncode, line["level"]) == (2, "error")
+    assert "max_tokens 0 is out of range" in line["message"]
+
+
+def test_the_status_stands_beside_the_output_unless_it_is_not_wanted(here, batchgen):
+    assert batchgen("generate", "p.jsonl", "-o", "o.parquet", "--no-status")[0] == 0
+    assert sorted(os.listdir(here)) == ["o.parquet", "p.jsonl"]
+    assert batchgen("generate", "p.jsonl", "-o", "o.parquet")[0] == 0
+    assert json.loads((here / "o.parquet.status.json").read_text())["state"] == "finished"
+
+
+def test_a_dataset_can_be_shown_like_a_file(here, batchgen):
+    code, out, _ = batchgen("generate", "p.jsonl", "-o", "o", "--format", "dataset", "--max-tokens", 4)
+    assert code == 0
+    assert out.splitlines()[2] == "output: o"
+    assert out.splitlines()[4].startswith("[a] Once ->")
+    assert (here / "o" / "_SUCCESS").exists()
+
+
+def test_a_second_signal_quits_at_once_and_an_ignored_one_stays_ignored(here, model):
+    code = "import signal, sys, time; from jobs import cli; cli._heed_signals(); "
+    waits = "try:\n print(flush=True); time.sleep(60)\nfinally:\n print(flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "exec(sys.argv[1])", waits],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "\n"  # it is ending in good order
+    process.send_signal(signal.SIGINT)
+    assert process.wait(2) == 130  # the last resort would come after 3 seconds
+    assert process.stderr.read() == "batchgen: interrupted; run the same command again to go on\n"
+    heeds = "signal.signal(signal.SIGINT, signal.SIG_IGN); cli._heed_signals(); print(signal.getsignal(signal.SIGINT))"
+    done = subprocess.run(
+        [sys.executable, "-c", "import signal; from jobs import cli; " + heeds],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "SIG_IGN" in done.stdout
