@@ -90,6 +90,7 @@ class Pool:
     def __init__(self, setup: WorkerSetup, attempt: Path, jobs: int, row_timeout: float | None = None) -> None:
         """row_timeout: seconds after which a worker that takes no step is taken for hung."""
         self.setup, self.jobs = setup, jobs
+        self.in_flight = jobs + 1  # chunks given out: one more than are worked on, so that no worker has to wait
         self.attempt = attempt.absolute()  # workers of an earlier run may be in another folder
         self.row_timeout = row_timeout or STALL_SECONDS
         self.losses: dict[int, _Loss] = {}  # by chunk
@@ -113,7 +114,7 @@ class Pool:
         stall = _Stall(self.row_timeout)
         try:
             while True:
-                while len(futures) <= self.jobs:  # one more than are working, so that none has to wait
+                while len(futures) < self.in_flight:
                     try:
                         chunk = again.popleft() if again else next(chunks, None)
                     except Exception as error:
@@ -214,7 +215,7 @@ class Pool:
             suspects = loss.in_flight or frozenset()
         else:
             suspects = frozenset(item.row for item in chunk.items)
-            self.jobs = 1
+            self.in_flight = 1
         trial = f", after {len(suspects)} of its rows were tried one by one" if suspects else ""
         logger.warning("chunk %d: %s; it is done again%s", chunk.index, self._how(future, sighting), trial)
         failed = {item.row: item for item in self._guilty(chunk, suspects)}
