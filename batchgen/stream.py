@@ -9,10 +9,11 @@ from batchgen.checkpoint.shards import load_manifest, load_params
 from batchgen.engine.engine import Engine
 from batchgen.errors import UsageError
 from batchgen.planner import default_kv_bytes
+from batchgen.stopping import StopStrings, completed_text
 from batchgen.tokenizer import StreamDecoder, Tokenizer
 from batchgen.types import Rejected, Request, SamplingParams
 from batchgen.validation import EmptyPrompt, OnTooLong, validate
-from batchgen.worker import to_prompt
+from batchgen.worker import to_prompts
 
 
 def stream_completion(
@@ -40,9 +41,16 @@ def stream_completion(
         max_batch=1,
     )
     decoder = StreamDecoder(tokenizer)
-    done = 0
-    for _, sampled in engine.steps([to_prompt(request)]):
+    start = request.prompt if params.echo else ""
+    may_go = max(map(len, params.stop), default=1) - 1  # characters that may yet turn out to begin a stop string
+    text, done, shown = "", 0, 0
+    yield start
+    for finished, sampled in engine.steps(to_prompts(request, tokenizer), should_stop=StopStrings(tokenizer)):
         for sequence, _ in sampled:
-            yield decoder.push(sequence.token_ids[done:])
+            text += decoder.push(sequence.token_ids[done:])
             done = len(sequence.token_ids)
-    yield decoder.flush()
+        for completion in finished:
+            text, may_go = completed_text(completion.token_ids, request.params, tokenizer)[0], 0
+        certain = max(len(text) - may_go, shown)
+        yield text[shown:certain]
+        shown = certain

@@ -191,6 +191,14 @@ class Tokenizer:
         """The text of any ids; what is not UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def token_text(self, token_id: int) -> str:
+        r"""The text of one token; of a part of a character its bytes, as OpenAI writes them: `bytes:\xe2\x80`."""
+        data = self.decode_bytes([token_id])
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
 
 class StreamDecoder:
     """Text from ids that come little by little; the texts given out add up to `decode` of all the ids.

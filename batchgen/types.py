@@ -6,12 +6,16 @@ from typing import Any, Literal
 
 from batchgen.errors import UsageError
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
 Status = Literal["ok", "rejected", "failed"]
 
 MAX_SEED = 2**63 - 1
 MAX_N = 1024
 MAX_LOGPROBS = 100
+MAX_STOPS = 8
+MAX_STOP_CHARACTERS = 1000
+MAX_TOKENS_NAMED = 64  # bad_words, stop_token_ids: fewer than any vocabulary has, so that some token is always left
+MAX_BIASES = 1024
 
 # field: (type, lowest, highest, words for the range)
 _RANGES: dict[str, tuple[type, float, float, str]] = {
@@ -32,9 +36,9 @@ _RANGES: dict[str, tuple[type, float, float, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one prompt is to be completed; names and meanings are vLLM's.
+    """How one prompt is to be completed; names and meanings are vLLM's, and docs/parameters.md has them all.
 
-    temperature 0 is greedy. Order of work on the logits: penalties and logit_bias, min_tokens,
+    temperature 0 is greedy. Order of work on the logits: penalties and logit_bias, bad_words, min_tokens,
     temperature, top_k, top_p, min_p. Raises UsageError, with the range, on a value out of it.
     """
 
@@ -53,6 +57,11 @@ class SamplingParams:
     n: int = 1
     seed: int = 0
     logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    bad_words: tuple[str, ...] = ()
+    echo: bool = False
+    stop_loops: bool = False
 
     def __post_init__(self) -> None:
         for name, (kind, low, high, words) in _RANGES.items():
@@ -67,8 +76,25 @@ class SamplingParams:
         if self.min_tokens > self.max_tokens:
             raise UsageError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}; lower it")
         for token, bias in self.logit_bias:
-            if not -100.0 <= bias <= 100.0:
-                raise UsageError(f"logit_bias {bias!r} of token {token} is out of range (-100 to 100)")
+            if not _is_number(bias) or not -100.0 <= bias <= 100.0:
+                raise UsageError(f"logit_bias {_short(bias)} of token {token} is out of range (-100 to 100)")
+        for name in ("ignore_eos", "include_stop", "echo", "stop_loops"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} {_short(getattr(self, name))} is out of range (true or false)")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        _check_texts("stop", self.stop, MAX_STOPS)
+        _check_texts("bad_words", self.bad_words, MAX_TOKENS_NAMED)
+        for name, tokens, most in (
+            ("stop_token_ids", self.stop_token_ids, MAX_TOKENS_NAMED),
+            ("logit_bias", tuple(token for token, _ in self.logit_bias), MAX_BIASES),
+        ):
+            if len(tokens) > most:
+                raise UsageError(f"{name} names {len(tokens)} tokens, which is out of range (up to {most})")
+            for token in tokens:
+                if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                    raise UsageError(f"{name} {_short(token)} is out of range (token ids, from 0 on)")
 
     @property
     def greedy(self) -> bool:
@@ -78,21 +104,49 @@ class SamplingParams:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def _short(value: object) -> str:
+    """repr, of bounded length: a row of the input may hold anything."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_number(value: object) -> bool:
+    """A finite one; an integer is, however long (too long for math.isfinite)."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and math.isfinite(value))
+
+
 def _check_range(name: str, value: object, kind: type, low: float, high: float, words: str) -> None:
-    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
-        raise UsageError(f"{name} {value!r} is out of range ({words})")
+    number = _is_number(value) and not (kind is int and isinstance(value, float))
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        raise UsageError(f"{name} {_short(value)} is out of range ({words})")
+
+
+def _check_texts(name: str, texts: tuple[str, ...], most: int) -> None:
+    if len(texts) > most:
+        raise UsageError(f"{name} has {len(texts)} strings, which is out of range (up to {most})")
+    for text in texts:
+        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+            raise UsageError(
+                f"{name} {_short(text)} is out of range (strings of 1 to {MAX_STOP_CHARACTERS} characters)"
+            )
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise UsageError(f"{name} {_short(text)} is out of range (half of a surrogate pair is no character)")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One input row that could be read: row is its 0-based number, place its `file:line`."""
+    """One input row that could be read: row is its 0-based number, place its `file:line`.
+
+    A prompt is text, or token ids. A row of an OpenAI batch file may have `others` after the first.
+    """
 
     row: int
     place: str
     id: str | None
-    prompt: str
+    prompt: str | tuple[int, ...]
     params: SamplingParams
+    others: tuple[str | tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +167,10 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRequest:
-    """A request that fits the model: 1 <= len(prompt_token_ids), and that + max_tokens <= n_ctx."""
+    """A request that fits the model: 1 <= len(prompt_token_ids), and that + max_tokens <= n_ctx.
+
+    So do the `others`, the text and the token ids of each.
+    """
 
     row: int
     place: str
@@ -121,6 +178,12 @@ class TokenizedRequest:
     prompt: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    others: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def prompts(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Text and token ids of every prompt; sample k of the row is sample k % n of prompt k // n."""
+        return ((self.prompt, self.prompt_token_ids), *self.others)
 
     def failed(self, reason: str) -> Rejected:
         """The row set aside."""
@@ -146,7 +209,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """One row of the output: one sample of one input row; the fields are the columns."""
+    """One row of the output: one sample of one input row; the fields are the columns.
+
+    top_logprobs has, for each token, (token id, its text, its log-probability) of the likeliest, best first.
+    """
 
     row: int
     sample: int
@@ -161,6 +227,9 @@ class OutputRow:
     seed: int | None
     completion_token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, str, float], ...], ...] | None = None
+    stop_reason: str | None = None
+    prompt_index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +250,7 @@ class Receipt:
     prompt_tokens: int
     completion_tokens: int
     seconds: float = 0.0
+    space_ends: int = 0  # input rows with a prompt that ends in a space
 
     def finished(self, sha256: str, seconds: float) -> "Receipt":
         return replace(self, sha256=sha256, seconds=seconds)

@@ -1,7 +1,9 @@
 """Which rows fit the model: every request is counted in tokens before any is generated."""
 
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
+from batchgen.errors import InputError
 from batchgen.types import Rejected, Request, TokenizedRequest
 
 OnTooLong = Literal["reject", "truncate-left", "shorten"]
@@ -12,6 +14,9 @@ class Tokenizer(Protocol):
     """What validation asks of a tokenizer; encode loses no byte, and no token stands for more than the longest."""
 
     @property
+    def n_vocab(self) -> int: ...
+
+    @property
     def eos_id(self) -> int | None: ...
 
     @property
@@ -19,17 +24,25 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, /) -> list[int]: ...
 
-
-def _reject(request: Request, reason: str, prompt_tokens: int | None) -> Rejected:
-    error = f"{request.place}: {reason}"
-    return Rejected(request.row, request.place, request.id, request.prompt, error, prompt_tokens)
+    def decode(self, ids: Sequence[int], /) -> str: ...
 
 
-def _empty(request: Request, tokenizer: Tokenizer) -> Rejected:
+Ids = tuple[int, ...]
+
+
+class _Unfit(Exception):
+    """Why one prompt does not fit, and its length in tokens where it was counted."""
+
+    def __init__(self, reason: str, prompt_tokens: int | None) -> None:
+        super().__init__(reason, prompt_tokens)
+        self.reason, self.prompt_tokens = reason, prompt_tokens
+
+
+def _empty(tokenizer: Tokenizer) -> _Unfit:
     remedy = "write one or pass --empty-prompt unconditional"
     if tokenizer.eos_id is None:
         remedy = "write one (this vocabulary has no <|endoftext|> to start from)"
-    return _reject(request, f"the prompt is empty, and a completion starts from 1 token or more; {remedy}", 0)
+    return _Unfit(f"the prompt is empty, and a completion starts from 1 token or more; {remedy}", 0)
 
 
 def _remedy(room: int, max_tokens: int, n_ctx: int, on_too_long: OnTooLong) -> str:
@@ -43,14 +56,58 @@ def _remedy(room: int, max_tokens: int, n_ctx: int, on_too_long: OnTooLong) -> s
     return lower if on_too_long == "truncate-left" else f"{lower} and {truncate}"
 
 
-def _too_long(request: Request, prompt_tokens: int | None, n_ctx: int, on_too_long: OnTooLong) -> Rejected:
+def _too_long(prompt_tokens: int | None, max_tokens: int, n_ctx: int, on_too_long: OnTooLong) -> _Unfit:
     """prompt_tokens None is "more than n_ctx", uncounted."""
-    max_tokens = request.params.max_tokens
     counted = f"more than {n_ctx}" if prompt_tokens is None else str(prompt_tokens)
     room = 0 if prompt_tokens is None else max(n_ctx - prompt_tokens, 0)
     remedy = _remedy(room, max_tokens, n_ctx, on_too_long)
-    reason = f"{counted} prompt tokens + {max_tokens} max_tokens exceed n_ctx {n_ctx}; {remedy}"
-    return _reject(request, reason, prompt_tokens)
+    return _Unfit(f"{counted} prompt tokens + {max_tokens} max_tokens exceed n_ctx {n_ctx}; {remedy}", prompt_tokens)
+
+
+def _ids(prompt: str | Ids, tokenizer: Tokenizer, empty_prompt: EmptyPrompt) -> Ids:
+    """The prompt's token ids, at least one."""
+    if isinstance(prompt, str):
+        try:
+            ids = tuple(tokenizer.encode(prompt))
+        except InputError as error:
+            raise _Unfit(str(error), None) from error
+    else:
+        ids = prompt
+        _check_token_ids("the prompt", ids, tokenizer.n_vocab)
+    if not ids:
+        if empty_prompt == "reject" or tokenizer.eos_id is None:
+            raise _empty(tokenizer)
+        ids = (tokenizer.eos_id,)
+    return ids
+
+
+def _check_token_ids(name: str, ids: Iterable[int], n_vocab: int) -> None:
+    for token in ids:
+        if not 0 <= token < n_vocab:
+            raise _Unfit(f"{name} has token id {token}, outside the vocabulary (0 to {n_vocab - 1}); correct it", None)
+
+
+def _fit(
+    prompt: str | Ids,
+    max_tokens: int,
+    tokenizer: Tokenizer,
+    n_ctx: int,
+    on_too_long: OnTooLong,
+    empty_prompt: EmptyPrompt,
+) -> tuple[str, Ids]:
+    """Text and token ids of one prompt, cut if that is the policy; with shorten it may leave less than max_tokens."""
+    cut = on_too_long == "truncate-left"
+    # no token is longer than longest_token_bytes, so the length alone can say that a prompt of megabytes is too long
+    if not cut and isinstance(prompt, str) and len(prompt) > n_ctx * tokenizer.longest_token_bytes:
+        raise _too_long(None, max_tokens, n_ctx, on_too_long)
+    ids = _ids(prompt, tokenizer, empty_prompt)
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    excess = len(ids) + max_tokens - n_ctx
+    if excess > 0 and cut and excess < len(ids):
+        return text, ids[excess:]
+    if excess > 0 and not (on_too_long == "shorten" and len(ids) < n_ctx):
+        raise _too_long(len(ids), max_tokens, n_ctx, on_too_long)
+    return text, ids
 
 
 def validate(
@@ -59,30 +116,32 @@ def validate(
     n_ctx: int,
     on_too_long: OnTooLong = "reject",
     empty_prompt: EmptyPrompt = "reject",
+    trim: bool = False,
 ) -> TokenizedRequest | Rejected:
     """Tokenize one request and hold it to prompt_tokens + max_tokens <= n_ctx; an exact fit is accepted.
 
     truncate-left keeps the prompt's last tokens, shorten lowers max_tokens; what neither can save is rejected,
-    as is an empty prompt unless it may start from the end-of-text token. A Rejected passes through.
+    as is an empty prompt unless it may start from the end-of-text token. trim takes spaces off a prompt's end. Of a
+    row with several prompts each is held to it, and one that cannot be generated rejects the row. A Rejected passes
+    through.
 
     n_ctx=1024, 1009 prompt tokens, max_tokens=40 -> 1009 + 15 (shorten), 984 + 40 (truncate-left)
     """
     if isinstance(request, Rejected):
         return request
-    # no token is longer than longest_token_bytes, so the length alone can say that a prompt of megabytes is too long
-    if on_too_long != "truncate-left" and len(request.prompt) > n_ctx * tokenizer.longest_token_bytes:
-        return _too_long(request, None, n_ctx, on_too_long)
-    ids = tuple(tokenizer.encode(request.prompt))
-    if not ids:
-        if empty_prompt == "reject" or tokenizer.eos_id is None:
-            return _empty(request, tokenizer)
-        ids = (tokenizer.eos_id,)
-    excess = len(ids) + request.params.max_tokens - n_ctx
-    if excess > 0 and on_too_long == "truncate-left" and excess < len(ids):
-        ids, excess = ids[excess:], 0
-    fitting = TokenizedRequest(request.row, request.place, request.id, request.prompt, ids, request.params)
-    if excess <= 0:
-        return fitting
-    if on_too_long == "shorten" and len(ids) < n_ctx:
-        return fitting.with_max_tokens(n_ctx - len(ids))
-    return _too_long(request, len(ids), n_ctx, on_too_long)
+    params = request.params
+    prompts = [request.prompt, *request.others]
+    if trim:
+        prompts = [prompt.rstrip(" ") if isinstance(prompt, str) else prompt for prompt in prompts]
+    try:
+        _check_token_ids("stop_token_ids", params.stop_token_ids, tokenizer.n_vocab)
+        _check_token_ids("logit_bias", (token for token, _ in params.logit_bias), tokenizer.n_vocab)
+        fitted = [_fit(prompt, params.max_tokens, tokenizer, n_ctx, on_too_long, empty_prompt) for prompt in prompts]
+    except _Unfit as unfit:
+        text = request.prompt if isinstance(request.prompt, str) else None
+        error = f"{request.place}: {unfit.reason}"
+        return Rejected(request.row, request.place, request.id, text, error, unfit.prompt_tokens)
+    (text, ids), *others = fitted
+    fitting = TokenizedRequest(request.row, request.place, request.id, text, ids, params, tuple(others))
+    room = n_ctx - max(len(ids) for _, ids in fitted)
+    return fitting if room >= params.max_tokens else fitting.with_max_tokens(room)

@@ -25,6 +25,7 @@ from batchgen.errors import BatchgenError
 from batchgen.ledger import with_receipt
 from batchgen.records.schema import output_schema
 from batchgen.records.writer import write_part
+from batchgen.stopping import StopStrings, bad_word_ids, completed_text
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, Receipt, Rejected, TokenizedRequest
 
@@ -44,6 +45,7 @@ class WorkerSetup:
     token_ids: bool
     logprobs: bool
     parent: int  # process id: a worker does not outlive it
+    prompt_index: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +212,9 @@ def _run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: Path, marker: Marker) 
         failed=sum(row.status == "failed" for row in rows),
         prompt_tokens=sum(row.prompt_tokens or 0 for row in generated),
         completion_tokens=sum(row.completion_tokens or 0 for row in generated),
+        space_ends=sum(ends_in_space(item) for item in chunk.items),
     )
-    schema = output_schema(token_ids=setup.token_ids, logprobs=setup.logprobs)
+    schema = output_schema(token_ids=setup.token_ids, logprobs=setup.logprobs, prompt_index=setup.prompt_index)
     sha256 = write_part(rows, path, with_receipt(schema, receipt))
     return receipt.finished(sha256, time.monotonic() - started)
 
@@ -221,21 +224,31 @@ def complete_chunk(chunk: Chunk, engine: Engine, tokenizer: Tokenizer, marker: M
     requests = {item.row: item for item in chunk.items if isinstance(item, TokenizedRequest)}
     rows = {(item.row, 0): unfinished_row(item) for item in chunk.items if isinstance(item, Rejected)}
     marker.add(len(rows), 0, 0)
-    prompts = [to_prompt(request) for request in requests.values()]
-    seeds = {prompt.row: prompt.seeds for prompt in prompts}
-    for completion in engine.generate(prompts, marker.on):
+    prompts = [prompt for request in requests.values() for prompt in to_prompts(request, tokenizer)]
+    seeds = {(p.row, sample): seed for p in prompts for sample, seed in enumerate(p.seeds, p.first_sample)}
+    stop_strings = StopStrings(tokenizer) if any(prompt.params.stop for prompt in prompts) else None
+    for completion in engine.generate(prompts, marker.on, stop_strings):
         marker.on([completion.row])
-        request = requests[completion.row]
-        row = completed_row(request, completion, tokenizer, seeds[completion.row])
-        rows[completion.row, completion.sample] = row
-        marker.add(int(completion.sample == 0), len(request.prompt_token_ids), len(completion.token_ids))
+        key = completion.row, completion.sample
+        rows[key] = completed_row(requests[completion.row], completion, tokenizer, seeds[key])
+        marker.add(int(completion.sample == 0), rows[key].prompt_tokens or 0, len(completion.token_ids))
     marker.on((), list(requests))
     return [rows[key] for key in sorted(rows)]
 
 
-def to_prompt(request: TokenizedRequest) -> Prompt:
+def to_prompts(request: TokenizedRequest, tokenizer: Tokenizer) -> list[Prompt]:
+    """A row's prompts, most often one, as the engine takes them."""
     params = request.params
-    return Prompt(request.row, request.prompt_token_ids, params, sample_seeds(params.seed, request.row, params.n))
+    bad_words = bad_word_ids(params.bad_words, tokenizer)
+    firsts = range(0, len(request.prompts) * params.n, params.n)
+    return [
+        Prompt(request.row, ids, params, sample_seeds(params.seed, request.row, params.n, first), first, bad_words)
+        for first, (_, ids) in zip(firsts, request.prompts, strict=True)
+    ]
+
+
+def ends_in_space(item: TokenizedRequest | Rejected) -> bool:
+    return isinstance(item, TokenizedRequest) and any(text.endswith(" ") for text, _ in item.prompts)
 
 
 def unfinished_row(item: Rejected) -> OutputRow:
@@ -254,21 +267,35 @@ def unfinished_row(item: Rejected) -> OutputRow:
     )
 
 
-def completed_row(
-    request: TokenizedRequest, completion: Completion, tokenizer: Tokenizer, seeds: Sequence[int]
-) -> OutputRow:
+def completed_row(request: TokenizedRequest, completion: Completion, tokenizer: Tokenizer, seed: int) -> OutputRow:
+    params = request.params
+    prompt_index = completion.sample // params.n
+    prompt, prompt_token_ids = request.prompts[prompt_index]
+    text, stop_reason = completed_text(completion.token_ids, params, tokenizer)
     return OutputRow(
         row=request.row,
         sample=completion.sample,
         id=request.id,
-        prompt=request.prompt,
-        completion=tokenizer.decode(completion.token_ids),
-        prompt_tokens=len(request.prompt_token_ids),
+        prompt=prompt,
+        completion=prompt + text if params.echo else text,
+        prompt_tokens=len(prompt_token_ids),
         completion_tokens=len(completion.token_ids),
         finish_reason=completion.finish_reason,
         status="ok",
         error=None,
-        seed=None if request.params.greedy else seeds[completion.sample],
+        seed=None if params.greedy else seed,
         completion_token_ids=completion.token_ids,
         logprobs=completion.logprobs,
+        top_logprobs=_named(completion, tokenizer),
+        stop_reason=stop_reason,
+        prompt_index=prompt_index,
+    )
+
+
+def _named(completion: Completion, tokenizer: Tokenizer) -> tuple[tuple[tuple[int, str, float], ...], ...] | None:
+    if not completion.top_logprobs or not any(completion.top_logprobs):  # not asked for, or 0 of them
+        return None
+    return tuple(
+        tuple((token, tokenizer.token_text(token), logprob) for token, logprob in top)
+        for top in completion.top_logprobs
     )

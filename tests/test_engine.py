@@ -1,5 +1,6 @@
 """engine/: every prompt is completed as if it were alone, whatever runs beside it."""
 
+import math
 import os
 import random
 import subprocess
@@ -13,11 +14,11 @@ from hypothesis import strategies as st
 
 from batchgen.engine.engine import Engine, kv_bytes_per_token
 from batchgen.engine.probe import blas_info, is_batch_invariant
-from batchgen.engine.sequence import Completion, Prompt, sample_seeds, uniforms
+from batchgen.engine.sequence import Completion, Prompt, Sequence, is_loop, sample_seeds, uniforms
 from batchgen.errors import UsageError
 from batchgen.gpt2 import pico
 from batchgen.gpt2.kv_cache import BLOCK
-from batchgen.types import SamplingParams
+from batchgen.types import FinishReason, SamplingParams
 from tests.models import TINY, has_avx512, sharp_params
 
 EOS = TINY.n_vocab - 1
@@ -237,3 +238,76 @@ def test_the_engine_holds_its_laws_on_either_kernel(core_type):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert ("rounds a row differently" in done.stdout) == (core_type == "HASWELL")
+
+
+# ---- ends that somebody else decides, and words that nobody may say
+
+
+def test_a_sequence_ends_with_the_token_at_which_it_is_told_to():
+    prompts = mixed_prompts(7, n=20)
+    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=2000 * PER_TOKEN, max_batch=6)
+    asked = []
+
+    def third(sequence: Sequence) -> FinishReason | None:
+        asked.append((sequence.prompt.row, sequence.sample, len(sequence.token_ids)))
+        return "stop" if len(sequence.token_ids) == 3 else None
+
+    free = run(prompts)
+    found = {(c.row, c.sample): c for c in engine.generate(prompts, should_stop=third)}
+    assert engine.arena.free == [(0, engine.arena.n_tokens)]
+    assert len(asked) == len(set(asked))  # once for each token
+    assert found.keys() == free.keys()
+    for key, completion in found.items():
+        if len(free[key].token_ids) >= 3:
+            assert (len(completion.token_ids), completion.finish_reason) == (3, "stop")
+            assert completion.logprobs is None or len(completion.logprobs) == len(completion.top_logprobs) == 3
+        if INVARIANT:
+            assert completion.token_ids == free[key].token_ids[:3]
+
+
+def test_what_stops_at_the_last_token_is_a_stop_and_no_length():
+    engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=2000 * PER_TOKEN)
+    (completion,) = engine.generate([prompt(0, [1], max_tokens=1)], should_stop=lambda sequence: "stop")
+    assert (len(completion.token_ids), completion.finish_reason) == (1, "stop")
+
+
+@given(st.lists(st.integers(0, 2), max_size=100), st.integers(1, 70), st.integers(0, 30))
+def test_a_loop_is_a_block_three_times_and_24_tokens(start, period, repeats):
+    ids = start + [n % 7 for n in range(period)] * repeats
+    reference = any(
+        ids[-p * times :] == ids[-p:] * times
+        for p in range(1, 65)
+        for times in [max(3, math.ceil(24 / p))]
+        if p * times <= len(ids)
+    )
+    assert is_loop(ids) == reference
+    if period <= 64 and repeats >= 3 and repeats * period >= 24:
+        assert is_loop(ids[: len(start) + repeats * period])
+
+
+@pytest.mark.parametrize("min_tokens", [0, 30])
+def test_a_loop_is_stopped_where_asked_and_not_before_min_tokens(min_tokens):
+    looping = {"max_tokens": 50, "ignore_eos": True, "logit_bias": ((7, 100.0),), "min_tokens": min_tokens}
+    completions = run([prompt(0, [1], **looping, stop_loops=True), prompt(1, [1], **looping)])
+    stopped, free = completions[0, 0], completions[1, 0]
+    assert (len(stopped.token_ids), stopped.finish_reason) == (max(24, min_tokens), "repetition")
+    assert (len(free.token_ids), free.finish_reason) == (50, "length")
+
+
+def test_bad_words_are_never_generated():
+    free = run([prompt(0, [5, 6], max_tokens=30, ignore_eos=True)])[0, 0].token_ids
+    words = ((free[0],), free[3:5], free[10:13])
+    for params in ({}, {"temperature": 1.0, "n": 4}):
+        one = prompt(0, [5, 6], max_tokens=30, ignore_eos=True, **params)
+        for completion in run([replace(one, bad_words=words)]).values():
+            said = (5, 6, *completion.token_ids)
+            assert not any(said[i : i + len(w)] == w for w in words for i in range(1, len(said)))
+
+
+def test_prompts_of_one_row_number_their_samples_on():
+    params = SamplingParams(max_tokens=4, temperature=1.0, n=2)
+    prompts = [Prompt(9, (1, 2, first), params, sample_seeds(params.seed, 9, 2, first), first) for first in (0, 2, 4)]
+    completions = run(prompts)
+    assert sorted(completions) == [(9, sample) for sample in range(6)]
+    assert sample_seeds(3, 9, 6) == sample_seeds(3, 9, 2) + sample_seeds(3, 9, 4, first=2)
+    assert len({c.token_ids for c in completions.values()}) == 6

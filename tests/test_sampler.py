@@ -1,5 +1,7 @@
 """engine/sampler.py against written-out references, and its draws against the exact distribution."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -162,3 +164,19 @@ def test_log_softmax_sums_to_one():
     found = sampler.log_softmax(logits)
     assert found.dtype == np.float32
     np.testing.assert_allclose(np.exp(found.astype(np.float64)).sum(axis=1), 1, rtol=1e-4)
+
+
+@given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6), st.data())
+def test_no_bad_word_is_ever_completed(prompt_ids, token_ids, data):
+    """As transformers' NoBadWordsLogitsProcessor: a word's last token goes where the rest of it stands."""
+    word = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
+    words = data.draw(st.lists(word, max_size=4))
+    one = sequence(prompt_ids=tuple([0, *prompt_ids]), token_ids=token_ids)
+    one.prompt = replace(one.prompt, bad_words=tuple(words))
+    row = np.zeros(4, np.float32)
+    sampler.penalise(row, one, None)
+    said = [0, *prompt_ids, *token_ids]
+    forbidden = {token for token in range(4) for w in words if [*said, token][-len(w) :] == list(w)}
+    assert set(np.flatnonzero(np.isneginf(row)).tolist()) == forbidden
+    if words:
+        assert sampler._needs_penalties(one)

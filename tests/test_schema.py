@@ -1,6 +1,6 @@
 """The output's columns: their order, their types, and how rows become them."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +25,7 @@ def test_columns_are_in_the_documented_order() -> None:
         "prompt_tokens",
         "completion_tokens",
         "finish_reason",
+        "stop_reason",
         "status",
         "error",
         "seed",
@@ -34,7 +35,8 @@ def test_columns_are_in_the_documented_order() -> None:
 @pytest.mark.parametrize(("token_ids", "logprobs"), [(False, False), (True, False), (False, True), (True, True)])
 def test_asked_for_columns_come_last(token_ids: bool, logprobs: bool) -> None:
     names = output_schema(token_ids=token_ids, logprobs=logprobs).names
-    assert names[11:] == ["completion_token_ids"] * token_ids + ["logprobs"] * logprobs
+    assert names[12:] == ["completion_token_ids"] * token_ids + ["logprobs", "top_logprobs"] * logprobs
+    assert output_schema(token_ids=token_ids, logprobs=logprobs, prompt_index=True).names == [*names, "prompt_index"]
 
 
 def test_only_row_sample_and_status_are_never_null() -> None:
@@ -52,15 +54,20 @@ def test_types_hold_what_the_rows_may_carry() -> None:
 
 
 def test_the_columns_are_the_fields_of_the_output_row() -> None:
-    assert output_schema(token_ids=True, logprobs=True).names == [field.name for field in fields(OutputRow)]
+    names = output_schema(token_ids=True, logprobs=True, prompt_index=True).names
+    assert sorted(names) == sorted(field.name for field in fields(OutputRow))
 
 
 def test_rows_come_back_as_they_went_in() -> None:
-    schema = output_schema(token_ids=True, logprobs=True)
-    table = rows_to_table(ROWS, schema)
+    schema = output_schema(token_ids=True, logprobs=True, prompt_index=True)
+    top = (((1, "a", -0.5), (2, "b", -1.5)), (), ((3, "c", 0.0),))
+    rows = [replace(ROWS[0], top_logprobs=top, stop_reason="\n", prompt_index=4), ROWS[1]]
+    table = rows_to_table(rows, schema)
     assert table.schema == schema
     table.validate(full=True)
-    for row, record in zip(ROWS, table.to_pylist(), strict=True):
+    for row, record in zip(rows, table.to_pylist(), strict=True):
+        tops = record["top_logprobs"]
+        record["top_logprobs"] = tops and tuple(tuple(tuple(one.values()) for one in each) for each in tops)
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
         }

@@ -21,6 +21,10 @@ PARAMETERS = [
     SamplingParams(max_tokens=90, temperature=0.9, seed=3),
     SamplingParams(max_tokens=90, temperature=1.5, top_k=200, repetition_penalty=1.2, seed=11),
     SamplingParams(max_tokens=60, temperature=5.0, ignore_eos=True, min_tokens=60),
+    SamplingParams(max_tokens=90, temperature=2.0, seed=5, stop=("e", "ab", "the end")),
+    SamplingParams(max_tokens=90, temperature=2.0, seed=6, stop=("\ufffd",), include_stop=True, echo=True),
+    SamplingParams(max_tokens=90, temperature=2.0, seed=7, stop=("zz",), min_tokens=20, bad_words=("a", "e")),
+    SamplingParams(max_tokens=90, logit_bias=((195, 100.0),), stop_loops=True),
 ]
 
 

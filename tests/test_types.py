@@ -54,7 +54,7 @@ REQUEST = Request(3, "p.jsonl:4", "a", "Once", SamplingParams(max_tokens=5))
 REJECTED = Rejected(4, "p.jsonl:5", None, None, "p.jsonl:5: not JSON")
 TOKENIZED = TokenizedRequest(3, "p.jsonl:4", "a", "Once", (1, 2), SamplingParams(min_tokens=30))
 RECORDS = [
-    SamplingParams(temperature=0.5, logit_bias=((1, 2.0),), stop_token_ids=(3,)),
+    SamplingParams(temperature=0.5, logit_bias=((1, 2.0),), stop_token_ids=(3,), stop=("a",), bad_words=("b",)),
     REQUEST,
     REJECTED,
     TOKENIZED,
@@ -87,7 +87,8 @@ def test_what_is_no_finite_number_is_refused_everywhere(name):
 
 
 def test_every_number_among_the_parameters_has_a_range():
-    unranged = {"logit_bias", "stop_token_ids", "ignore_eos"}
+    unranged = {"logit_bias", "stop_token_ids", "stop", "bad_words"}
+    unranged |= {"ignore_eos", "include_stop", "echo", "stop_loops"}
     assert {field.name for field in fields(SamplingParams)} - unranged == set(RANGES)
 
 

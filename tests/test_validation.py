@@ -1,11 +1,13 @@
 """The length law: prompt_tokens + max_tokens <= n_ctx, whatever the policy; and the words of every rejection."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchgen.errors import InputError
 from batchgen.types import Rejected, Request, SamplingParams, TokenizedRequest
 from batchgen.validation import OnTooLong, validate
 
@@ -16,6 +18,7 @@ class Letters:
     """One token a character, its code point; counts how often it was asked."""
 
     eos_id: int | None = 50256
+    n_vocab = 50257
     longest_token_bytes = 4
 
     def __init__(self) -> None:
@@ -24,6 +27,9 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         self.calls += 1
         return [ord(letter) for letter in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(map(chr, ids))
 
 
 def request(prompt: str, max_tokens: int = 40, min_tokens: int = 0) -> Request:
@@ -173,3 +179,52 @@ def test_every_accepted_request_fits_and_every_remedy_works(
         assert isinstance(validate(asked, Letters(), n_ctx, "shorten", "unconditional"), TokenizedRequest)
     if got.error.endswith("pass --on-too-long truncate-left") and max_tokens < n_ctx:
         assert isinstance(validate(asked, Letters(), n_ctx, "truncate-left", "unconditional"), TokenizedRequest)
+
+
+# ---- several prompts, token ids, ids named in parameters
+
+
+def several(*prompts: str | tuple[int, ...], **params) -> Request:
+    return Request(0, "b.jsonl:1", "a", prompts[0], SamplingParams(**params), prompts[1:])
+
+
+def test_every_prompt_of_a_row_is_tokenized() -> None:
+    got = accepted(validate(several("ab", (99, 100), "e"), Letters(), N_CTX))
+    assert got.prompts == (("ab", (97, 98)), ("cd", (99, 100)), ("e", (101,)))
+
+
+def test_one_prompt_that_does_not_fit_rejects_the_row() -> None:
+    assert "1020 prompt tokens" in rejected(validate(several("ab", "x" * 1020), Letters(), N_CTX)).error
+    assert "the prompt is empty" in rejected(validate(several("ab", ""), Letters(), N_CTX)).error
+    assert "token id 50257, outside" in rejected(validate(several("ab", (50257,)), Letters(), N_CTX)).error
+
+
+def test_a_row_of_several_prompts_is_shortened_to_what_fits_the_longest() -> None:
+    got = accepted(validate(several("ab", "x" * 1000, "c"), Letters(), N_CTX, "shorten"))
+    assert got.params.max_tokens == 24
+    cut = accepted(validate(several("ab", "x" * 1000), Letters(), N_CTX, "truncate-left"))
+    assert [len(ids) for _, ids in cut.prompts] == [2, 984]
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "logit_bias"])
+def test_a_parameter_with_a_token_outside_the_vocabulary_rejects_the_row(name: str) -> None:
+    value = {"stop_token_ids": (50257,), "logit_bias": ((50257, 1.0),)}[name]
+    got = rejected(validate(several("a", **{name: value}), Letters(), N_CTX))
+    assert got.error == f"b.jsonl:1: {name} has token id 50257, outside the vocabulary (0 to 50256); correct it"
+    inside = {"stop_token_ids": (50256,), "logit_bias": ((0, 1.0),)}[name]
+    accepted(validate(several("a", **{name: inside}), Letters(), N_CTX))
+
+
+def test_trim_takes_spaces_off_the_end_alone() -> None:
+    got = accepted(validate(several(" a b\n  ", (32,), "c "), Letters(), N_CTX, trim=True))
+    assert [text for text, _ in got.prompts] == [" a b\n", " ", "c"]
+    assert accepted(validate(several("a "), Letters(), N_CTX)).prompt == "a "
+    assert "the prompt is empty" in rejected(validate(several("   "), Letters(), N_CTX, trim=True)).error
+
+
+def test_a_prompt_that_the_vocabulary_cannot_spell_is_a_rejected_row() -> None:
+    class NoQ(Letters):
+        def encode(self, text: str) -> list[int]:
+            raise InputError("no token for q")
+
+    assert rejected(validate(several("q"), NoQ(), N_CTX)).error == "b.jsonl:1: no token for q"

@@ -7,7 +7,7 @@ import numpy as np
 
 from batchgen.engine.sampler import sample
 from batchgen.engine.scheduler import Scheduler, tokens_needed
-from batchgen.engine.sequence import Completion, Prompt, Sequence, expand
+from batchgen.engine.sequence import Completion, Prompt, Sequence, expand, is_loop
 from batchgen.errors import UsageError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.forward import Forward
@@ -22,6 +22,9 @@ MIB = 2**20
 
 # told before every step which rows have their prompts read to the end in it, and which go on
 OnStep = Callable[[list[int], list[int]], None]
+
+# asked after every token that a sequence has got; what it answers ends the sequence there
+ShouldStop = Callable[[Sequence], FinishReason | None]
 
 
 def kv_bytes_per_token(config: GPT2Config) -> int:
@@ -63,25 +66,30 @@ class Engine:
         self.arena = KVArena(config, min(kv_bytes // kv_bytes_per_token(config), largest))
         self.forward = Forward(params, config, max_rows=max(MAX_ROWS, max_batch), max_logits=max_batch)
 
-    def generate(self, prompts: Seq[Prompt], on_step: OnStep | None = None) -> Iterator[Completion]:
+    def generate(
+        self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None
+    ) -> Iterator[Completion]:
         """Complete the prompts; yields each sample as it ends, so not in the prompts' order."""
-        for finished, _ in self.steps(prompts, on_step):
+        for finished, _ in self.steps(prompts, on_step, should_stop):
             yield from finished
 
     def steps(
-        self, prompts: Seq[Prompt], on_step: OnStep | None = None
+        self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None
     ) -> Iterator[tuple[list[Completion], list[tuple[Sequence, int]]]]:
-        """One step of all running sequences after another: what it finished, and each sequence's new token."""
+        """One step of all running sequences after another: what it finished, and each sequence's new token.
+
+        should_stop must judge a sequence by its own tokens for completions not to depend on their company.
+        """
         self._check(prompts)
         scheduler = Scheduler(expand(prompts), self.arena, self.max_batch, self.share_prefixes)
         try:
             while scheduler.busy:
-                yield self._step(scheduler, on_step)
+                yield self._step(scheduler, on_step, should_stop)
         finally:  # a caller that stops listening leaves no memory taken
             self.arena.clear()
 
     def _step(
-        self, scheduler: Scheduler, on_step: OnStep | None
+        self, scheduler: Scheduler, on_step: OnStep | None, should_stop: ShouldStop | None
     ) -> tuple[list[Completion], list[tuple[Sequence, int]]]:
         scheduler.admit()
         running = scheduler.running
@@ -102,14 +110,20 @@ class Engine:
         if len(source) > len(logits):
             logits = logits[source]
         tokens = sample(logits, sampled, self.eos_id)
-        return self._append(scheduler, sampled, tokens), list(zip(sampled, tokens, strict=True))
+        return self._append(scheduler, sampled, tokens, should_stop), list(zip(sampled, tokens, strict=True))
 
-    def _append(self, scheduler: Scheduler, sequences: list[Sequence], tokens: list[int]) -> list[Completion]:
+    def _append(
+        self, scheduler: Scheduler, sequences: list[Sequence], tokens: list[int], should_stop: ShouldStop | None
+    ) -> list[Completion]:
         finished: list[Completion] = []
         for sequence, token in zip(sequences, tokens, strict=True):
             reason = self._finish_reason(sequence, token)
             if reason != "stop":
                 sequence.token_ids.append(token)
+                if sequence.params.stop_loops and len(sequence.token_ids) >= sequence.params.min_tokens:
+                    reason = "repetition" if is_loop(sequence.token_ids) else reason
+                if should_stop is not None:
+                    reason = should_stop(sequence) or reason
             if reason:
                 scheduler.finish(sequence)
                 finished += sequence.completions(reason)
@@ -132,7 +146,8 @@ class Engine:
                     f"row {prompt.row}: {len(ids)} prompt tokens + {p.max_tokens} max_tokens; "
                     f"there must be at least one and at most n_ctx {n_ctx}"
                 )
-            named = [*p.stop_token_ids, *(token for token, _ in p.logit_bias)]
+            bad = [token for word in prompt.bad_words for token in word]
+            named = [*p.stop_token_ids, *(token for token, _ in p.logit_bias), *bad]
             for token in (int(ids.min()), int(ids.max()), *named):
                 if not 0 <= token < n_vocab:
                     raise UsageError(f"row {prompt.row}: token id {token} is outside the vocabulary of {n_vocab}")

@@ -1,7 +1,7 @@
 """From logits to tokens, for all sequences of a step at once.
 
-Order of work, as in vLLM and transformers: penalties and logit_bias, min_tokens, temperature, top_k, top_p,
-min_p, draw. Nothing here mixes rows: what a row draws depends on its own logits and its own random number.
+Order of work, as in vLLM and transformers: penalties and logit_bias, bad_words, min_tokens, temperature, top_k,
+top_p, min_p, draw. Nothing here mixes rows: what a row draws depends on its own logits and its own random number.
 """
 
 from collections.abc import Sequence as Seq
@@ -66,10 +66,10 @@ def candidates(logits: Array, k: int) -> tuple[Ids, Array]:
 
 
 def penalise(logits: Array, sequence: Sequence, eos_id: int | None) -> None:
-    """Repetition, presence and frequency penalties, logit_bias and min_tokens on one row [n_vocab], in place.
+    """Penalties, logit_bias, bad_words and min_tokens on one row [n_vocab], in place.
 
-    Repetition (Keskar et al., 2019) counts the prompt and what was generated; presence and frequency (OpenAI)
-    only what was generated.
+    Repetition (Keskar et al., 2019) counts the prompt and what was generated, and so do bad_words (transformers);
+    presence and frequency (OpenAI) only what was generated.
     """
     p = sequence.params
     if p.repetition_penalty != 1.0:
@@ -81,6 +81,9 @@ def penalise(logits: Array, sequence: Sequence, eos_id: int | None) -> None:
         logits[said] -= (p.presence_penalty + p.frequency_penalty * count).astype(np.float32)
     for token, bias in p.logit_bias:
         logits[token] += bias
+    for word in sequence.prompt.bad_words:
+        if sequence.ends_in(word[:-1]):
+            logits[word[-1]] = -np.inf
     if len(sequence.token_ids) < p.min_tokens:
         logits[list(p.stop_token_ids)] = -np.inf
         if eos_id is not None and not p.ignore_eos:
@@ -94,6 +97,7 @@ def _needs_penalties(sequence: Sequence) -> bool:
         or p.presence_penalty
         or p.frequency_penalty
         or p.logit_bias
+        or sequence.prompt.bad_words
         or len(sequence.token_ids) < p.min_tokens
     )
 

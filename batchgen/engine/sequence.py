@@ -9,15 +9,25 @@ import numpy.typing as npt
 from batchgen.gpt2.kv_cache import Segment
 from batchgen.types import FinishReason, SamplingParams
 
+LOOP_PERIOD = 64
+LOOP_REPEATS = 3
+LOOP_TOKENS = 24
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt; seeds has a seed for each of its params.n samples. `row` is the caller's key, handed back."""
+    """One prompt; seeds has a seed for each of its params.n samples. `row` is the caller's key, handed back.
+
+    Prompts of one row count their samples on: those of this one are first_sample, first_sample + 1, ...
+    bad_words are token sequences of which none may be completed by a generated token.
+    """
 
     row: int
     token_ids: tuple[int, ...]
     params: SamplingParams
     seeds: tuple[int, ...]
+    first_sample: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +46,11 @@ class Completion:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
 
-def sample_seeds(seed: int, row: int, n: int) -> tuple[int, ...]:
-    """The seeds of a row's n samples: from (seed, row, sample) alone, 63 bits each."""
+def sample_seeds(seed: int, row: int, n: int, first: int = 0) -> tuple[int, ...]:
+    """The seeds of n samples of a row, from the first on: from (seed, row, sample) alone, 63 bits each."""
     return tuple(
         int(np.random.SeedSequence((seed, row, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        for sample in range(n)
+        for sample in range(first, first + n)
     )
 
 
@@ -67,6 +77,14 @@ class Sequence:
     def params(self) -> SamplingParams:
         return self.prompt.params
 
+    def ends_in(self, tail: tuple[int, ...]) -> bool:
+        """Whether prompt and generated tokens together end in these."""
+        n_prompt = max(len(tail) - len(self.token_ids), 0)
+        generated = tail[n_prompt:]
+        if generated and tuple(self.token_ids[-len(generated) :]) != generated:
+            return False
+        return not n_prompt or self.prompt.token_ids[-n_prompt:] == tail[:n_prompt]
+
     def completions(self, finish_reason: FinishReason) -> list[Completion]:
         """The finished sample, once for every request that it answers."""
         wanted, n = self.params.logprobs is not None, len(self.token_ids)  # a stop token's log-probability goes with it
@@ -83,14 +101,28 @@ class Sequence:
         ]
 
 
+def is_loop(token_ids: list[int]) -> bool:
+    """Whether the tokens end in a block of 1 to LOOP_PERIOD tokens, LOOP_REPEATS times or more, LOOP_TOKENS in all.
+
+    A block of 1 counts from 24 times on, one of 5 from 5 times on, one of 20 from 3 times on.
+    """
+    for period in range(1, min(LOOP_PERIOD, len(token_ids) // LOOP_REPEATS) + 1):
+        if token_ids[-1] != token_ids[-1 - period]:
+            continue
+        length = max(LOOP_REPEATS, -(-LOOP_TOKENS // period)) * period
+        if len(token_ids) >= length and token_ids[-length:-period] == token_ids[period - length :]:
+            return True
+    return False
+
+
 def expand(prompts: Seq[Prompt]) -> list[Sequence]:
     """A sequence for every sample; equal greedy requests are one sequence, sampled ones never are."""
     sequences: list[Sequence] = []
     greedy: dict[tuple[tuple[int, ...], SamplingParams], Sequence] = {}
     for prompt in prompts:
-        for sample in range(prompt.params.n):
+        for sample, seed in enumerate(prompt.seeds, start=prompt.first_sample):
             if not prompt.params.greedy:
-                random = uniforms(prompt.seeds[sample], prompt.params.max_tokens)
+                random = uniforms(seed, prompt.params.max_tokens)
                 sequences.append(Sequence(prompt, sample, 0, random))
                 continue
             key = (prompt.token_ids, prompt.params)

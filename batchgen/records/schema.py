@@ -7,9 +7,14 @@ import pyarrow as pa
 
 from batchgen.types import OutputRow
 
+TOP_LOGPROB = pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("logprob", pa.float32())])
 
-def output_schema(*, token_ids: bool = False, logprobs: bool = False) -> pa.Schema:
-    """The columns in order; row and sample number the output, and only they and status are never null."""
+
+def output_schema(*, token_ids: bool = False, logprobs: bool = False, prompt_index: bool = False) -> pa.Schema:
+    """The columns in order; row and sample number the output, and only they and status are never null.
+
+    prompt_index is for inputs of which a row may have several prompts.
+    """
     fields = [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("sample", pa.int32(), nullable=False),
@@ -19,6 +24,7 @@ def output_schema(*, token_ids: bool = False, logprobs: bool = False) -> pa.Sche
         pa.field("prompt_tokens", pa.int32()),
         pa.field("completion_tokens", pa.int32()),
         pa.field("finish_reason", pa.string()),
+        pa.field("stop_reason", pa.string()),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
         pa.field("seed", pa.int64()),
@@ -27,6 +33,9 @@ def output_schema(*, token_ids: bool = False, logprobs: bool = False) -> pa.Sche
         fields.append(pa.field("completion_token_ids", pa.list_(pa.int32())))
     if logprobs:
         fields.append(pa.field("logprobs", pa.list_(pa.float32())))
+        fields.append(pa.field("top_logprobs", pa.list_(pa.list_(TOP_LOGPROB))))
+    if prompt_index:
+        fields.append(pa.field("prompt_index", pa.int32()))
     return pa.schema(fields)
 
 

@@ -1,0 +1,138 @@
+"""stopping.py: what ends a text is found as if it were searched whole, however the tokens cut it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.engine.sequence import Prompt, Sequence
+from batchgen.stopping import StopMatcher, StopStrings, bad_word_ids, completed_text, first_stop, whole_characters
+from batchgen.tokenizer import Tokenizer
+from batchgen.types import SamplingParams
+from tests.models import write_byte_vocabulary
+from tests.vocabulary import gpt2_vocabulary_dir
+
+ALPHABET = "ab\né☃🦊"
+TEXTS = st.text(ALPHABET, max_size=24)
+STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=5), min_size=1, max_size=8)
+
+
+class Pieces:
+    """A tokenizer whose tokens are any bytes at all: token i is the i-th piece."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = pieces
+
+    def encode(self, text: str) -> list[int]:
+        raise AssertionError
+
+    def decode_bytes(self, ids) -> bytes:
+        return b"".join(self.pieces[token] for token in ids)
+
+
+def naive_first_stop(data: bytes, stops: list[bytes], start: int) -> tuple[int, int] | None:
+    """Every place is tried: the least end past start, then the least beginning."""
+    for end in range(start + 1, len(data) + 1):
+        for begin in range(end):
+            if data[begin:end] in stops:
+                return begin, end
+    return None
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@given(st.binary(max_size=20) | TEXTS.map(str.encode), STOPS, st.integers(0, 8))
+def test_the_stop_string_that_ends_first_is_found(data, stops, start):
+    encoded = [stop.encode() for stop in stops]
+    assert first_stop(data, encoded, start) == naive_first_stop(data, encoded, start)
+
+
+def test_of_two_that_end_together_the_longer_counts():
+    assert first_stop(b"xabc", [b"c", b"abc", b"bc"]) == (1, 4)
+    assert first_stop(b"abcd", [b"abcd", b"bc"]) == (1, 3)
+
+
+@given(TEXTS, STOPS, st.lists(st.integers(0, 100), max_size=30), st.integers(0, 6))
+def test_streaming_stops_at_the_piece_where_the_whole_text_would(text, stops, places, unheeded):
+    """Pieces end anywhere, in the middle of characters too, and may be empty."""
+    encoded = [stop.encode() for stop in stops]
+    pieces = cut(text.encode(), places)
+    start = len(b"".join(pieces[:unheeded]))
+    matcher = StopMatcher(encoded)
+    stopped = next((i for i, p in enumerate(pieces) if matcher.push(p, heed=i >= unheeded)), None)
+    found = naive_first_stop(text.encode(), encoded, start)
+    if found is None:
+        assert stopped is None
+    else:
+        assert stopped is not None
+        assert len(b"".join(pieces[:stopped])) < found[1] <= len(b"".join(pieces[: stopped + 1]))
+
+
+@given(TEXTS, STOPS, st.lists(st.integers(0, 100), max_size=30), st.integers(0, 4), st.booleans())
+def test_the_text_does_not_depend_on_how_it_was_cut(text, stops, places, min_tokens, include):
+    """What a sequence that was stopped in time is cut to, is what the whole text is cut to."""
+    pieces = cut(text.encode(), places)
+    params = SamplingParams(
+        max_tokens=len(pieces), min_tokens=min(min_tokens, len(pieces)), stop=tuple(stops), include_stop=include
+    )
+    tokenizer = Pieces(pieces)
+    sequence = Sequence(Prompt(0, (0,), params, (0,)), 0, 0, None)
+    should_stop = StopStrings(tokenizer)
+    for token in range(len(pieces)):
+        sequence.token_ids.append(token)
+        if reason := should_stop(sequence):
+            break
+    assert not should_stop._matchers
+    found, matched = completed_text(sequence.token_ids, params, tokenizer)
+    assert (found, matched) == completed_text(range(len(pieces)), params, tokenizer)
+    assert (reason == "stop") == (matched is not None)
+    if matched is not None:
+        assert matched in stops
+        assert text.startswith(found)
+        assert found.endswith(matched) if include else text[len(found) :].startswith(matched)
+    else:
+        assert found == text
+
+
+@given(st.binary(max_size=12))
+def test_whole_characters_are_all_of_the_text_but_an_incomplete_last_one(data):
+    found, whole = whole_characters(data), data.decode("utf-8", "replace")
+    assert whole in (found, found + "\ufffd")
+    if whole != found:  # then some bytes complete it
+        tails = (
+            bytes([a, b, c][:n]) for n in (1, 2, 3) for a in (0x80, 0x9F, 0xA0, 0xBF) for b in (0x80,) for c in (0x80,)
+        )
+        assert any(not (data + tail).decode("utf-8", "replace").endswith("\ufffd") for tail in tails)
+
+
+@pytest.mark.parametrize("character", ["é", "☃", "🦊"])
+def test_a_completion_never_ends_within_a_character(character):
+    data = ("ab" + character).encode()
+    for length in range(len(data) + 1):
+        assert whole_characters(data[:length]) == ("ab" + character if length == len(data) else "ab"[:length])
+    assert whole_characters(b"a\xe2\x98b") == "a\ufffdb"
+    assert whole_characters(b"a\x83") == "a\ufffd"
+
+
+def test_a_sequence_without_stop_strings_is_left_alone():
+    sequence = Sequence(Prompt(0, (0,), SamplingParams(), (0,)), 0, 0, None, token_ids=[1])
+    should_stop = StopStrings(Pieces([]))
+    assert should_stop(sequence) is None
+    assert not should_stop._matchers
+
+
+def test_bad_words_are_spelled_as_at_the_start_and_within_a_text():
+    tokenizer = Tokenizer.load(gpt2_vocabulary_dir())
+    words = ("fox", " fox", "ice cream", "\n")
+    assert set(bad_word_ids(words, tokenizer)) == {
+        tuple(tokenizer.encode(text)) for text in ("fox", " fox", "ice cream", " ice cream", "\n")
+    }
+    assert bad_word_ids((), tokenizer) == ()
+
+
+def test_a_bad_word_that_the_vocabulary_cannot_spell_is_none(tmp_path):
+    tokenizer = Tokenizer.load(write_byte_vocabulary(tmp_path / "v"))
+    tokenizer._byte_ids[ord("q")] = -1
+    assert bad_word_ids(("q", "a"), tokenizer) == ((97,), (32, 97))
