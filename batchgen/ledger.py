@@ -36,7 +36,7 @@ from batchgen.types import Receipt
 logger = logging.getLogger(__name__)
 
 RECEIPT_KEY = "batchgen_receipt"
-COUNTS = ("input_rows", "rows", "ok", "rejected", "failed", "prompt_tokens", "completion_tokens")
+COUNTS = ("input_rows", "rows", "ok", "rejected", "failed", "prompt_tokens", "completion_tokens", "space_ends")
 _PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")
 
 

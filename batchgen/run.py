@@ -25,9 +25,18 @@ from batchgen.ledger import Ledger, open_ledger, refuse_changes
 from batchgen.planner import auto_chunk_rows, check_memory, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
 from batchgen.pool import Pool
 from batchgen.records.finished import failed_rows, read_manifest, with_rows_replaced
+from batchgen.records.openai import batch_writer
 from batchgen.records.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
 from batchgen.records.schema import output_schema
-from batchgen.records.writer import METADATA_KEY, check_output, merge_parts, write_output
+from batchgen.records.writer import (
+    METADATA_KEY,
+    LinesWriter,
+    check_output,
+    is_json_lines,
+    merge_parts,
+    write_json_lines,
+    write_output,
+)
 from batchgen.status import Progress, StatusFile
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
@@ -51,6 +60,8 @@ class Job:
     id_column: str = DEFAULT_ID_COLUMN
     on_too_long: OnTooLong = "reject"
     empty_prompt: EmptyPrompt = "reject"
+    trim: bool = False  # spaces at a prompt's end
+    row_params: bool = True  # parameters in a row win over params
     jobs: int | None = None
     batch_size: int | None = None
     chunk_rows: int | None = None
@@ -93,6 +104,7 @@ class Summary:
     seconds: float
     jobs: int
     blas: str
+    space_ends: int = 0  # input rows with a prompt that ends in a space
 
     @property
     def rows(self) -> int:
@@ -117,7 +129,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
     text is for the user, where the job as a whole cannot run; nothing finished is lost by that, or by a kill.
     """
     until = time.monotonic() + job.time_limit if job.time_limit else None
-    check_input(job.input, job.prompt_column, job.id_column)
+    check_input(job.input, job.prompt_column, job.id_column, own_params=job.row_params)
     check_output(job.output, [job.input], dataset=job.dataset)
     directory = find_model(job.model)
     model = Model(directory, load_manifest(directory))
@@ -133,7 +145,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
         jobs = max(min(job.jobs or fitting_jobs(plan["kv_bytes"], model.bytes), missing), 1)
         items = (item for item in validated(job, model) if retry is None or item.row in retry.rows)
         chunks = (c for c in plan_chunks(items, plan["chunk_rows"]) if c.index not in ledger.committed)
-        pool = Pool(worker_setup(job, model, plan), ledger.attempt, jobs, job.row_timeout)
+        pool = Pool(worker_setup(job, model, plan, columns(job, facts)), ledger.attempt, jobs, job.row_timeout)
         started = time.monotonic()
         with recorded(job, ledger) as status, reporting(on_progress, status, ledger, rows):
             with closing(pool.receipts(in_time(chunks, until, pool))) as receipts:
@@ -141,7 +153,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
                     ledger.commit(receipt)
             check_done(job, rows, ledger.counts - resumed, ledger.counts)
             summary = summarise(job, facts, ledger, resumed, time.monotonic() - started, jobs, retry)
-            publish(job, ledger, plan, summary, retry)
+            publish(job, model, facts, ledger, plan, summary, retry)
         status.finish("finished", Counter(summary.statuses), summary.exit_code, None)
     return summary
 
@@ -198,16 +210,39 @@ def settle(job: Job, model: Model, facts: InputFacts, ledger: Ledger, retry: Ret
     return ledger.settle(plan | {"retry": True}, automatic, restart=job.restart or bool(again))
 
 
-def publish(job: Job, ledger: Ledger, plan: dict[str, Any], summary: Summary, retry: Retry | None) -> None:
+def publish(
+    job: Job,
+    model: Model,
+    facts: InputFacts,
+    ledger: Ledger,
+    plan: dict[str, Any],
+    summary: Summary,
+    retry: Retry | None,
+) -> None:
     """Make the committed parts the output."""
-    schema = output_schema(token_ids=job.token_ids, logprobs=job.params.logprobs is not None)
+    schema = output_schema(**columns(job, facts))
     if job.dataset:
         ledger.publish_dataset(plan)
     elif retry is None:
-        merge_parts(ledger.parts(), job.output, schema, run_metadata(plan), summary.rows)
+        lines = lines_writer(job, model, facts, plan)
+        merge_parts(ledger.parts(), job.output, schema, run_metadata(plan), summary.rows, lines)
     elif retry.rows:
         rows = with_rows_replaced(job.output, ledger.parts())
         write_output(rows, job.output, schema, run_metadata(retry.manifest), summary.rows)
+
+
+def columns(job: Job, facts: InputFacts) -> dict[str, bool]:
+    """Which columns the output has besides those that it always has: for the whole job, before the first row."""
+    logprobs = job.params.logprobs is not None or (facts.logprobs and (job.row_params or facts.openai))
+    named = facts.openai and is_json_lines(job.output) and logprobs  # OpenAI's lines say each token's text
+    return {"token_ids": job.token_ids or named, "logprobs": logprobs, "prompt_index": facts.openai}
+
+
+def lines_writer(job: Job, model: Model, facts: InputFacts, plan: dict[str, Any]) -> LinesWriter:
+    """How JSON lines are written: an OpenAI batch file is answered in its own shape."""
+    if facts.openai and is_json_lines(job.output):
+        return batch_writer(plan, Tokenizer.load(model.directory))
+    return write_json_lines
 
 
 def make_plan(job: Job, model: Model, facts: InputFacts, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -234,6 +269,8 @@ def make_plan(job: Job, model: Model, facts: InputFacts, rows: int) -> tuple[dic
         "parameters": job.params.as_dict(),
         "on_too_long": job.on_too_long,
         "empty_prompt": job.empty_prompt,
+        "trim": job.trim,
+        "row_params": job.row_params,
         "token_ids": job.token_ids,
         "numpy": version("numpy"),
         "blas": f"{blas.name} {blas.version} {blas.core_type}",
@@ -256,20 +293,25 @@ def validated(job: Job, model: Model) -> Iterator[TokenizedRequest | Rejected]:
     """Every row of the input, in tokens and known to fit, or rejected."""
     tokenizer = Tokenizer.load(model.directory)
     n_ctx = model.manifest.config.n_ctx
-    requests = read_requests(job.input, prompt_column=job.prompt_column, id_column=job.id_column, params=job.params)
+    requests = read_requests(
+        job.input,
+        prompt_column=job.prompt_column,
+        id_column=job.id_column,
+        params=job.params,
+        own_params=job.row_params,
+    )
     for request in requests:
-        yield validate(request, tokenizer, n_ctx, job.on_too_long, job.empty_prompt)
+        yield validate(request, tokenizer, n_ctx, job.on_too_long, job.empty_prompt, job.trim)
 
 
-def worker_setup(job: Job, model: Model, plan: dict[str, Any]) -> WorkerSetup:
+def worker_setup(job: Job, model: Model, plan: dict[str, Any], columns: dict[str, bool]) -> WorkerSetup:
     return WorkerSetup(
         model=str(model.directory.resolve()),
         model_hash=plan["model_hash"],
         kv_bytes=plan["kv_bytes"],
         max_batch=plan["batch_size"],
         share_prefixes=plan["share_prefixes"],
-        token_ids=job.token_ids,
-        logprobs=job.params.logprobs is not None,
+        **columns,
         parent=os.getpid(),
     )
 
@@ -368,6 +410,7 @@ def summarise(
         seconds=seconds,
         jobs=jobs,
         blas=str(replace(blas_info(), threads=1)),
+        space_ends=counts["space_ends"],
     )
 
 

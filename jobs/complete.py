@@ -22,6 +22,9 @@ def complete(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
     ignore_eos: options.IgnoreEos = False,
+    stop: options.Stop = None,
+    include_stop: options.IncludeStop = False,
+    stop_loops: options.StopLoops = False,
     on_too_long: options.TooLong = "reject",
     empty_prompt: options.Empty = "reject",
 ) -> None:
@@ -38,6 +41,9 @@ def complete(
         repetition_penalty=repetition_penalty,
         seed=seed,
         ignore_eos=ignore_eos,
+        stop=tuple(stop or ()),
+        include_stop=include_stop,
+        stop_loops=stop_loops,
     )
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     shown = report.harmless if sys.stdout.isatty() else str

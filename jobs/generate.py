@@ -36,12 +36,23 @@ def generate(
     frequency_penalty: options.FrequencyPenalty = 0.0,
     min_tokens: options.MinTokens = 0,
     ignore_eos: options.IgnoreEos = False,
+    stop: options.Stop = None,
+    include_stop: options.IncludeStop = False,
+    bad_words: options.BadWords = None,
+    stop_token_ids: options.StopTokenIds = "",
+    logit_bias: options.LogitBias = "",
+    stop_loops: options.StopLoops = False,
+    echo: options.Echo = False,
     n: Annotated[int, typer.Option("--n", "-n", help="Samples of each prompt; a row of output each.")] = 1,
     seed: options.Seed = 0,
-    logprobs: Annotated[bool, typer.Option(help="Add a column of the tokens' log-probabilities.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(metavar="K", help="Add columns of log-probabilities: each token's, and the K highest.")
+    ] = None,
     output_token_ids: Annotated[bool, typer.Option(help="Add a column of the completion's token ids.")] = False,
     on_too_long: options.TooLong = "reject",
     empty_prompt: options.Empty = "reject",
+    trim: options.Trim = False,
+    row_params: Annotated[bool, typer.Option(help="Heed parameters in rows: max_tokens, seed and so on.")] = True,
     jobs: Annotated[str, typer.Option("--jobs", "-j", help="Worker processes; auto: a core each.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Sequences in flight in a worker.")] = "auto",
     chunk_rows: Annotated[str, typer.Option(help="Rows that a worker takes at a time.")] = "auto",
@@ -92,7 +103,14 @@ def generate(
         ignore_eos=ignore_eos,
         n=n,
         seed=seed,
-        logprobs=0 if logprobs else None,
+        logprobs=logprobs,
+        stop=tuple(stop or ()),
+        include_stop=include_stop,
+        stop_token_ids=options.parse_token_ids(stop_token_ids),
+        logit_bias=options.parse_biases(logit_bias),
+        bad_words=tuple(bad_words or ()),
+        stop_loops=stop_loops,
+        echo=echo,
     )
     job = Job(
         input=input,
@@ -103,6 +121,8 @@ def generate(
         id_column=id_column,
         on_too_long=on_too_long,
         empty_prompt=empty_prompt,
+        trim=trim,
+        row_params=row_params,
         jobs=options.parse_count(jobs, "--jobs"),
         batch_size=options.parse_count(batch_size, "--batch-size"),
         chunk_rows=options.parse_count(chunk_rows, "--chunk-rows"),
@@ -118,7 +138,7 @@ def generate(
         row_timeout=options.parse_duration(row_timeout, "--row-timeout"),
     )
     if fetch and is_to_be_fetched(model):
-        check_input(input, prompt_column, id_column)  # before hours of download, not after
+        check_input(input, prompt_column, id_column, own_params=row_params)  # before hours of download, not after
         check_output(output, [input], dataset=job.dataset)
         fetch_shown(model, progress)
     with report.progress(progress) as on_progress:

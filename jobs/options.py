@@ -24,6 +24,18 @@ MinTokens = Annotated[int, typer.Option(help="No end before this many tokens.")]
 Seed = Annotated[int, typer.Option(help="Draws the same samples again; used where temperature is above 0.")]
 TooLong = Annotated[OnTooLong, typer.Option(help="What to do where prompt + max_tokens exceed n_ctx.")]
 Empty = Annotated[EmptyPrompt, typer.Option(help="Reject it, or start from <|endoftext|>.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; again for more, up to 8.")]
+IncludeStop = Annotated[bool, typer.Option("--include-stop", help="Keep the stop string in the completion.")]
+BadWords = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="Never generate the tokens of this text; again for more.")
+]
+StopTokenIds = Annotated[str, typer.Option(metavar="ID,ID", help="End at these token ids too: 198,13.")]
+LogitBias = Annotated[
+    str, typer.Option(metavar="ID=BIAS,...", help="Add to the logits of tokens, -100 to 100: 198=-100,464=2.5.")
+]
+Echo = Annotated[bool, typer.Option("--echo", help="Begin the completion with the prompt.")]
+StopLoops = Annotated[bool, typer.Option("--stop-loops", help="End a completion that repeats itself.")]
+Trim = Annotated[bool, typer.Option("--trim", help="Take spaces off the prompt's end; GPT-2 goes on badly from them.")]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos/--stop-at-eos", help="Go on past <|endoftext|>.")]
 
 
@@ -35,6 +47,29 @@ def parse_size(text: str | None, option: str) -> int | None:
     if not match:
         raise UsageError(f"{option} {text!r}: not a size; write it as 1536M or 2G")
     return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def parse_token_ids(text: str) -> tuple[int, ...]:
+    """`198,13` -> (198, 13)"""
+    return tuple(_token_id(part, "--stop-token-ids") for part in text.split(",") if part)
+
+
+def parse_biases(text: str) -> tuple[tuple[int, float], ...]:
+    """`198=-100,464=2.5` -> ((198, -100.0), (464, 2.5))"""
+    biases = {}
+    for part in filter(None, text.split(",")):
+        token, _, bias = part.partition("=")
+        try:
+            biases[_token_id(token, "--logit-bias")] = float(bias)
+        except ValueError as error:
+            raise UsageError(f"--logit-bias {part!r}: write it as a token id and a number, such as 198=-100") from error
+    return tuple(biases.items())
+
+
+def _token_id(text: str, option: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
+        raise UsageError(f"{option} {text!r}: not a token id; write whole numbers from 0 on")
+    return int(text)
 
 
 def parse_count(text: str, option: str) -> int | None:

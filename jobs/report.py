@@ -120,13 +120,16 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         f"{summary.prompt_tokens:,} tokens in, {summary.completion_tokens:,} out in {summary.seconds:.1f} s: "
         f"{speed} ({jobs}; {summary.blas})"
     )
+    if summary.space_ends:
+        what = "1 prompt ends" if summary.space_ends == 1 else f"{summary.space_ends:,} prompts end"
+        yield f"note: {what} in a space, from which GPT-2 goes on badly; --trim takes it off"
     yield f"output: {one_line(str(summary.output))}"
 
 
 def sample_lines(output: Path, n: int) -> Iterator[str]:
     """The first n rows of the output, a paragraph each."""
     for row in _first_rows(output, n):
-        name = row["id"] if row["id"] is not None else f"row {row['row']}"
+        name = row["id"] if row["id"] is not None else f"row {row.get('row', '?')}"
         if row["status"] == "ok":
             yield f"[{_printable(name)}] {_printable(row['prompt'])} ->{_printable(row['completion'])}"
         else:
@@ -138,10 +141,24 @@ def _first_rows(output: Path, n: int) -> list[dict[str, Any]]:
         output = min(output.glob("*.parquet"), default=output)
     if output.suffix.lower() == ".jsonl":
         with open(output, encoding="utf-8") as file:
-            return [json.loads(line) for line in islice(file, n)]
+            lines = [json.loads(line) for line in islice(file, n)]
+        return list(islice((row for line in lines for row in _rows_of_line(line)), n))
     with open(output, "rb") as raw, pq.ParquetFile(raw) as table:
         rows: list[dict[str, Any]] = next(table.iter_batches(n)).to_pylist()
     return rows
+
+
+def _rows_of_line(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line of the output is a row; one of OpenAI's is a row for each of its choices, which do not hold the prompt."""
+    if "custom_id" not in line:
+        return [line]
+    row = {"id": line["custom_id"], "status": "ok", "prompt": "..."}
+    if line["response"] is None:
+        return [row | {"status": "failed", "error": line["error"]["message"]}]
+    body = line["response"]["body"]
+    if "error" in body:
+        return [row | {"status": "rejected", "error": body["error"]["message"]}]
+    return [row | {"completion": choice["text"]} for choice in body["choices"]]
 
 
 def _printable(text: str, limit: int = 400) -> str:

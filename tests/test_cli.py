@@ -122,15 +122,40 @@ def test_every_option_reaches_the_run(here, batchgen):
         "--repetition-penalty": 1.1, "--presence-penalty": 0.1, "--frequency-penalty": 0.2, "--seed": 7, "--n": 2,
     }  # fmt: skip
     others = {"--batch-size": 5, "--chunk-rows": 3, "--kv-memory": "8M", "--jobs": 1, "--on-too-long": "shorten"}
-    flags = ["--ignore-eos", "--logprobs", "--output-token-ids", "--no-share-prefixes"]
-    arguments = [part for pair in (values | others).items() for part in pair]
+    flags = ["--ignore-eos", "--output-token-ids", "--no-share-prefixes", "--stop-loops", "--include-stop", "--echo"]
+    flags += ["--trim", "--no-row-params"]
+    lists = ["--stop", "x", "--stop", "\n\n", "--bad-words", "y z", "--logit-bias", "5=2.5,6=-100"]
+    lists += ["--stop-token-ids", "7,8", "--logprobs", 3]
+    arguments = [*(part for pair in (values | others).items() for part in pair), *lists]
     assert batchgen("generate", "p.jsonl", "-o", "out.parquet", *arguments, *flags)[0] == 0
     plan = json.loads(pq.read_schema("out.parquet").metadata[b"batchgen"])
     for option, value in values.items():
         assert plan["parameters"][option.strip("-").replace("-", "_")] == value
-    assert plan["parameters"]["ignore_eos"] is True
+    for flag in ("ignore_eos", "stop_loops", "include_stop", "echo"):
+        assert plan["parameters"][flag] is True
+    assert (plan["trim"], plan["row_params"]) == (True, False)
+    assert (plan["parameters"]["stop"], plan["parameters"]["bad_words"]) == (["x", "\n\n"], ["y z"])
+    assert (plan["parameters"]["logit_bias"], plan["parameters"]["stop_token_ids"]) == ([[5, 2.5], [6, -100.0]], [7, 8])
+    assert plan["parameters"]["logprobs"] == 3
     assert (plan["batch_size"], plan["chunk_rows"], plan["kv_bytes"]) == (5, 3, 8 * 2**20)
     assert (plan["on_too_long"], plan["share_prefixes"], plan["token_ids"]) == ("shorten", False, True)
+
+
+def test_a_batch_of_openais_is_shown_too(here, batchgen):
+    lines = [{"custom_id": "x", "url": "/v1/completions", "body": {"prompt": ["a", "b"]}}, {"custom_id": "y"}]
+    (here / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for out in ("out.jsonl", "out.parquet"):
+        code, text, err = batchgen("generate", "b.jsonl", "-o", out, "--max-tokens", 4)
+        assert (code, err) == (3, "")
+        assert text.count("[x] ") == 2
+        assert "[y] rejected: b.jsonl:2: " in text
+        assert "note:" not in text
+
+
+def test_a_space_at_a_prompts_end_is_noted(here, batchgen):
+    (here / "p.jsonl").write_text('{"prompt": "Once "}\n{"prompt": "upon"}\n')
+    assert "note: 1 prompt ends in a space" in batchgen("generate", "p.jsonl", "-o", "o.jsonl")[1]
+    assert "note:" not in batchgen("generate", "p.jsonl", "-o", "t.jsonl", "--trim")[1]
 
 
 def test_complete_streams_what_a_job_writes(here, batchgen, model):
@@ -215,6 +240,14 @@ MISTAKES = [
     (["p.jsonl", "-o", "o.parquet", "--top-p", "0"], 2, "top_p 0.0 is out of range .* greedy is temperature 0"),
     (["p.jsonl", "-o", "o.parquet", "--n", "1025"], 2, "n 1025 is out of range"),
     (["p.jsonl", "-o", "o.parquet", "--seed", "-1"], 2, "seed -1 is out of range"),
+    (["p.jsonl", "-o", "o.parquet", "--logprobs", "101"], 2, "logprobs 101 is out of range"),
+    (["p.jsonl", "-o", "o.parquet", *["--stop", "x"] * 9], 2, "stop has 9 strings"),
+    (["p.jsonl", "-o", "o.parquet", "--stop", ""], 2, "stop '' is out of range"),
+    (["p.jsonl", "-o", "o.parquet", "--bad-words", ""], 2, "bad_words '' is out of range"),
+    (["p.jsonl", "-o", "o.parquet", "--logit-bias", "5"], 2, "--logit-bias '5': write it as a token id and a number"),
+    (["p.jsonl", "-o", "o.parquet", "--logit-bias", "x=1"], 2, "--logit-bias 'x': not a token id"),
+    (["p.jsonl", "-o", "o.parquet", "--logit-bias", "5=101"], 2, "logit_bias 101.0 of token 5 is out of range"),
+    (["p.jsonl", "-o", "o.parquet", "--stop-token-ids", "a,b"], 2, "--stop-token-ids 'a': not a token id"),
     (["p.jsonl", "-o", "o.parquet", "--jobs", "0"], 2, "--jobs '0': must be a whole number from 1 on, or auto"),
     (["p.jsonl", "-o", "o.parquet", "--chunk-rows", "many"], 2, "--chunk-rows 'many': must be"),
     (["p.jsonl", "-o", "o.parquet", "--batch-size", "1e3"], 2, "--batch-size '1e3': must be"),

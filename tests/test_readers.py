@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +251,7 @@ def test_duplicate_keys_are_found_however_they_are_written(
     twice = sorted(fields)[again % len(fields)]
     key = "".join(f"\\u{ord(c):04x}" if escape and ord(c) < 0x10000 else json.dumps(c)[1:-1] for c in twice)
     body = json.dumps(fields)[:-1]
-    assert isinstance(read_bytes(tmp_path, body.encode() + b"}")[0], Request)
+    assert isinstance(read_bytes(tmp_path, body.encode() + b"}", own_params=False)[0], Request)
     assert "is there twice" in only_error(tmp_path, f'{body}, "{key}": ""}}'.encode())
 
 
@@ -542,3 +542,81 @@ def test_the_samples_are_all_good_rows() -> None:
     rows = read(path)
     assert len(rows) == len({row.id for row in rows}) == 12
     assert all(isinstance(row, Request) and row.id and row.prompt for row in rows)
+
+
+# ---- parameters of a row's own
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
+    """Writes columns in either format."""
+
+    def write(**columns: list[Any]) -> Path:
+        if request.param == "parquet":
+            return parquet(tmp_path, columns)
+        path = tmp_path / "p.jsonl"
+        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return write
+
+
+def test_a_rows_parameters_win_over_the_jobs_and_null_does_not(rows: Callable[..., Path]) -> None:
+    path = rows(
+        prompt=["a", "b", "c"],
+        max_tokens=[3, None, 5.0],
+        stop=[["x"], None, ["y", "z"]],
+        echo=[None, True, False],
+        logit_bias=[{"5": 1.0}, None, {"5": None}],
+        colour=["red", None, "blue"],
+    )
+    base = SamplingParams(max_tokens=9, stop=("s",))
+    got = [item.params for item in read_requests(path, params=base) if isinstance(item, Request)]
+    assert got == [
+        SamplingParams(max_tokens=3, stop=("x",), logit_bias=((5, 1.0),)),
+        SamplingParams(max_tokens=9, stop=("s",), echo=True),
+        SamplingParams(max_tokens=5, stop=("y", "z")),
+    ]
+    assert {item.params for item in read_requests(path, params=base, own_params=False)} == {base}
+
+
+def test_a_rows_parameter_out_of_range_rejects_that_row_alone(rows: Callable[..., Path]) -> None:
+    path = rows(prompt=["a", "b", "c"], id=["x", "y", "z"], temperature=[0.5, -1.0, None])
+    first, bad, last = read_requests(path, params=SamplingParams())
+    assert isinstance(bad, Rejected)
+    assert (bad.id, bad.prompt, bad.row) == ("y", "b", 1)
+    assert bad.error == f"{bad.place}: temperature -1.0 is out of range (0 (greedy), or 0.001 to 100)"
+    assert isinstance(first, Request)
+    assert isinstance(last, Request)
+
+
+def test_a_prompt_column_called_like_a_parameter_is_the_prompt(rows: Callable[..., Path]) -> None:
+    path = rows(stop=["a"], seed=["i"])
+    (item,) = read_requests(path, prompt_column="stop", id_column="seed", params=SamplingParams())
+    assert (item.prompt, item.id, item.params) == ("a", "i", SamplingParams())
+
+
+def test_a_misspelt_parameter_is_a_rejected_row_of_json_and_a_refused_parquet_file(tmp_path: Path) -> None:
+    error = only_error(tmp_path, b'{"prompt": "a", "max_token": 3}')
+    assert error.endswith("'max_token' is no parameter; did you mean 'max_tokens'? rename it")
+    path = parquet(tmp_path, {"prompt": ["a"], "max_token": [3]})
+    with pytest.raises(InputError, match="column 'max_token' is no parameter.*--no-row-params"):
+        check_input(path)
+    check_input(path, own_params=False)
+
+
+def test_parameter_columns_that_are_not_text_or_twice_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    table = pa.table({"prompt": ["a", "b"], "stop": not_utf8(pa.string())[:2]})
+    pq.write_table(table, path)
+    assert all(isinstance(item, (Request, Rejected)) for item in read_requests(path, params=SamplingParams()))
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], ["prompt", "n", "n"])
+    pq.write_table(twice, path)
+    with pytest.raises(InputError, match="2 columns are called 'n'"):
+        check_input(path)
+
+
+def test_the_scan_tells_whether_a_row_may_ask_for_logprobs(rows: Callable[..., Path]) -> None:
+    assert scan_input(rows(prompt=["a", "b"], logprobs=[None, 1])).logprobs
+    assert not scan_input(rows(prompt=["a", 'say \\"logprobs\\"'], n=[1, 2])).logprobs

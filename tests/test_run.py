@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from batchgen.gpt2.config import GPT2Config
 from batchgen.ledger import Ledger, open_ledger, work_directory
 from batchgen.records.schema import output_schema
 from batchgen.run import Job, Progress, run_job
+from batchgen.stopping import whole_characters
 from batchgen.types import Rejected, SamplingParams
 from batchgen.worker import WorkerSetup
 from tests.models import BYTES, sharp_params, write_byte_model
@@ -221,7 +223,95 @@ def test_the_columns_asked_for_are_there(job):
     for row in rows_of(job.output):
         if row["status"] == "ok":
             assert len(row["completion_token_ids"]) == len(row["logprobs"]) == row["completion_tokens"]
-            assert bytes(row["completion_token_ids"]).decode("utf-8", "replace") == row["completion"]
+            assert whole_characters(bytes(row["completion_token_ids"])) == row["completion"]
+
+
+# rows with parameters of every kind, and what they must come to on the byte model
+OWN = [
+    {},
+    {"max_tokens": 3},
+    {"max_tokens": 40, "stop": ["e", " a"], "temperature": 1.5, "seed": 3, "n": 3},
+    {"max_tokens": 40, "stop": "e", "include_stop": True, "temperature": 1.5, "seed": 3},
+    {"max_tokens": 30, "stop": [chr(i) for i in range(97, 105)], "min_tokens": 9, "temperature": 3.0},
+    {"max_tokens": 40, "bad_words": ["a", "be", "cde"], "temperature": 2.0, "ignore_eos": True},
+    {"echo": True},
+    {"logprobs": 3, "temperature": 1.0, "n": 2},
+    {"logit_bias": {"120": 100}, "stop_loops": True, "max_tokens": 60},
+    {"logit_bias": {"195": 100}, "max_tokens": 5, "ignore_eos": True},  # the first byte of two, again and again
+    {"stop_token_ids": list(range(64)), "min_tokens": 2},
+]
+
+
+def write_own(path: Path, rows: Sequence[int]) -> Path:
+    """The rows named; in the place of the others stand rows that are rejected, as what is drawn depends on it."""
+    lines = [
+        {"id": f"r{row}", "prompt": f"abc {row}" * (row in rows), "seed": row} | own for row, own in enumerate(OWN)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_rows_have_their_own_parameters(job, tmp_path):
+    run_job(replace(job, input=write_own(tmp_path / "own.jsonl", range(len(OWN))), token_ids=True))
+    rows = rows_of(job.output)
+    by_row = [[row for row in rows if row["row"] == number] for number in range(len(OWN))]
+    assert [len(samples) for samples in by_row] == [own.get("n", 1) for own in OWN]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert by_row[1][0]["completion_tokens"] <= 3
+    for row in by_row[2] + by_row[3] + by_row[4]:
+        whole = bytes(token for token in row["completion_token_ids"] if token < 256).decode("utf-8", "replace")
+        own = OWN[row["row"]]
+        if row["stop_reason"] is None:
+            assert row["finish_reason"] == "length" or row["completion_tokens"] < own["max_tokens"]
+        else:
+            assert row["finish_reason"] == "stop"
+            assert row["stop_reason"] in own["stop"]
+            assert whole.startswith(row["completion"])
+            assert row["completion"].endswith(row["stop_reason"]) == own.get("include_stop", False)
+            assert row["completion_tokens"] > own.get("min_tokens", 0)
+    assert not any(word in by_row[5][0]["completion"] for word in ("a", "be", "cde"))
+    assert by_row[6][0]["completion"].startswith("abc 6")
+    for row in by_row[7]:
+        assert [len(top) for top in row["top_logprobs"]] == [3] * row["completion_tokens"]
+        assert len(row["logprobs"]) == row["completion_tokens"]
+        for top in row["top_logprobs"]:
+            assert sorted(top, key=lambda one: -one["logprob"]) == top
+    assert [row["logprobs"] for row in by_row[0]] == [None]
+    assert (by_row[8][0]["finish_reason"], by_row[8][0]["completion"]) == ("repetition", "x" * 24)
+    assert by_row[9][0]["completion"] == "\ufffd" * 4
+    assert by_row[9][0]["completion_token_ids"] == [195] * 5
+
+
+@needs_invariance
+def test_a_row_with_parameters_is_what_it_is_alone(job, tmp_path):
+    """Stop strings, loops and bad words end and bend their own row and touch no other."""
+    run_job(replace(job, input=write_own(tmp_path / "own.jsonl", range(len(OWN))), batch_size=5))
+    together = rows_of(job.output)
+    for row in range(len(OWN)):
+        alone = replace(job, input=write_own(tmp_path / f"{row}.jsonl", [row]), output=tmp_path / f"{row}.parquet")
+        run_job(alone)
+        found = [one for one in rows_of(alone.output) if one["row"] == row]
+        expected = [one for one in together if one["row"] == row]
+        assert found == expected
+
+
+def test_own_parameters_can_be_left_unheeded(job, tmp_path):
+    own = write_own(tmp_path / "own.jsonl", range(len(OWN)))
+    run_job(replace(job, input=own, row_params=False, params=SamplingParams(max_tokens=5)))
+    rows = rows_of(job.output)
+    assert len(rows) == len(OWN)
+    assert "logprobs" not in rows[0]
+    assert {row["seed"] for row in rows} == {None}
+
+
+def test_prompts_that_end_in_a_space_are_counted_and_trimmed(job, tmp_path):
+    prompts = ["a", "b ", " c", "d  ", "e\n", " "]
+    path = tmp_path / "spaces.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    assert run_job(replace(job, input=path)).space_ends == 3
+    trimmed = run_job(replace(job, input=path, trim=True, restart=True))
+    assert (trimmed.space_ends, trimmed.rejected) == (0, 1)
+    assert [row["prompt"] for row in rows_of(job.output)] == ["a", "b", " c", "d", "e\n", " "]
 
 
 def test_the_output_says_how_it_was_made(job, model, prompts):

@@ -24,7 +24,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.errors import InputError
+from batchgen.errors import InputError, UsageError
+from batchgen.records.openai import is_batch_line, read_batch_line
+from batchgen.records.parameters import parameter_names, row_params
 from batchgen.types import Rejected, Request, SamplingParams
 
 DEFAULT_ID_COLUMN = "id"  # may be absent; an id column that was asked for by name may not
@@ -40,7 +42,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 EXAMPLE = '{"prompt": "Once upon a time"}'
 
 _Texts = list[str | bytes | None]  # bytes: a value that is not UTF-8
-_Pairs = tuple[_Texts, _Texts]
+_Values = list[dict[str, Any]]  # a row's parameters
+_Columns = tuple[_Texts, _Texts, _Values]
 
 # the first bytes of files that are often given by mistake: what it is, and what to do
 _OTHER_FORMATS = (
@@ -68,11 +71,16 @@ _JSON_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class InputFacts:
-    """What identifies an input: its number of rows, and the SHA-256 and length of the file's bytes."""
+    """What identifies an input: its number of rows, and the SHA-256 and length of the file's bytes.
+
+    logprobs: some row may ask for them. openai: it is one of OpenAI's batch files.
+    """
 
     rows: int
     sha256: str
     bytes: int
+    logprobs: bool = False
+    openai: bool = False
 
 
 class _BadRow(Exception):
@@ -254,35 +262,72 @@ def _id_text(value: object, id_column: str, prompt: str | None) -> str | None:
     raise _BadRow(reason, prompt=prompt)
 
 
-def _parse(line: bytes, prompt_column: str, id_column: str) -> tuple[str | None, str]:
-    """One line's (id, prompt); raises _BadRow with whichever of the two was good."""
+def _parse(line: bytes, prompt_column: str, id_column: str) -> tuple[str | None, str, dict[str, Any]]:
+    """One line's id, prompt and all its fields; raises _BadRow with whichever of the first two was good."""
     fields = _decode(line)
     # only an escape can make a surrogate, for the bytes were strict UTF-8; one byte is found faster than two
     if b"\\" in line and b"\\u" in line:
         _check_surrogates(fields, prompt_column, id_column)
     id_, prompt = fields.get(id_column), fields.get(prompt_column)
     if isinstance(prompt, str):
-        return (id_ if id_ is None or isinstance(id_, str) else _id_text(id_, id_column, prompt)), prompt
+        return (id_ if id_ is None or isinstance(id_, str) else _id_text(id_, id_column, prompt)), prompt, fields
     id_ = _id_text(id_, id_column, None)
     if prompt_column not in fields:
         raise _BadRow(_missing(prompt_column, "--prompt-column", list(fields), "key"), id_)
     raise _BadRow(f"{_shown(prompt_column)} is {_shown_value(prompt)}; make it a string", id_)
 
 
+def _own_params(fields: dict[str, Any], not_parameters: tuple[str, ...], params: SamplingParams) -> SamplingParams:
+    """The row's parameters; raises UsageError."""
+    names = parameter_names(fields, not_parameters)
+    return row_params({name: fields[name] for name in names}, params) if names else params
+
+
 def _read_json_lines(
-    path: Path, prompt_column: str, id_column: str, params: SamplingParams, first_row: int
+    path: Path, prompt_column: str, id_column: str, params: SamplingParams, first_row: int, own_params: bool
 ) -> Iterator[Request | Rejected]:
     name = _shown_name(path)
     with _open_lines(path) as (file, _):
         for row, (number, line) in enumerate(_lines(file, name), first_row):
             place = f"{name}:{number}"
             item: Request | Rejected
+            id_ = prompt = None
             try:
-                id_, prompt = _parse(line, prompt_column, id_column)
-                item = Request(row, place, id_, prompt, params)
+                id_, prompt, fields = _parse(line, prompt_column, id_column)
+                own = _own_params(fields, (prompt_column, id_column), params) if own_params else params
+                item = Request(row, place, id_, prompt, own)
             except _BadRow as bad:
                 item = Rejected(row, place, bad.id, bad.prompt, f"{place}: {bad.reason}")
+            except UsageError as error:
+                item = Rejected(row, place, id_, prompt, f"{place}: {error}")
             yield item
+
+
+def _read_openai(path: Path, params: SamplingParams, first_row: int) -> Iterator[Request | Rejected]:
+    name = _shown_name(path)
+    line_of: dict[str, int] = {}  # by custom_id
+    with _open_lines(path) as (file, _):
+        for row, (number, line) in enumerate(_lines(file, name), first_row):
+            place = f"{name}:{number}"
+            item: Request | Rejected
+            id_ = None
+            try:
+                fields = _decode(line)
+                id_ = fields.get("custom_id") if _is_sound(fields.get("custom_id")) else None
+                if id_ and (first := line_of.setdefault(id_, number)) != number:
+                    raise _BadRow(f"custom_id {_shown(id_)} is that of line {first} too; rename one")
+                prompts, own = read_batch_line(fields, params)
+                item = Request(row, place, id_, prompts[0], own, prompts[1:])
+            except _BadRow as bad:
+                item = Rejected(row, place, id_, bad.prompt, f"{place}: {bad.reason}")
+            except UsageError as error:
+                item = Rejected(row, place, id_, None, f"{place}: {error}")
+            yield item
+
+
+def _is_sound(text: object) -> bool:
+    """Whether it is text that a file can hold."""
+    return isinstance(text, str) and text.encode("utf-8", "replace").decode() == text
 
 
 # ---- Parquet
@@ -323,14 +368,22 @@ def _can_be_id(kind: Any) -> bool:
     return True
 
 
-def _parquet_columns(schema: Any, path: Path, prompt_column: str, id_column: str) -> list[str]:
-    """The columns to read; InputError unless the prompt column is text and the id column could be an id."""
+def _parquet_columns(schema: Any, path: Path, prompt_column: str, id_column: str, own_params: bool) -> list[str]:
+    """The columns to read; InputError unless the prompt column is text and the id column could be an id.
+
+    A column that is no parameter, but could only have been meant as one, is an InputError too.
+    """
     names = schema.names
     if prompt_column not in names:
         raise InputError(f"{path}: {_missing(prompt_column, '--prompt-column', names, 'column')}")
     if id_column not in names and id_column != DEFAULT_ID_COLUMN:
         raise InputError(f"{path}: {_missing(id_column, '--id-column', names, 'column')}")
     columns = [name for name in dict.fromkeys((prompt_column, id_column)) if name in names]
+    if own_params:
+        try:
+            columns += parameter_names(dict.fromkeys(names), (prompt_column, id_column))
+        except UsageError as error:
+            raise InputError(f"{path}: column {error}, or pass --no-row-params") from error
     for name in columns:
         if names.count(name) > 1:
             raise InputError(f"{path}: {names.count(name)} columns are called {_shown(name)}; rename all but one")
@@ -367,13 +420,33 @@ def _batch_rows(metadata: Any) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(size, 1)))
 
 
-def _pairs(file: Any, prompt_column: str, id_column: str, columns: list[str], name: str) -> Iterator[_Pairs]:
-    """Yield (ids, prompts) of one batch of rows after another, of equal length."""
+def _values(batch: Any, names: list[str]) -> _Values:
+    """Each row's parameters; text that is not UTF-8 becomes bytes, which no parameter is."""
+    if not names:
+        return [{}] * len(batch)
+    columns = batch.select(names)
+    try:
+        values: _Values = columns.to_pylist()
+    except UnicodeDecodeError:
+        values = [_value(columns.slice(row, 1), names) for row in range(len(batch))]
+    return values
+
+
+def _value(row: Any, names: list[str]) -> dict[str, Any]:
+    try:
+        return dict(row.to_pylist()[0])
+    except UnicodeDecodeError:
+        return dict.fromkeys(names, b"not UTF-8")
+
+
+def _batches(file: Any, prompt_column: str, id_column: str, columns: list[str], name: str) -> Iterator[_Columns]:
+    """Yield ids, prompts and parameters of one batch of rows after another, of equal length."""
     row = 0
+    parameters = [column for column in columns if column not in (prompt_column, id_column)]
     try:
         for batch in file.iter_batches(_batch_rows(file.metadata), columns=columns, use_threads=False):
             ids: _Texts = _texts(batch.column(id_column)) if id_column in columns else [None] * len(batch)
-            yield ids, _texts(batch.column(prompt_column))
+            yield ids, _texts(batch.column(prompt_column)), _values(batch, parameters)
             row += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
@@ -382,29 +455,37 @@ def _pairs(file: Any, prompt_column: str, id_column: str, columns: list[str], na
 
 
 def _parquet_item(
-    row: int, place: str, id_: str | bytes | None, prompt: str | bytes | None, params: SamplingParams
+    row: int,
+    place: str,
+    id_: str | bytes | None,
+    prompt: str | bytes | None,
+    values: dict[str, Any],
+    params: SamplingParams,
 ) -> Request | Rejected:
+    good = [None if isinstance(value, bytes) else value for value in (id_, prompt)]
     if isinstance(prompt, str) and not isinstance(id_, bytes):
-        return Request(row, place, id_, prompt, params)
-    if prompt is None:
+        try:
+            return Request(row, place, id_, prompt, row_params(values, params))
+        except UsageError as error:
+            reason = str(error)
+    elif prompt is None:
         reason = "the prompt is null; make it a string"
     else:
         what = "prompt" if isinstance(prompt, bytes) else "id"
         reason = f"the {what} is not UTF-8; write the column as UTF-8 strings"
-    good = [None if isinstance(value, bytes) else value for value in (id_, prompt)]
     return Rejected(row, place, good[0], good[1], f"{place}: {reason}")
 
 
 def _read_parquet(
-    path: Path, prompt_column: str, id_column: str, params: SamplingParams, first_row: int
+    path: Path, prompt_column: str, id_column: str, params: SamplingParams, first_row: int, own_params: bool
 ) -> Iterator[Request | Rejected]:
     name = _shown_name(path)
     with _open_parquet(path) as file:
-        columns = _parquet_columns(file.schema_arrow, path, prompt_column, id_column)
-        batches = _pairs(file, prompt_column, id_column, columns, name)
-        rows = chain.from_iterable(zip(ids, prompts, strict=True) for ids, prompts in batches)
-        for number, (id_, prompt) in enumerate(rows):
-            yield _parquet_item(first_row + number, f"{name}:row {number}", id_, prompt, params)
+        columns = _parquet_columns(file.schema_arrow, path, prompt_column, id_column, own_params)
+        batches = _batches(file, prompt_column, id_column, columns, name)
+        rows = chain.from_iterable(zip(*columns, strict=True) for columns in batches)
+        for number, (id_, prompt, values) in enumerate(rows):
+            yield _parquet_item(first_row + number, f"{name}:row {number}", id_, prompt, values, params)
 
 
 # ---- before the run
@@ -465,6 +546,8 @@ def _check_json_lines(path: Path, prompt_column: str, id_column: str) -> None:
     if id_column != DEFAULT_ID_COLUMN:
         columns["--id-column"] = id_column
     found: dict[str, None] = {}
+    if is_openai_batch(path):
+        return
     problem, rows = None, 0
     with _open_lines(path) as (file, _):
         for number, line in islice(_lines(file, name), ROWS_LOOKED_AT):
@@ -483,7 +566,22 @@ def _check_json_lines(path: Path, prompt_column: str, id_column: str) -> None:
             raise InputError(f"{path}: in the first {rows} rows {_missing(column, option, list(found), 'key')}")
 
 
-def check_input(path: Path, prompt_column: str = "prompt", id_column: str = DEFAULT_ID_COLUMN) -> None:
+def is_openai_batch(path: Path) -> bool:
+    """Whether the first row that is a JSON object is a line of one of OpenAI's batch files."""
+    if _is_parquet(path):
+        return False
+    with _open_lines(path) as (file, _):
+        for _, line in islice(_lines(file, _shown_name(path)), ROWS_LOOKED_AT):
+            try:
+                return is_batch_line(_decode(line))
+            except _BadRow:
+                continue
+    return False
+
+
+def check_input(
+    path: Path, prompt_column: str = "prompt", id_column: str = DEFAULT_ID_COLUMN, *, own_params: bool = True
+) -> None:
     """Refuse, in milliseconds, a file that cannot be an input at all; raises InputError with place and remedy.
 
     Single bad rows pass: they are rejected one by one. So does an empty file: zero rows.
@@ -491,7 +589,7 @@ def check_input(path: Path, prompt_column: str = "prompt", id_column: str = DEFA
     _check_file(path)
     if _is_parquet(path):
         with _open_parquet(path) as file:
-            _parquet_columns(file.schema_arrow, path, prompt_column, id_column)
+            _parquet_columns(file.schema_arrow, path, prompt_column, id_column, own_params)
     else:
         _check_json_lines(path, prompt_column, id_column)
 
@@ -500,11 +598,14 @@ def scan_input(path: Path) -> InputFacts:
     """Count the rows and hash the bytes in one pass; raises InputError at the place where a gzip is damaged."""
     if _is_parquet(path):
         with _open_parquet(path) as file, _open(path) as raw:
-            rows = file.metadata.num_rows
-            return InputFacts(rows, hashlib.file_digest(raw, "sha256").hexdigest(), raw.tell())
+            rows, logprobs = file.metadata.num_rows, "logprobs" in file.schema_arrow.names
+            return InputFacts(rows, hashlib.file_digest(raw, "sha256").hexdigest(), raw.tell(), logprobs)
+    rows, logprobs = 0, False
     with _open_lines(path) as (lines, hashed):
-        rows = sum(1 for _ in _lines(lines, _shown_name(path)))
-        return InputFacts(rows, hashed.digest.hexdigest(), hashed.bytes)
+        for _, line in _lines(lines, _shown_name(path)):
+            rows += 1
+            logprobs = logprobs or b'"logprobs"' in line
+    return InputFacts(rows, hashed.digest.hexdigest(), hashed.bytes, logprobs, is_openai_batch(path))
 
 
 def read_requests(
@@ -514,10 +615,14 @@ def read_requests(
     id_column: str = DEFAULT_ID_COLUMN,
     params: SamplingParams,
     first_row: int = 0,
+    own_params: bool = True,
 ) -> Iterator[Request | Rejected]:
     """Yield every row of the file in order, numbered from first_row; places are `a.jsonl:LINE`, `a.parquet:row N`.
 
-    Memory is flat in the number of rows. Raises InputError where the file itself turns out to be damaged.
+    With own_params, a row's own parameters win over params. Memory is flat in the number of rows, but for the
+    custom_ids of an OpenAI batch file. Raises InputError where the file itself turns out to be damaged.
     """
+    if is_openai_batch(path):
+        return _read_openai(path, params, first_row)
     read = _read_parquet if _is_parquet(path) else _read_json_lines
-    return read(path, prompt_column, id_column, params, first_row)
+    return read(path, prompt_column, id_column, params, first_row, own_params)

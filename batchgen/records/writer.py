@@ -37,6 +37,13 @@ PARQUET_OPTIONS: dict[str, Any] = {
     "write_page_checksum": True,
 }
 
+LinesWriter = Callable[[Iterable[Any], BinaryIO], None]  # record batches into a file
+
+
+def is_json_lines(out: Path) -> bool:
+    return out.suffix.lower() == ".jsonl"
+
+
 # ---- files that are whole or not there
 
 
@@ -143,7 +150,7 @@ def _write_parquet(batches: Iterable[Any], file: BinaryIO, schema: pa.Schema, me
             writer.write_table(pa.Table.from_batches(group, schema), row_group_size=GROUP_ROWS)
 
 
-def _write_json_lines(batches: Iterable[Any], file: BinaryIO, schema: pa.Schema, metadata: dict[str, str]) -> None:
+def write_json_lines(batches: Iterable[Any], file: BinaryIO) -> None:
     r"""One object a line, keys in the schema's order; JSON lines have no place for metadata.
 
     JSON escapes every control character, so the only b"\n" in the file are the ends of the rows.
@@ -151,7 +158,7 @@ def _write_json_lines(batches: Iterable[Any], file: BinaryIO, schema: pa.Schema,
     encode = json.JSONEncoder(ensure_ascii=False).encode
     for batch in batches:
         columns = [column.to_pylist() for column in batch.columns]
-        rows = (dict(zip(schema.names, values, strict=True)) for values in zip(*columns, strict=True))
+        rows = (dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True))
         file.write("".join(encode(row) + "\n" for row in rows).encode())
 
 
@@ -166,26 +173,40 @@ def _counted(batches: Iterable[Any], expected_rows: int, out: Path) -> Iterator[
 
 
 def merge_parts(
-    parts: Iterable[Path], out: Path, schema: pa.Schema, metadata: dict[str, str], expected_rows: int
+    parts: Iterable[Path],
+    out: Path,
+    schema: pa.Schema,
+    metadata: dict[str, str],
+    expected_rows: int,
+    write_lines: LinesWriter = write_json_lines,
 ) -> None:
     """Write all rows of the parts, in order, to a .parquet or .jsonl file that appears complete or not at all.
 
-    Memory is one row group, whatever the number of parts; metadata goes into a Parquet file's own. Raises
-    OutputError for a damaged part, a wrong number of rows, or a file that cannot be written.
+    Memory is one row group, whatever the number of parts; metadata goes into a Parquet file's own, and write_lines
+    says how JSON lines look. Raises OutputError for a damaged part, a wrong number of rows, or a file that cannot be
+    written.
 
     metadata={"batchgen": manifest_json} -> pq.read_schema(out).metadata[b"batchgen"]
     """
     batches = (batch for part in parts for batch in _part_batches(part, schema))
-    write_output(batches, out, schema, metadata, expected_rows)
+    write_output(batches, out, schema, metadata, expected_rows, write_lines)
 
 
 def write_output(
-    batches: Iterable[Any], out: Path, schema: pa.Schema, metadata: dict[str, str], expected_rows: int
+    batches: Iterable[Any],
+    out: Path,
+    schema: pa.Schema,
+    metadata: dict[str, str],
+    expected_rows: int,
+    write_lines: LinesWriter = write_json_lines,
 ) -> None:
     """The same for record batches."""
-    write: Callable[..., None] = _write_json_lines if out.suffix.lower() == ".jsonl" else _write_parquet
+    batches = _counted(batches, expected_rows, out)
     with _replacing(out) as file:
-        write(_counted(batches, expected_rows, out), file, schema, metadata)
+        if is_json_lines(out):
+            write_lines(batches, file)
+        else:
+            _write_parquet(batches, file, schema, metadata)
 
 
 # ---- before the run

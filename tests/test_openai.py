@@ -1,0 +1,351 @@
+"""records/openai.py: OpenAI's requests in, OpenAI's answers out, by the types of OpenAI's own package."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types import Completion
+from openai.types.completion_create_params import CompletionCreateParamsNonStreaming
+from openai.types.shared import ErrorObject
+from pydantic import TypeAdapter
+
+from batchgen import run
+from batchgen.errors import UsageError
+from batchgen.records.openai import MAX_CHOICES, batch_line, read_batch_line
+from batchgen.records.readers import check_input, is_openai_batch, read_requests, scan_input
+from batchgen.run import Job, run_job
+from batchgen.tokenizer import Tokenizer
+from batchgen.types import Rejected, Request, SamplingParams
+from tests.models import write_byte_model, write_byte_vocabulary
+
+BASE = SamplingParams(max_tokens=5)
+
+
+def line(custom_id: Any = "a", body: Any = None, **changes: Any) -> dict[str, Any]:
+    whole = {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body or {"prompt": "ab"}}
+    return whole | changes
+
+
+def write(folder: Path, *lines: dict[str, Any] | bytes) -> Path:
+    path = folder / "batch.jsonl"
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return path
+
+
+def outcomes(folder: Path, *lines: dict[str, Any] | bytes) -> list[Request | Rejected]:
+    return list(read_requests(write(folder, *lines), params=BASE))
+
+
+def only_error(folder: Path, one: dict[str, Any] | bytes) -> str:
+    _, item = outcomes(folder, line("first"), one)
+    assert isinstance(item, Rejected), item
+    assert item.error.startswith("batch.jsonl:2: ")
+    assert "\n" not in item.error
+    item.error.encode()
+    return item.error.removeprefix("batch.jsonl:2: ")
+
+
+# ---- requests
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("ab", ("ab",)),
+        ("", ("",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1], [2, 3]], ((1,), (2, 3))),
+    ],
+)
+def test_a_prompt_is_a_string_strings_token_ids_or_lists_of_them(tmp_path, prompt, prompts):
+    (item,) = outcomes(tmp_path, line(body={"prompt": prompt}))
+    assert isinstance(item, Request)
+    assert (item.row, item.place, item.id) == (0, "batch.jsonl:1", "a")
+    assert (item.prompt, *item.others) == prompts
+    assert item.params == BASE
+
+
+def test_a_body_that_openai_takes_is_taken(tmp_path):
+    body: CompletionCreateParamsNonStreaming = {
+        "model": "gpt-3.5-turbo-instruct",
+        "prompt": "ab",
+        "best_of": 1,
+        "echo": True,
+        "frequency_penalty": 0.5,
+        "logit_bias": {"50": -100},
+        "logprobs": None,
+        "max_tokens": 16,
+        "n": 2,
+        "presence_penalty": -0.5,
+        "seed": 11,
+        "stop": ["\n", "x"],
+        "stream": False,
+        "stream_options": None,
+        "suffix": None,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "user": "me",
+    }
+    TypeAdapter(CompletionCreateParamsNonStreaming).validate_python(body)
+    (item,) = outcomes(tmp_path, line(body=body))
+    assert item.params == SamplingParams(
+        max_tokens=16,
+        temperature=0.7,
+        top_p=0.9,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        logit_bias=((50, -100),),
+        n=2,
+        seed=11,
+        stop=("\n", "x"),
+        echo=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (line(5), "custom_id must be a string"),
+        (line(""), "custom_id must be a string"),
+        (line(None), "custom_id must be a string"),
+        (line("\ud800"), "custom_id has a lone surrogate (\\ud800)"),
+        (line(method="GET"), "method 'GET' is not supported; write POST"),
+        (line(url="/v1/chat/completions"), "url '/v1/chat/completions' is not supported; write /v1/completions"),
+        (line(url=None), "url 'None' is not supported"),
+        (line(extra=1), "the key 'extra' is none of custom_id, method, url, body"),
+        (line(body=[1]), "body is no object"),
+        ({"custom_id": "b", "url": "/v1/completions"}, "no body"),
+        (line(body={"model": "x"}), "prompt must be a string"),
+        (line(body={"prompt": None}), "prompt must be"),
+        (line(body={"prompt": []}), "prompt must be"),
+        (line(body={"prompt": [[]]}), "prompt must be"),
+        (line(body={"prompt": ["a", 1]}), "prompt must be"),
+        (line(body={"prompt": [1, [1]]}), "prompt must be"),
+        (line(body={"prompt": [True]}), "prompt must be"),
+        (line(body={"prompt": [1.5]}), "prompt must be"),
+        (line(body={"prompt": "\udc00"}), "prompt has a lone surrogate (\\udc00)"),
+        (line(body={"prompt": "a", "best_of": 3}), "best_of 3 is not supported; leave it out"),
+        (line(body={"prompt": "a", "stream": True}), "stream True is not supported"),
+        (line(body={"prompt": "a", "suffix": "b"}), "suffix b is not supported"),
+        (line(body={"prompt": "a", "messages": []}), "'messages' is not supported; leave it out"),
+        (line(body={"prompt": "a", "max_token": 5}), "'max_token' is not supported; did you mean 'max_tokens'?"),
+        (line(body={"prompt": "a", "max_tokens": 0}), "max_tokens 0 is out of range (1 or more)"),
+        (line(body={"prompt": "a", "temperature": "hot"}), "temperature 'hot' is out of range"),
+        (line(body={"prompt": "a", "stop": list("abcdefghi")}), "stop has 9 strings"),
+        (line(body={"prompt": "a", "logit_bias": {"x": 1}}), "logit_bias is out of range"),
+        (line(body={"prompt": "a", "echo": True, "logprobs": 1}), "echo with logprobs is not supported"),
+        (line(body={"prompt": ["a"] * 3, "n": 700}), f"3 prompts x n 700 exceed {MAX_CHOICES} choices"),
+        (line("first"), "custom_id 'first' is that of line 1 too; rename one"),
+        ({"prompt": "a row of the other kind"}, "the key 'prompt' is none of"),
+        (b"{", "not JSON"),
+        (b"[]", "the line is an array, not an object"),
+        (b'{"custom_id": "a", "custom_id": "b"}', "the key 'custom_id' is there twice"),
+    ],
+)
+def test_a_bad_line_is_rejected_by_name(tmp_path, bad, words):
+    assert only_error(tmp_path, bad).startswith(words)
+
+
+def test_a_custom_id_may_not_even_be_that_of_a_bad_line(tmp_path):
+    items = outcomes(tmp_path, line("x", body={"prompt": 5}), line("x"), line("y"))
+    assert [isinstance(item, Rejected) for item in items] == [True, True, False]
+
+
+def test_a_rejected_line_keeps_its_custom_id_if_that_is_text(tmp_path):
+    items = outcomes(tmp_path, line("x", body={"prompt": 5}), line(7), line("\ud800"), b"?")
+    assert [item.id for item in items] == ["x", None, None, None]
+
+
+@settings(max_examples=200)
+@given(
+    st.dictionaries(
+        st.sampled_from(["custom_id", "method", "url", "body", "x"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(max_size=4),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.sampled_from(["prompt", "n", "stop", "logit_bias", "best_of"]), inner, max_size=3)
+            ),
+        ),
+    )
+)
+def test_any_json_object_is_a_request_or_a_usage_error(fields):
+    fields = {"url": "/v1/completions"} | fields
+    try:
+        prompts, params = read_batch_line(fields, BASE)
+    except UsageError as error:
+        text = str(error)
+    else:
+        text = ""
+        assert prompts
+        assert isinstance(params, SamplingParams)
+    assert "\n" not in text
+
+
+# ---- which files are OpenAI's
+
+
+def test_a_batch_file_is_known_by_its_first_object(tmp_path):
+    path = write(tmp_path, b"not JSON", b"", line())
+    assert is_openai_batch(path)
+    check_input(path)
+    assert scan_input(path).openai
+    assert (scan_input(path).rows, scan_input(path).logprobs) == (2, False)
+    path = write(tmp_path, {"prompt": "a", "custom_id": "b"}, line())
+    assert not is_openai_batch(path)
+    assert not scan_input(path).openai
+    assert scan_input(write(tmp_path, line(body={"prompt": "a", "logprobs": 1}))).logprobs
+
+
+# ---- answers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_byte_model(tmp_path_factory.mktemp("openai") / "bytes")
+
+
+LINES = [
+    line("plain", body={"prompt": "abc", "model": "any"}),
+    line("several", body={"prompt": ["ab", "cd", "efg"], "n": 2, "temperature": 0.9, "logprobs": 2}),
+    line("ids", body={"prompt": [[97, 98], [99]], "stop": "a", "max_tokens": 30, "logprobs": 0}),
+    line("wrong", body={"prompt": "a", "best_of": 9}),
+    line("long", body={"prompt": "x" * 200}),
+    line("vocabulary", body={"prompt": [[999]]}),
+    line("echo", body={"prompt": "é", "echo": True}),
+    line("plain", body={"prompt": "again"}),
+    b"not JSON",
+    line("loop", body={"prompt": "z", "logit_bias": {"120": 100}, "stop_loops": True, "max_tokens": 60}),
+]
+
+
+@pytest.fixture
+def job(model, tmp_path) -> Job:
+    return Job(write(tmp_path, *LINES), tmp_path / "out.jsonl", str(model), BASE, jobs=1, chunk_rows=4)
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_every_line_is_answered_in_openais_shape(job):
+    summary = run_job(job)
+    found = answers(job.output)
+    assert [answer["custom_id"] for answer in found] == [
+        *("plain", "several", "ids", "wrong", "long", "vocabulary", "echo", "plain", None, "loop")
+    ]
+    assert (summary.input_rows, summary.rejected) == (len(LINES), 5)
+    assert len({answer["id"] for answer in found}) == len(found)
+    for answer in found:
+        assert list(answer) == ["id", "custom_id", "response", "error"]
+        assert answer["error"] is None
+        response = answer["response"]
+        assert list(response) == ["status_code", "request_id", "body"]
+        if response["status_code"] == 200:
+            completion = Completion.model_validate(response["body"], strict=True)
+            assert not completion.model_extra
+            assert completion.model == "bytes"
+            assert [choice.index for choice in completion.choices] == list(range(len(completion.choices)))
+            assert completion.usage
+            assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
+        else:
+            assert response["status_code"] == 400
+            error = ErrorObject.model_validate(response["body"]["error"], strict=True)
+            assert error.message.startswith("batch.jsonl:")
+
+
+def test_choices_are_prompts_times_samples_and_usage_counts_a_prompt_once(job):
+    run_job(job)
+    plain, several, ids, *_, loop = answers(job.output)
+    body = several["response"]["body"]
+    assert len(body["choices"]) == 6
+    assert body["usage"]["prompt_tokens"] == 2 + 2 + 3
+    assert ids["response"]["body"]["usage"]["prompt_tokens"] == 3
+    assert plain["response"]["body"]["usage"]["completion_tokens"] == 5
+    assert loop["response"]["body"]["choices"][0]["finish_reason"] == "stop"
+    (echo,) = [answer for answer in answers(job.output) if answer["custom_id"] == "echo"]
+    assert echo["response"]["body"]["choices"][0]["text"].startswith("é")
+
+
+def test_logprobs_are_of_every_token(job):
+    run_job(job)
+    _, several, ids, *_ = answers(job.output)
+    for choice in several["response"]["body"]["choices"]:
+        logprobs = choice["logprobs"]
+        lengths = {name: len(values) for name, values in logprobs.items()}
+        assert set(lengths) == {"tokens", "token_logprobs", "top_logprobs", "text_offset"}
+        assert len(set(lengths.values())) == 1
+        for token, logprob, top in zip(
+            logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+        ):
+            assert 2 <= len(top) <= 3
+            assert top[token] == logprob
+    for choice in ids["response"]["body"]["choices"]:
+        assert choice["logprobs"]["top_logprobs"] is None
+        assert choice["finish_reason"] in ("stop", "length")
+        assert "a" not in choice["text"]
+
+
+def test_the_parquet_output_has_a_row_for_every_choice(job):
+    job = replace(job, output=job.output.with_suffix(".parquet"))
+    run_job(job)
+    rows = pq.read_table(job.output).to_pylist()
+    several = [row for row in rows if row["id"] == "several"]
+    assert [(row["sample"], row["prompt_index"], row["prompt"]) for row in several] == [
+        *[(0, 0, "ab"), (1, 0, "ab"), (2, 1, "cd"), (3, 1, "cd"), (4, 2, "efg"), (5, 2, "efg")]
+    ]
+    assert [row["prompt"] for row in rows if row["id"] == "ids"] == ["ab", "c"]
+    assert {row["finish_reason"] for row in rows if row["id"] == "loop"} == {"repetition"}
+    stopped = [row for row in rows if row["id"] == "ids" and row["finish_reason"] == "stop"]
+    assert all(row["stop_reason"] == "a" for row in stopped)
+
+
+def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(job, monkeypatch, tmp_path):
+    run_job(job)
+    other = replace(job, output=tmp_path / "other.jsonl")
+    with monkeypatch.context() as patch:
+        commit, done = run.Ledger.commit, []
+
+        def once(ledger, receipt):
+            if done:
+                raise KeyboardInterrupt
+            done.append(commit(ledger, receipt))
+
+        patch.setattr(run.Ledger, "commit", once)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(other)
+    summary = run_job(other)
+    assert summary.resumed
+    assert other.output.read_bytes() == job.output.read_bytes()
+    run_job(replace(job, output=tmp_path / "cut.jsonl", chunk_rows=3))
+    found, expected = answers(tmp_path / "cut.jsonl"), answers(job.output)
+    assert [answer["id"] for answer in found] == [answer["id"] for answer in expected]
+
+
+def test_a_failed_row_has_an_error_and_no_response(tmp_path):
+    tokenizer = Tokenizer.load(write_byte_vocabulary(tmp_path / "v"))
+    row = {"id": "a", "status": "failed", "error": "b.jsonl:1: killed a worker", "row": 0, "sample": 0}
+    assert batch_line([row], "0" * 32, "m", tokenizer) == {
+        "id": "batch_req_" + "0" * 32,
+        "custom_id": "a",
+        "response": None,
+        "error": {"code": "failed", "message": "b.jsonl:1: killed a worker"},
+    }
+
+
+def test_text_offsets_are_of_characters_and_parts_of_them_are_named_by_bytes(tmp_path):
+    tokenizer = Tokenizer.load(write_byte_vocabulary(tmp_path / "v"))
+    ids = list("aé☃b".encode())
+    row = {"id": "a", "status": "ok", "row": 0, "sample": 0, "prompt_index": 0, "prompt_tokens": 1}
+    row |= {"completion": "aé☃", "completion_tokens": len(ids), "completion_token_ids": ids, "finish_reason": "stop"}
+    row |= {"logprobs": [-1.0] * len(ids), "top_logprobs": None}
+    answer = batch_line([row], "0" * 32, "m", tokenizer)
+    logprobs = answer["response"]["body"]["choices"][0]["logprobs"]
+    assert logprobs["tokens"][:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
+    assert logprobs["text_offset"] == [0, 1, 1, 2, 2, 2, 3]
