@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 INPUT  ?= data/prompts/sample.jsonl
-OUTPUT ?= $(basename $(patsubst %.gz,%,$(notdir $(INPUT)))).completions.parquet
+OUTPUT ?= $(basename $(patsubst %.zst,%,$(patsubst %.gz,%,$(notdir $(INPUT:%/=%))))).completions.parquet
 MODEL  ?= tales
 ARGS   ?=
 

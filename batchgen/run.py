@@ -25,9 +25,11 @@ from batchgen.ledger import Ledger, open_ledger, refuse_changes
 from batchgen.planner import auto_chunk_rows, check_memory, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
 from batchgen.pool import Pool
 from batchgen.records.finished import failed_rows, read_manifest, with_rows_replaced
+from batchgen.records.keep import kept_schema, with_kept
 from batchgen.records.openai import batch_writer
 from batchgen.records.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
 from batchgen.records.schema import output_schema
+from batchgen.records.sources import InputFormat, Inputs, local_paths
 from batchgen.records.writer import (
     METADATA_KEY,
     LinesWriter,
@@ -52,12 +54,14 @@ NOMINAL_JOBS = 4  # cuts the input where rows depend on their company, so that -
 class Job:
     """All that one run is asked to do; None is automatic."""
 
-    input: Path
+    input: Inputs
     output: Path
     model: str = DEFAULT_MODEL
     params: SamplingParams = SamplingParams()
     prompt_column: str = "prompt"
     id_column: str = DEFAULT_ID_COLUMN
+    input_format: InputFormat = "auto"
+    keep: tuple[str, ...] = ()  # columns of the input that the output carries
     on_too_long: OnTooLong = "reject"
     empty_prompt: EmptyPrompt = "reject"
     trim: bool = False  # spaces at a prompt's end
@@ -129,14 +133,13 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
     text is for the user, where the job as a whole cannot run; nothing finished is lost by that, or by a kill.
     """
     until = time.monotonic() + job.time_limit if job.time_limit else None
-    check_input(job.input, job.prompt_column, job.id_column, own_params=job.row_params)
-    check_output(job.output, [job.input], dataset=job.dataset)
+    job = checked(job)
     directory = find_model(job.model)
     model = Model(directory, load_manifest(directory))
     check_memory(job.model, model.manifest.config, model.bytes)
     with open_ledger(job.output) as ledger:
         verify_shards(model.directory)
-        facts = scan_input(job.input)
+        facts, kept = scan_input(job.input), kept_schema(job.input, job.keep)
         retry = find_failed(job) if job.retry_failed else None
         plan = settle(job, model, facts, ledger, retry)
         resumed = ledger.counts.copy()
@@ -144,7 +147,8 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
         missing = n_chunks(rows, plan["chunk_rows"]) - len(ledger.committed)
         jobs = max(min(job.jobs or fitting_jobs(plan["kv_bytes"], model.bytes), missing), 1)
         items = (item for item in validated(job, model) if retry is None or item.row in retry.rows)
-        chunks = (c for c in plan_chunks(items, plan["chunk_rows"]) if c.index not in ledger.committed)
+        planned = with_kept(plan_chunks(items, plan["chunk_rows"]), job.input, kept)
+        chunks = (chunk for chunk in planned if chunk.index not in ledger.committed)
         pool = Pool(worker_setup(job, model, plan, columns(job, facts)), ledger.attempt, jobs, job.row_timeout)
         started = time.monotonic()
         with recorded(job, ledger) as status, reporting(on_progress, status, ledger, rows):
@@ -153,9 +157,24 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
                     ledger.commit(receipt)
             check_done(job, rows, ledger.counts - resumed, ledger.counts)
             summary = summarise(job, facts, ledger, resumed, time.monotonic() - started, jobs, retry)
-            publish(job, model, facts, ledger, plan, summary, retry)
+            publish(job, model, facts, ledger, plan, summary, retry, kept)
         status.finish("finished", Counter(summary.statuses), summary.exit_code, None)
     return summary
+
+
+def checked(job: Job) -> Job:
+    """The job with its input found; refuses, before any work, an input or output that cannot be."""
+    sources = check_input(
+        job.input,
+        job.prompt_column,
+        job.id_column,
+        keep=job.keep,
+        input_format=job.input_format,
+        own_params=job.row_params,
+        spool=job.output.parent,
+    )
+    check_output(job.output, local_paths(sources), dataset=job.dataset)
+    return replace(job, input=sources)
 
 
 def in_time(chunks: Iterator[Chunk], until: float | None, pool: Pool) -> Iterator[Chunk]:
@@ -178,8 +197,7 @@ def check_done(job: Job, rows: int, new: Counter[str], counts: Counter[str]) -> 
         remedy = "run the same command again to go on" if new["input_rows"] else "nothing was done: give it more"
         raise StoppedError(f"--time-limit {job.time_limit:g} s: {done:,} of {rows:,} rows are done; {remedy}")
     raise BatchgenError(
-        f"{job.input}: {rows} rows were counted and {done} were done; was it changed meanwhile? "
-        "run again with --restart"
+        f"input: {rows} rows were counted and {done} were done; was it changed meanwhile? run again with --restart"
     )
 
 
@@ -218,9 +236,10 @@ def publish(
     plan: dict[str, Any],
     summary: Summary,
     retry: Retry | None,
+    kept: Any,
 ) -> None:
     """Make the committed parts the output."""
-    schema = output_schema(**columns(job, facts))
+    schema = output_schema(**columns(job, facts), kept=kept)
     if job.dataset:
         ledger.publish_dataset(plan)
     elif retry is None:
@@ -233,6 +252,8 @@ def publish(
 
 def columns(job: Job, facts: InputFacts) -> dict[str, bool]:
     """Which columns the output has besides those that it always has: for the whole job, before the first row."""
+    if facts.openai and is_json_lines(job.output) and job.keep:
+        raise UsageError("--keep: OpenAI's lines have no place for other columns; name the output .parquet")
     logprobs = job.params.logprobs is not None or (facts.logprobs and (job.row_params or facts.openai))
     named = facts.openai and is_json_lines(job.output) and logprobs  # OpenAI's lines say each token's text
     return {"token_ids": job.token_ids or named, "logprobs": logprobs, "prompt_index": facts.openai}
@@ -264,6 +285,7 @@ def make_plan(job: Job, model: Model, facts: InputFacts, rows: int) -> tuple[dic
         "rows": facts.rows,
         "prompt_column": job.prompt_column,
         "id_column": job.id_column,
+        "keep": job.keep,
         "model": model.manifest.name,
         "model_hash": model_hash(model.manifest),
         "parameters": job.params.as_dict(),

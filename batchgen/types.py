@@ -201,6 +201,7 @@ class Chunk:
 
     index: int
     items: tuple[TokenizedRequest | Rejected, ...]
+    kept: bytes | None = None  # what the output carries from the input of these rows; see records/keep.py
 
     @property
     def first_row(self) -> int:

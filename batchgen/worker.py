@@ -23,6 +23,7 @@ from batchgen.engine.engine import LARGEST_BATCH, Engine
 from batchgen.engine.sequence import Completion, Prompt, sample_seeds
 from batchgen.errors import BatchgenError
 from batchgen.ledger import with_receipt
+from batchgen.records.keep import kept_columns
 from batchgen.records.schema import output_schema
 from batchgen.records.writer import write_part
 from batchgen.stopping import StopStrings, bad_word_ids, completed_text
@@ -214,8 +215,11 @@ def _run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: Path, marker: Marker) 
         completion_tokens=sum(row.completion_tokens or 0 for row in generated),
         space_ends=sum(ends_in_space(item) for item in chunk.items),
     )
-    schema = output_schema(token_ids=setup.token_ids, logprobs=setup.logprobs, prompt_index=setup.prompt_index)
-    sha256 = write_part(rows, path, with_receipt(schema, receipt))
+    kept = kept_columns(chunk, rows)
+    schema = output_schema(
+        token_ids=setup.token_ids, logprobs=setup.logprobs, prompt_index=setup.prompt_index, kept=kept.schema
+    )
+    sha256 = write_part(rows, path, with_receipt(schema, receipt), kept)
     return receipt.finished(sha256, time.monotonic() - started)
 
 

@@ -2,15 +2,16 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from batchgen.checkpoint.registry import DEFAULT_MODEL
-from batchgen.records.readers import DEFAULT_ID_COLUMN, check_input
-from batchgen.records.writer import check_output
-from batchgen.run import Job, Summary, run_job
+from batchgen.records.readers import DEFAULT_ID_COLUMN
+from batchgen.records.sources import InputFormat
+from batchgen.run import Job, Summary, checked, run_job
 from batchgen.status import status_path
 from batchgen.types import SamplingParams
 from jobs import options, report
@@ -21,11 +22,26 @@ logger = logging.getLogger(__name__)
 
 
 def generate(
-    input: Annotated[Path, typer.Argument(metavar="INPUT", help="Prompts: .jsonl, .jsonl.gz or .parquet.")],  # noqa: A002
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to: .parquet or .jsonl, or a folder.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Prompts: JSON lines, CSV or Parquet; files, globs, directories, s3:// and the like, or - (stdin).",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Where to: .parquet or .jsonl, or a folder; - is JSON lines to stdout."),
+    ],
     model: options.Model = DEFAULT_MODEL,
     prompt_column: Annotated[str, typer.Option(help="The column or key that holds the prompt.")] = "prompt",
     id_column: Annotated[str, typer.Option(help="The one that holds the row's id, if any.")] = DEFAULT_ID_COLUMN,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="COL", help="A column to carry to the output; can be given again.")
+    ] = None,
+    input_format: Annotated[
+        InputFormat, typer.Option(help="What the input is, whatever it is called; auto goes by the suffix.")
+    ] = "auto",
     max_tokens: options.MaxTokens = 40,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -113,12 +129,14 @@ def generate(
         echo=echo,
     )
     job = Job(
-        input=input,
+        input=inputs,
         output=output,
         model=model,
         params=params,
         prompt_column=prompt_column,
         id_column=id_column,
+        input_format=input_format,
+        keep=tuple(keep or ()),
         on_too_long=on_too_long,
         empty_prompt=empty_prompt,
         trim=trim,
@@ -137,12 +155,14 @@ def generate(
         status=status_path(output) if status else None,
         row_timeout=options.parse_duration(row_timeout, "--row-timeout"),
     )
-    if fetch and is_to_be_fetched(model):
-        check_input(input, prompt_column, id_column, own_params=row_params)  # before hours of download, not after
-        check_output(output, [input], dataset=job.dataset)
-        fetch_shown(model, progress)
-    with report.progress(progress) as on_progress:
-        summary = run_job(job, on_progress)
+    with report.destination(output) as path:
+        if path != output:  # which is standard output
+            job = replace(job, output=path, status=None)
+        if fetch and is_to_be_fetched(model):
+            job = checked(job)  # before hours of download, not after
+            fetch_shown(model, progress)
+        with report.progress(progress) as on_progress:
+            summary = replace(run_job(job, on_progress), output=output)
     with report.to_whoever_reads():
         _print_summary(summary, show)
     logger.info("finished", extra={"values": {"exit_code": summary.exit_code} | summary.statuses})
@@ -150,9 +170,10 @@ def generate(
 
 
 def _print_summary(summary: Summary, show: int) -> None:
+    to_stdout = summary.output == report.STDOUT
     for line in report.summary_lines(summary):
-        typer.echo(line)
-    if show and summary.rows:
+        typer.echo(line, err=to_stdout)
+    if show and summary.rows and not to_stdout:
         typer.echo("")
         for line in report.sample_lines(summary.output, show):
             typer.echo(line)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from batchgen.errors import OutputError
 from batchgen.run import OnProgress, Summary
 from batchgen.status import Progress
 from jobs.logs import is_json
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 ProgressStyle = Literal["auto", "bar", "plain", "none"]
 
 PLAIN_SECONDS = 10.0
+STDOUT = Path("-")
 
 
 @contextmanager
@@ -88,6 +92,30 @@ def to_whoever_reads() -> Iterator[None]:
         sys.stdout.flush()
     except OSError:
         discard_stdout()
+
+
+@contextmanager
+def destination(output: Path) -> Iterator[Path]:
+    """Where a run writes to: `output`, or, for `-`, a file that goes to standard output once the run has ended well."""
+    if output != STDOUT:
+        yield output
+        return
+    with TemporaryDirectory(prefix="batchgen-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "stdout.jsonl"
+        yield path
+        _copy_to_stdout(path)
+
+
+def _copy_to_stdout(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has had enough: `| head -1`
+        discard_stdout()
+    except OSError as error:
+        discard_stdout()
+        raise OutputError(f"-: standard output cannot be written: {error.strerror}; name a file instead") from error
 
 
 def discard_stdout() -> None:

@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and its exit codes; a user's mistake is one line and leaves no trace."""
 
+import io
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -192,6 +194,92 @@ def test_the_version_is_told(batchgen):
     assert batchgen("--version", use_model=False) == (0, f"batchgen {__version__}\n", "")
 
 
+# ---- standard input and output, several inputs, kept columns
+
+
+def test_standard_input_to_standard_output_is_json_lines_and_the_rest_is_on_standard_error(here, model):
+    arguments = ["generate", "-", "-o", "-", "--keep", "tag", "--max-tokens", 4, "--model", model]
+    lines = b'{"prompt": "Once", "tag": [1]}\nnonsense\n{"prompt": "upon"}\n'
+    environment = {"TMPDIR": str(here)}
+    done = run(*arguments, input=lines, capture_output=True, env=environment)
+    assert done.returncode == 3
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["row"], row["status"], row["tag"]) for row in rows] == [
+        (0, "ok", [1]),
+        (1, "rejected", None),
+        (2, "ok", None),
+    ]
+    assert rows[1]["error"].startswith("stdin:2: not JSON")
+    assert done.stderr.decode().startswith("3 rows: 2 ok, 1 rejected, 0 failed\n")
+    assert done.stderr.decode().endswith("output: -\n")
+    assert os.listdir(here) == ["p.jsonl"]
+    again = run(*arguments, input=lines, capture_output=True, env=environment)
+    assert again.stdout == done.stdout
+
+
+def test_a_run_over_standard_input_is_resumed_with_the_same_bytes(here, batchgen, monkeypatch):
+    def give(data: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+    prompts = (here / "p.jsonl").read_bytes()
+    arguments = ["generate", "-", "-o", "out.parquet", "--max-tokens", 4]
+    give(prompts)
+    with monkeypatch.context() as patch:
+        patch.setattr("batchgen.run.merge_parts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(cli, "_stop", lambda code: sys.exit(code))
+        assert batchgen(*arguments)[0] == 130
+    give(prompts + b"\n")
+    code, _, err = batchgen(*arguments)
+    assert (code, "had input" in err) == (2, True)
+    give(prompts)
+    code, out, _ = batchgen(*arguments)
+    assert (code, out.splitlines()[0]) == (0, "2 rows: 2 ok, 0 rejected, 0 failed (2 of them by an earlier run)")
+
+
+def test_whoever_reads_standard_output_may_stop(here, model):
+    (here / "many.jsonl").write_text('{"prompt": "Once"}\n' * 3000)
+    command = f"'{sys.executable}' -m jobs.cli generate many.jsonl -o - --max-tokens 1 --model '{model}' | head -1"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, env=environment, timeout=120, check=False
+    )
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_standard_output_is_one_line(here, model):
+    with open("/dev/full", "wb") as full:
+        done = run("generate", "p.jsonl", "-o", "-", "--model", model, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"batchgen: -: standard output cannot be written: No space left on device; name a")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_terminal_as_standard_input_is_one_line(here, model):
+    leader, follower = pty.openpty()
+    done = run("generate", "-", "-o", "o.parquet", "--model", model, stdin=follower, capture_output=True)
+    os.close(leader)
+    os.close(follower)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"batchgen: -: standard input is a terminal; pipe prompts into it")
+    assert os.listdir(here) == ["p.jsonl"]
+
+
+def test_several_inputs_and_kept_columns_are_carried_by_workers(here, batchgen):
+    (here / "set" / "lang=en").mkdir(parents=True)
+    tables = [pa.table({"prompt": [f"{n}"] * 8, "when": pa.array([n] * 8, pa.timestamp("ns"))}) for n in range(2)]
+    pq.write_table(tables[0], here / "set" / "lang=en" / "0.parquet")
+    pq.write_table(tables[1], here / "more.parquet")
+    arguments = ["p.jsonl", "set", "mo*.parquet", "--keep", "when", "--keep", "lang", "--jobs", 2, "--chunk-rows", 3]
+    assert batchgen("generate", *arguments, "-o", "out.parquet", "--max-tokens", 2)[0] == 0
+    table = pq.read_table("out.parquet", partitioning=None)
+    assert table["row"].to_pylist() == list(range(18))
+    assert table.schema.types[-2:] == [pa.timestamp("ns"), pa.string()]
+    assert table["when"].cast(pa.int64()).to_pylist() == [None] * 2 + [0] * 8 + [1] * 8
+    assert table["lang"].to_pylist() == [None] * 2 + ["en"] * 8 + [None] * 8
+
+
 # ---- a user's mistakes
 
 
@@ -203,15 +291,25 @@ def make_inputs(here: Path) -> None:
     (here / "text.txt").write_text("Once\n")
     (here / "truncated.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
     (here / "folder").mkdir()
+    (here / "full").mkdir()
+    (here / "full" / "f.jsonl").write_text('{"prompt": "a"}\n')
     (here / "folder.parquet").mkdir()
     (here / "link.parquet").symlink_to("p.jsonl")
     (here / "unwritable").write_text("")
 
 
 MISTAKES = [
+    (["*.csv", "-o", "o.parquet"], 1, "no match; check the pattern"),
+    (["p.jsonl", "p.jsonl", "-o", "o.parquet"], 1, "p.jsonl: named twice"),
+    (["p.jsonl", "q.jsonl", "-o", "o.parquet"], 1, "q.jsonl: no such file; did you mean p.jsonl"),
+    (["p.jsonl", "-o", "o.parquet", "--keep", "tag"], 1, "p.jsonl: no column 'tag'"),
+    (["p.jsonl", "-o", "o.parquet", "--keep", "prompt"], 2, "--keep 'prompt': the output has a column of its own"),
+    (["ftp://x/p.jsonl", "-o", "o.parquet"], 1, "ftp://x/p.jsonl: not an address that can be read"),
+    (["p.jsonl", "-o", "o.parquet", "--input-format", "parquet"], 1, "p.jsonl: not a Parquet file"),
+    (["p.jsonl", "full", "-o", "full/o.parquet"], 1, "it would be in the input full and be read with it"),
     (["/nowhere/x.jsonl", "-o", "o.parquet"], 1, "/nowhere/x.jsonl: no such file; check the name"),
     (["q.jsonl", "-o", "o.parquet"], 1, "q.jsonl: no such file; did you mean p.jsonl?"),
-    (["folder", "-o", "o.parquet"], 1, "folder: a directory, not a file"),
+    (["folder", "-o", "o.parquet"], 1, "folder: no file in this directory"),
     (["binary.jsonl", "-o", "o.parquet"], 1, "binary.jsonl: none of the first .* invalid UTF-8"),
     (["text.txt", "-o", "o.parquet"], 1, "text.txt: the suffix '.txt' is none of"),
     (["truncated.jsonl.gz", "-o", "o.parquet"], 1, "truncated.jsonl.gz: not a gzip file, or a damaged one"),

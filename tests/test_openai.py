@@ -15,7 +15,7 @@ from openai.types.shared import ErrorObject
 from pydantic import TypeAdapter
 
 from batchgen import run
-from batchgen.errors import UsageError
+from batchgen.errors import InputError, UsageError
 from batchgen.records.openai import MAX_CHOICES, batch_line, read_batch_line
 from batchgen.records.readers import check_input, is_openai_batch, read_requests, scan_input
 from batchgen.run import Job, run_job
@@ -141,7 +141,7 @@ def test_a_body_that_openai_takes_is_taken(tmp_path):
         (line(body={"prompt": "a", "logit_bias": {"x": 1}}), "logit_bias is out of range"),
         (line(body={"prompt": "a", "echo": True, "logprobs": 1}), "echo with logprobs is not supported"),
         (line(body={"prompt": ["a"] * 3, "n": 700}), f"3 prompts x n 700 exceed {MAX_CHOICES} choices"),
-        (line("first"), "custom_id 'first' is that of line 1 too; rename one"),
+        (line("first"), "custom_id 'first' is that of batch.jsonl:1 too; rename one"),
         ({"prompt": "a row of the other kind"}, "the key 'prompt' is none of"),
         (b"{", "not JSON"),
         (b"[]", "the line is an array, not an object"),
@@ -349,3 +349,37 @@ def test_text_offsets_are_of_characters_and_parts_of_them_are_named_by_bytes(tmp
     logprobs = answer["response"]["body"]["choices"][0]["logprobs"]
     assert logprobs["tokens"][:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
     assert logprobs["text_offset"] == [0, 1, 1, 2, 2, 2, 3]
+
+
+# ---- several files
+
+
+def test_a_custom_id_of_another_file_is_a_repeated_one(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line("same")) + "\n")
+    first, second = read_requests([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], params=BASE)
+    assert isinstance(first, Request)
+    assert isinstance(second, Rejected)
+    assert second.error == "b.jsonl:1: custom_id 'same' is that of a.jsonl:1 too; rename one"
+
+
+def test_batch_files_and_others_do_not_mix(tmp_path):
+    batch, other, empty = write(tmp_path, line("a")), tmp_path / "o.jsonl", tmp_path / "empty.jsonl"
+    other.write_text('{"prompt": "a"}')
+    empty.touch()
+    check_input([empty, batch])
+    check_input([other, empty])
+    with pytest.raises(
+        InputError, match=r"o\.jsonl: the first is one of OpenAI's batch files and this is not; run them"
+    ):
+        check_input([empty, batch, other])
+    with pytest.raises(InputError, match=r"batch\.jsonl: this is one of OpenAI's batch files and the first is not"):
+        check_input([other, batch])
+
+
+def test_openais_lines_carry_no_other_columns(tmp_path):
+    job = Job(write(tmp_path, line("a")), tmp_path / "o.jsonl", str(write_byte_model(tmp_path / "m")), keep=("url",))
+    with pytest.raises(UsageError, match="--keep: OpenAI's lines have no place for other columns; name the output"):
+        run_job(job)
+    run_job(replace(job, output=tmp_path / "o.parquet"))
+    assert pq.read_table(tmp_path / "o.parquet")["url"].to_pylist() == ["/v1/completions"]

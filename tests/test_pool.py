@@ -1,5 +1,6 @@
 """pool.py: a row that kills its worker is set aside, a worker that dies of something else costs nothing but time."""
 
+import json
 import logging
 import os
 import re
@@ -216,6 +217,18 @@ def test_what_fails_again_says_so_and_may_be_retried_again(job, monkeypatch):
     bytes_before = this.output.read_bytes()
     assert run_job(again).ok == 60  # nothing left to do
     assert this.output.read_bytes() == bytes_before
+
+
+def test_kept_columns_stay_beside_their_rows_that_fail_and_are_retried(job, monkeypatch):
+    this = job({17: "kill-first", 40: "raise-first"})
+    lines = [json.loads(line) for line in this.input.read_text().splitlines()]
+    this.input.write_text("".join(json.dumps(line | {"k": [n]}) + "\n" for n, line in enumerate(lines)))
+    this = replace(this, keep=("k",))
+    assert run_job(this).failed == 2
+    assert [row["k"] for row in rows_of(this)] == [[n] for n in range(60)]
+    cure(monkeypatch)
+    assert run_job(replace(this, retry_failed=True)).failed == 0
+    assert [row["k"] for row in rows_of(this)] == [[n] for n in range(60)]
 
 
 def test_retry_failed_makes_what_an_undisturbed_run_makes(job, monkeypatch):

@@ -419,7 +419,7 @@ def test_a_missing_file_names_its_nearest(tmp_path: Path) -> None:
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").mkdir()
     os.mkfifo(tmp_path / "f.jsonl")
-    assert "a directory" in refusal(tmp_path / "d.jsonl")
+    assert "no file in this directory" in refusal(tmp_path / "d.jsonl")
     assert "a pipe or device" in refusal(tmp_path / "f.jsonl")
     assert "cannot be read" in refusal(tmp_path / "d.jsonl" / ("x" * 300))
 
@@ -441,7 +441,7 @@ def test_an_unreadable_file_is_refused(unreadable: Path) -> None:
     assert refusal(unreadable) == f"{unreadable}: cannot be read: Permission denied"
 
 
-@pytest.mark.parametrize("name", ["p.csv", "p", "p.txt.gz", "p.parquet.gz"])
+@pytest.mark.parametrize("name", ["p.xlsx", "p", "p.txt.gz", "p.parquet.gz", "p.gz", "p.csv.bz2"])
 def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(GOOD)
     assert "rename or convert" in refusal(tmp_path / name)

@@ -1,6 +1,7 @@
 """The output's columns: their order, their types, and how rows become them."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -77,3 +78,17 @@ def test_rows_come_back_as_they_went_in() -> None:
 def test_zero_rows_keep_the_full_schema() -> None:
     table = rows_to_table([], output_schema(token_ids=True))
     assert (table.num_rows, table.schema) == (0, output_schema(token_ids=True))
+
+
+def test_every_column_is_in_the_documentation() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    for name in output_schema(token_ids=True, logprobs=True, prompt_index=True).names:
+        assert f"| `{name}` |" in text
+
+
+def test_kept_columns_come_last_and_from_their_table() -> None:
+    kept = pa.table({"k": pa.array([5], pa.int16())})
+    schema = output_schema(kept=kept.schema)
+    assert schema.names == [*output_schema().names, "k"]
+    row = OutputRow(0, 0, None, None, None, None, None, None, "ok", None, None)
+    assert rows_to_table([row], schema, kept)["k"].to_pylist() == [5]

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import tempfile
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,12 +105,15 @@ def _parquet_writer(file: BinaryIO, schema: pa.Schema) -> Iterator[Any]:
     writer.close()
 
 
-def write_part(rows: Sequence[OutputRow], path: Path, schema: pa.Schema) -> str:
-    """Write one chunk's rows to a new file, on disk when this returns its SHA-256; equal rows give equal bytes."""
+def write_part(rows: Sequence[OutputRow], path: Path, schema: pa.Schema, kept: Any = None) -> str:
+    """Write one chunk's rows to a new file, on disk when this returns its SHA-256; equal rows give equal bytes.
+
+    kept is a table of the columns that come from the input, as long as rows.
+    """
     with _output_errors(path):
         with open(path, "xb") as file:
             with _parquet_writer(file, schema) as writer:
-                writer.write_table(rows_to_table(rows, schema), row_group_size=GROUP_ROWS)
+                writer.write_table(rows_to_table(rows, schema, kept), row_group_size=GROUP_ROWS)
             file.flush()
             os.fsync(file.fileno())
         return _file_sha256(path)
@@ -150,16 +155,66 @@ def _write_parquet(batches: Iterable[Any], file: BinaryIO, schema: pa.Schema, me
             writer.write_table(pa.Table.from_batches(group, schema), row_group_size=GROUP_ROWS)
 
 
+def _json_type(kind: Any) -> Any:
+    """The type to cast to before values become Python's: text for what JSON has no word for, through all nesting."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _json_type(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _json_type(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.large_list(_json_type(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _json_type(field.type)) for field in kind])
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    return pa.string() if pa.types.is_temporal(kind) or pa.types.is_decimal(kind) else kind
+
+
+def _json_values(column: Any, name: str, out: Path) -> list[Any]:
+    """A column's values as Python's; OutputError where JSON cannot hold them."""
+    kind = _json_type(column.type)
+    try:
+        values: list[Any] = (column if kind == column.type else column.cast(kind)).to_pylist()
+    except (pa.ArrowException, ValueError) as error:  # ValueError: not UTF-8, or nanoseconds within a map
+        what = f"column {name!r} of type {column.type} has values that JSON cannot hold"
+        raise OutputError(f"{out}: {what} ({error}); name the output .parquet") from error
+    return values
+
+
+def _in_json(value: object) -> str:
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and the infinities are no JSON: null."""
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    try:
+        return _encode(row)
+    except ValueError:
+        return _encode(_without_nan(row))
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_in_json).encode
+
+
 def write_json_lines(batches: Iterable[Any], file: BinaryIO) -> None:
     r"""One object a line, keys in the schema's order; JSON lines have no place for metadata.
 
     JSON escapes every control character, so the only b"\n" in the file are the ends of the rows.
     """
-    encode = json.JSONEncoder(ensure_ascii=False).encode
+    out = Path(str(file.name))
     for batch in batches:
-        columns = [column.to_pylist() for column in batch.columns]
-        rows = (dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True))
-        file.write("".join(encode(row) + "\n" for row in rows).encode())
+        names = batch.schema.names
+        columns = [_json_values(column, name, out) for name, column in zip(names, batch.columns, strict=True)]
+        rows = (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
+        file.write("".join(_json_line(row) + "\n" for row in rows).encode())
 
 
 def _counted(batches: Iterable[Any], expected_rows: int, out: Path) -> Iterator[Any]:
@@ -213,7 +268,10 @@ def write_output(
 
 
 def check_output(out: Path, inputs: Sequence[Path], *, dataset: bool = False) -> None:
-    """Refuse, before any work, an output path that could not be written or must not be replaced."""
+    """Refuse, before any work, an output path that could not be written or must not be replaced.
+
+    inputs are files, and directories whose files are all read.
+    """
     if not dataset and out.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{out}: the suffix {out.suffix!r} is neither of {', '.join(SUFFIXES)}; name the output so")
     with _output_errors(out):
@@ -232,6 +290,8 @@ def check_output(out: Path, inputs: Sequence[Path], *, dataset: bool = False) ->
         elif out.exists() and not out.is_file():
             raise OutputError(f"{out}: a pipe or device, which cannot be replaced at once; name a regular file")
         for path in inputs:
+            if path.is_dir() and out.parent.resolve().is_relative_to(path.resolve()):
+                raise OutputError(f"{out}: it would be in the input {path} and be read with it; choose another folder")
             if out.exists() and path.exists() and out.samefile(path):
                 raise OutputError(f"{out}: this is the input {path}; choose another name for the output")
     _check_folder(out)

@@ -1,0 +1,370 @@
+"""sources.py: what is given becomes files in a known order, each of them there; what is not is named."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchgen.errors import InputError, OutputError
+from batchgen.records.readers import check_input, read_requests, scan_input
+from batchgen.records.sources import Source, find_sources, local_paths
+from batchgen.records.writer import check_output
+from batchgen.types import Rejected, SamplingParams
+
+PARAMS = SamplingParams(max_tokens=8)
+
+
+def line(prompt: str) -> bytes:
+    return json.dumps({"prompt": prompt}).encode() + b"\n"
+
+
+def write(path: Path, *prompts: str) -> Path:
+    """A file of these prompts in the format that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = b"".join(map(line, prompts))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"prompt": pa.array(prompts, pa.string())}), path)
+    elif path.suffix in (".csv", ".tsv"):
+        path.write_text("\n".join(("prompt", *prompts)) + "\n")
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(data))
+    elif path.suffix == ".zst":
+        path.write_bytes(pa.compress(data, codec="zstd", asbytes=True))
+    else:
+        path.write_bytes(data)
+    return path
+
+
+def prompts_of(inputs: Any) -> list[str | None]:
+    return [row.prompt for row in read_requests(inputs, params=PARAMS)]
+
+
+def names(inputs: Any) -> list[str]:
+    return [source.name for source in find_sources(inputs)]
+
+
+def refusal(inputs: Any, **options: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        check_input(inputs, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def give(data: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+
+    return give
+
+
+# ---- several
+
+
+def test_rows_run_on_over_the_files_in_the_order_given(here: Path) -> None:
+    files = [write(here / name, name, "x") for name in ("b.parquet", "c.csv", "a.jsonl", "d.jsonl.gz", "e.jsonl.zst")]
+    rows = list(read_requests(files, params=PARAMS, first_row=5))
+    assert [row.row for row in rows] == list(range(5, 15))
+    assert [row.prompt for row in rows] == [text for file in files for text in (file.name, "x")]
+    assert [row.place for row in rows[::2]] == [
+        "b.parquet:row 0",
+        "c.csv:2",
+        "a.jsonl:1",
+        "d.jsonl.gz:1",
+        "e.jsonl.zst:1",
+    ]
+    assert scan_input(files).rows == 10
+
+
+def test_places_tell_files_of_one_name_apart(here: Path) -> None:
+    for folder in ("x", "y"):
+        write(here / folder / "p.jsonl", "a")
+    write(here / "q.jsonl", "a")
+    assert names(["x/p.jsonl", "y/p.jsonl", "q.jsonl"]) == ["x/p.jsonl", "y/p.jsonl", "q.jsonl"]
+    assert names(["x/p.jsonl", "q.jsonl"]) == ["p.jsonl", "q.jsonl"]
+
+
+def test_the_hash_is_that_of_the_bytes_in_order_whatever_the_names(here: Path) -> None:
+    a, b = write(here / "a.jsonl", "1"), write(here / "b.jsonl", "2")
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (a, b)]
+    facts = scan_input([a, b])
+    assert facts.sha256 == hashlib.sha256("".join(f"{value}\n" for value in hashes).encode()).hexdigest()
+    assert facts.bytes == a.stat().st_size + b.stat().st_size
+    assert scan_input([b, a]).sha256 != facts.sha256
+    joined = here / "joined.jsonl"
+    joined.write_bytes(a.read_bytes() + b.read_bytes())
+    assert scan_input(joined).sha256 == hashlib.sha256(joined.read_bytes()).hexdigest()
+    a.rename(here / "z.jsonl")
+    assert scan_input([here / "z.jsonl", b]) == facts
+
+
+def test_what_folders_say_is_part_of_the_hash(here: Path) -> None:
+    for folder in ("x", "y"):
+        write(here / folder / "lang=en" / "p.jsonl", "a")
+    write(here / "z" / "lang=de" / "p.jsonl", "a")
+    assert scan_input("x").sha256 == scan_input("y").sha256 != scan_input("z").sha256
+
+
+def test_a_file_that_is_named_twice_is_refused(here: Path) -> None:
+    write(here / "a.jsonl", "x")
+    (here / "link.jsonl").symlink_to("a.jsonl")
+    assert refusal(["a.jsonl", "*.jsonl"]).startswith("a.jsonl: named twice; name it once")
+    assert "named twice" in refusal(["./a.jsonl", "link.jsonl"])
+
+
+def test_no_input_is_refused() -> None:
+    assert refusal("").startswith("an empty name is no input; name a file")
+    assert refusal([]) == "no input; name a file, a directory, a glob, or - for standard input"
+
+
+def test_one_bad_file_among_many_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [write(here / f"{n:03}.jsonl", "x") for n in range(30)]
+    files[17].write_bytes(b"\xff" * 100)
+    assert refusal(files).startswith(f"{files[17]}: none of the first 1 rows is a JSON object")
+    before = open
+
+    def refuse(path: Any, *more: Any, **options: Any) -> Any:
+        if path == files[20]:
+            raise PermissionError(13, "Permission denied")  # as root, file modes refuse nothing
+        return before(path, *more, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert refusal(files) == f"{files[20]}: cannot be read: Permission denied"
+
+
+def test_sources_can_be_given_again(here: Path) -> None:
+    write(here / "a.jsonl", "x")
+    found = find_sources("a.jsonl")
+    assert find_sources(found) == found
+    assert prompts_of(found) == ["x"]
+
+
+# ---- globs
+
+
+def test_a_glob_is_its_files_sorted(here: Path) -> None:
+    for name in ("b10.jsonl", "b2.jsonl", "B.jsonl", "c.csv", "deep/er/b.jsonl"):
+        write(here / name, name)
+    write(here / ".hidden.jsonl", "hidden")
+    assert names("*.jsonl") == ["B.jsonl", "b10.jsonl", "b2.jsonl"]
+    assert names("**/*.jsonl") == ["B.jsonl", "b10.jsonl", "b2.jsonl", "b.jsonl"]
+    assert names([str(here / "b[0-9].jsonl"), "?.csv"]) == ["b2.jsonl", "c.csv"]
+
+
+def test_a_file_whose_name_is_a_pattern_is_that_file(here: Path) -> None:
+    write(here / "a[1].jsonl", "brackets")
+    write(here / "a1.jsonl", "one")
+    assert prompts_of("a[1].jsonl") == ["brackets"]
+
+
+@pytest.mark.parametrize("pattern", ["*.csv", "nowhere/*.jsonl", "fol*"])
+def test_a_glob_without_a_file_is_refused(here: Path, pattern: str) -> None:
+    write(here / "folder" / "a.jsonl", "x")
+    assert refusal(pattern).startswith(f"{pattern}: ")
+    assert "match; check the pattern" in refusal(pattern) or "only directories match" in refusal(pattern)
+
+
+# ---- directories
+
+
+def test_a_directory_is_its_files_sorted_by_path(here: Path) -> None:
+    for name in ("b.jsonl", "a/z.parquet", "a-b.csv", "a/y.jsonl.zst"):
+        write(here / "d" / name, name)
+    for name in ("_SUCCESS", ".hidden", "_metadata", "a/.x.jsonl.crc", "_tmp/x.jsonl", "o.parquet.batchgen/plan.json"):
+        write(here / "d" / name, "never")
+    assert prompts_of("d") == ["a-b.csv", "a/y.jsonl.zst", "a/z.parquet", "b.jsonl"]
+    assert prompts_of(here / "d") == prompts_of("d/")
+
+
+def test_a_file_of_another_kind_in_a_directory_is_refused_not_skipped(here: Path) -> None:
+    write(here / "d" / "a.jsonl", "x")
+    (here / "d" / "README.md").write_text("# Prompts")
+    error = refusal("d")
+    assert error.startswith("d/README.md: the suffix '.md' is none of .parquet, .jsonl, ")
+    assert "name the others with a glob" in error
+    assert prompts_of("d/*.jsonl") == ["x"]
+
+
+def test_an_empty_directory_is_refused(here: Path) -> None:
+    (here / "d" / "deeper").mkdir(parents=True)
+    (here / "d" / "_SUCCESS").touch()
+    assert refusal("d").startswith("d: no file in this directory")
+
+
+def test_links_are_followed_but_not_in_a_circle(here: Path) -> None:
+    write(here / "elsewhere" / "a.jsonl", "a")
+    (here / "d").mkdir()
+    (here / "d" / "link").symlink_to(here / "elsewhere")
+    assert prompts_of("d") == ["a"]
+    (here / "elsewhere" / "back").symlink_to(here / "d")
+    assert "a link to a directory that it is in" in refusal("d")
+
+
+def test_a_dangling_link_is_named(here: Path) -> None:
+    (here / "d").mkdir()
+    (here / "d" / "a.jsonl").symlink_to("gone.jsonl")
+    assert refusal("d") == "d/a.jsonl: cannot be read: No such file or directory"
+
+
+def test_a_pipe_in_a_directory_is_refused(here: Path) -> None:
+    (here / "d").mkdir()
+    os.mkfifo(here / "d" / "a.jsonl")
+    assert refusal("d").startswith("d/a.jsonl: a pipe or device")
+
+
+def test_folders_of_a_dataset_make_its_partition(here: Path) -> None:
+    for folder in ("lang=en/year=2024", "lang=a%2Fb/year=2023", "lang=__HIVE_DEFAULT_PARTITION__/more"):
+        write(here / "d" / folder / "part-0.parquet", "x")
+    assert {source.partition for source in find_sources("d")} == {
+        (("lang", "en"), ("year", "2024")),
+        (("lang", "a/b"), ("year", "2023")),
+        (("lang", None),),
+    }
+    assert [source.partition for source in find_sources("d/lang=en/*/*.parquet")] == [(("year", "2024"),)]
+    assert find_sources("d/lang=en/year=2024/part-0.parquet")[0].partition == ()
+
+
+def test_an_output_in_an_input_directory_is_refused(here: Path) -> None:
+    write(here / "d" / "deeper" / "a.jsonl", "x")
+    sources = find_sources("d")
+    for out in ("d/out.parquet", "d/deeper/out.jsonl"):
+        with pytest.raises(OutputError, match="it would be in the input d and be read with it"):
+            check_output(Path(out), local_paths(sources))
+    check_output(here / "out.parquet", local_paths(sources))
+    with pytest.raises(OutputError, match="this is the input"):
+        check_output(here / "d" / "deeper" / "a.jsonl", local_paths(find_sources("d/deeper/*.jsonl")))
+
+
+# ---- what was changed meanwhile
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("change", ["rewritten", "replaced", "gone"])
+def test_a_file_that_changes_while_it_is_read_is_noticed(here: Path, name: str, change: str) -> None:
+    path = write(here / name, "a", "b")
+    found = find_sources([path, write(here / "z.jsonl", "z")])
+    rows = read_requests(found, params=PARAMS)
+    next(rows)
+    if change == "rewritten":
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(1, 1))
+    elif change == "replaced":
+        os.replace(write(here / f"new-{name}", "a", "b"), path)
+    else:
+        path.unlink()
+    with pytest.raises(InputError, match=rf"{name}: the file was changed while it was being read; run again"):
+        list(rows)
+    with pytest.raises(InputError):
+        scan_input(found)
+
+
+# ---- standard input
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_standard_input_is_told_by_its_bytes_and_read_as_often_as_needed(here: Path, stdin: Any, suffix: str) -> None:
+    path = write(here / f"a.{suffix}", "Once", "upon")
+    stdin(path.read_bytes())
+    sources = check_input("-", spool=here)
+    assert scan_input(sources) == scan_input(path)
+    interleaved = zip(*(read_requests(sources, params=PARAMS) for _ in range(2)), strict=True)
+    assert [(a.prompt, b.prompt) for a, b in interleaved] == [("Once", "Once"), ("upon", "upon")]
+    assert [row.place for row in read_requests(sources, params=PARAMS)][0] in ("stdin:1", "stdin:row 0")
+    assert sorted(os.listdir(here)) == [path.name]  # the copy has no name
+
+
+def test_standard_input_can_be_csv_if_that_is_said(here: Path, stdin: Any) -> None:
+    stdin(b"prompt\nOnce\n")
+    assert prompts_of(check_input("-", input_format="csv")) == ["Once"]
+    stdin(b"prompt\nOnce\n")
+    assert "none of the first 2 rows is a JSON object" in refusal("-")
+
+
+def test_standard_input_may_be_one_of_several(here: Path, stdin: Any) -> None:
+    stdin(line("s"))
+    assert prompts_of(check_input([write(here / "a.jsonl", "a"), "-"])) == ["a", "s"]
+    stdin(line("s"))
+    assert "named twice" in refusal(["-", "-"])
+
+
+def test_a_terminal_is_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    leader, follower = os.openpty()
+    with open(follower, "rb") as terminal:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=terminal))
+        assert refusal("-").startswith("-: standard input is a terminal; pipe prompts into it")
+    os.close(leader)
+    monkeypatch.setattr("sys.stdin", None)
+    assert refusal("-").startswith("-: standard input is closed; pipe prompts into it")
+
+
+def test_no_room_for_standard_input_is_one_line(here: Path, stdin: Any) -> None:
+    stdin(line("s"))
+    assert "cannot be copied to nowhere: No such file" in refusal("-", spool=Path("nowhere"))
+
+
+# ---- formats by name
+
+
+@pytest.mark.parametrize("name", ["p", "p.txt", "p.parquet"])
+def test_a_format_that_is_named_is_believed(here: Path, name: str) -> None:
+    (here / name).write_bytes(line("Once"))
+    assert prompts_of(check_input(name, input_format="jsonl")) == ["Once"]
+    with pytest.raises(InputError, match=rf"^{name}: not a Parquet file"):
+        check_input(name, input_format="parquet")
+
+
+@pytest.mark.parametrize("damage", ["cut", "tail", "none", "one byte"])
+def test_a_damaged_zstd_is_found_by_the_scan(here: Path, damage: str) -> None:
+    path = here / "p.jsonl.zst"
+    packed = pa.compress(b"".join(line(str(n**7)) for n in range(5000)), codec="zstd", asbytes=True)
+    spoilt = {"cut": packed[: len(packed) // 2], "tail": packed + b"tail", "none": line("x"), "one byte": packed[:1]}
+    path.write_bytes(spoilt[damage])
+    for call in (scan_input, prompts_of):
+        with pytest.raises(InputError, match=r"^p\.jsonl\.zst:\d+: the zstd data is truncated or damaged here"):
+            call(path)
+    if damage in ("none", "one byte"):
+        assert "not a zstd file, or a damaged one" in refusal(path)
+
+
+def test_zstd_of_several_frames_is_read_to_its_end(here: Path) -> None:
+    path = here / "p.jsonl.zst"
+    path.write_bytes(b"".join(pa.compress(line(text), codec="zstd", asbytes=True) for text in "abc"))
+    assert prompts_of(path) == ["a", "b", "c"]
+
+
+def test_a_packed_file_that_is_packed_twice_is_named(here: Path) -> None:
+    path = here / "p.jsonl.zst"
+    path.write_bytes(pa.compress(gzip.compress(line("x")), codec="zstd", asbytes=True))
+    assert "this is a gzip file, not JSON lines" in refusal(path)
+
+
+@pytest.mark.parametrize("uri", ["foo://x/y.jsonl", "http://127.0.0.1:9/x.jsonl", "s3://", "s3://bucket/a b.jsonl"])
+def test_an_address_that_cannot_be_read_is_named(uri: str) -> None:
+    assert refusal(uri).startswith(f"{uri}: ")
+
+
+def test_a_file_address_is_a_local_file(here: Path) -> None:
+    write(here / "a.jsonl", "x")
+    assert prompts_of(f"file://{here}/a.jsonl") == ["x"]
+    assert refusal(f"file://{here}/b.jsonl").startswith(f"{here}/b.jsonl: no such file; did you mean {here}/a.jsonl?")
+
+
+def test_a_source_is_rejected_by_the_row_not_by_the_file(here: Path) -> None:
+    (here / "a.jsonl").write_bytes(b"nonsense\n" + line("x"))
+    rows = list(read_requests(["a.jsonl"], params=PARAMS))
+    assert [type(row) for row in rows][0] is Rejected
+    assert isinstance(find_sources("a.jsonl")[0], Source)
