@@ -1,5 +1,8 @@
-"""batchgen verify: is this model what it says?"""
+"""batchgen verify: is this model what it says, and do an output's rows come out again?"""
 
+import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,17 +10,63 @@ import typer
 from batchgen.checkpoint.registry import find_model
 from batchgen.checkpoint.shards import load_manifest
 from batchgen.checkpoint.verify import record_verified, verify_model
+from batchgen.records.writer import SUFFIXES
+from batchgen.replay import CLOSE, Replay, replay
+from jobs import report
+
+SHOWN = 20  # differences
 
 
-def verify(model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or its directory.")]) -> None:
-    """Check a model: its hashes, its structure, and for OpenAI's sizes what they are known to say.
+def verify(
+    target: Annotated[
+        str, typer.Argument(metavar="OUTPUT|MODEL", help="A Parquet output, or a model's name or directory.")
+    ],
+    rows: Annotated[int, typer.Option(min=1, max=10_000, help="Of an output: input rows to generate again.")] = 10,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Chooses the same rows again; without it, they are others each time.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Of an output: where its model is, if not under its name.")
+    ] = None,
+) -> None:
+    """Check an output by generating random rows of it again, or check a model.
 
-    Each line says what was checked; the first thing that is wrong ends it with exit code 1.
+    Of an OUTPUT, rows are made from what its metadata says and compared with what it holds: bit for bit where
+    that can be. Of a MODEL, its hashes are checked, its structure, and for OpenAI's sizes what they are known to
+    say. Exit code 0: all as it should be; 1: not, and the line says what.
+
+    Example: batchgen verify completions.parquet --rows 20
 
     Example: batchgen verify 124M
     """
-    directory = find_model(model)
+    if os.path.isfile(target) or Path(target).suffix.lower() in SUFFIXES:
+        done = replay(Path(target), rows, seed, model)
+        with report.to_whoever_reads():
+            _print_replay(done)
+        sys.exit(1 if done.differences else 0)
+    directory = find_model(target)
     for line in verify_model(directory):
         typer.echo(f"ok  {line}")
     record_verified(load_manifest(directory))
     typer.echo(f"{directory}: verified")
+
+
+def _print_replay(done: Replay) -> None:
+    how = "bit for bit" if done.exact else f"by value, log-probabilities within {CLOSE}"
+    lines = [
+        f"{done.path}: {done.rows:,} input rows, {done.ok:,} of them ok; model {done.model}",
+        f"{done.compared:,} of these generated again ({done.samples:,} samples; --seed {done.seed} chooses them again)",
+        f"compared {how}: {', '.join(done.columns)}",
+        *(f"note: {note}" for note in done.notes),
+        *(f"DIFFERS  {line}" for line in done.differences[:SHOWN]),
+    ]
+    for line in lines:
+        typer.echo(report.one_line(line))
+    if len(done.differences) > SHOWN:
+        typer.echo(f"... and {len(done.differences) - SHOWN:,} more")
+    if not done.differences:
+        typer.echo("verified: all came out the same")
+    elif done.exact:
+        typer.echo("not verified: these were changed in the file, or not made as its metadata says")
+    else:
+        typer.echo("not verified: they were changed, or rounding decided otherwise here (see the notes)")

@@ -1,0 +1,250 @@
+"""replay.py: what a run wrote comes out again, and what anybody changed does not."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from batchgen import replay as module
+from batchgen.engine.probe import is_batch_invariant
+from batchgen.errors import BatchgenError, InputError, ModelError
+from batchgen.replay import replay
+from batchgen.run import Job, run_job
+from batchgen.types import SamplingParams
+from jobs.cli import app
+from tests.models import BYTES, sharp_params, write_byte_model
+
+INVARIANT = is_batch_invariant(sharp_params(BYTES), BYTES)
+LINES = [json.dumps({"id": f"r{i}", "prompt": "the prompt "[: 1 + i % 11] * (1 + i % 9)}) for i in range(30)]
+LINES[7:7] = ["not JSON", '{"prompt": ""}', json.dumps({"prompt": "x" * 200})]
+OK = 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("replay")
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Path:
+    return write_byte_model(folder / "models" / "bytes")
+
+
+@pytest.fixture(autouse=True)
+def _model_under_its_name(model, monkeypatch):
+    monkeypatch.setenv("BATCHGEN_MODELS", str(model.parent))
+
+
+@pytest.fixture(scope="module")
+def output(folder, model) -> Path:
+    (folder / "p.jsonl").write_text("\n".join(LINES))
+    params = SamplingParams(max_tokens=12, temperature=0.9, n=2, logprobs=0)
+    run_job(Job(folder / "p.jsonl", folder / "out.parquet", str(model), params, jobs=1, chunk_rows=8, token_ids=True))
+    return folder / "out.parquet"
+
+
+def rewrite(
+    output: Path,
+    folder: Path,
+    change: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
+    **metadata: object,
+) -> Path:
+    """The output with other rows, or with other metadata."""
+    table = pq.read_table(output)
+    run = json.loads(table.schema.metadata[b"batchgen"]) | metadata
+    rows = table.to_pylist()
+    change(rows)
+    schema = table.schema.with_metadata({"batchgen": json.dumps(run)})
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "changed.parquet")
+    return folder / "changed.parquet"
+
+
+def first_ok(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(row for row in rows if row["status"] == "ok")
+
+
+def test_what_a_run_wrote_comes_out_again(output, model):
+    done = replay(output, 100)
+    assert (done.rows, done.ok, done.compared, done.samples) == (len(LINES), OK, OK, 2 * OK)
+    assert done.model == model
+    assert done.exact is INVARIANT
+    assert {"completion", "completion_token_ids", "finish_reason", "logprobs", "seed"} <= set(done.columns)
+    assert done.differences == ()
+
+
+@pytest.mark.parametrize("on_too_long", ["truncate-left", "shorten"])
+def test_prompts_that_were_cut_or_empty_come_out_again(folder, tmp_path, model, on_too_long):
+    job = Job(folder / "p.jsonl", tmp_path / "out.parquet", str(model), on_too_long=on_too_long)
+    (folder / "p.jsonl").write_text("\n".join(LINES))
+    run_job(replace(job, empty_prompt="unconditional", jobs=1))
+    done = replay(job.output, 100)
+    assert done.differences == ()
+    assert done.ok == OK + (2 if on_too_long == "truncate-left" else 1)
+
+
+def test_a_seed_chooses_the_same_rows_again(output, monkeypatch):
+    seen: list[list[int]] = []
+    read = module.read_input_rows
+    monkeypatch.setattr(module, "read_input_rows", lambda path, rows: seen.append(rows) or read(path, rows))
+    assert replay(output, 4, seed=3).compared == 4
+    again = replay(output, 4, seed=None)
+    replay(output, 4, seed=3)
+    replay(output, 4, seed=again.seed)
+    assert seen[0] == seen[2]
+    assert seen[1] == seen[3]
+    assert len(set(seen[0])) == 4
+    assert 7 not in seen[0] + seen[1]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("completion", "edited"),
+        ("completion", None),
+        ("completion_tokens", 999),
+        ("finish_reason", "stop "),
+        ("seed", 1),
+        ("completion_token_ids", [1, 2]),
+        ("completion_token_ids", None),
+        ("logprobs", [0.5]),
+    ],
+)
+def test_an_edited_value_is_named_with_its_row(output, tmp_path, column, value):
+    path = rewrite(output, tmp_path, lambda rows: first_ok(rows).__setitem__(column, value))
+    (line,) = replay(path, 100).differences
+    assert line.startswith(f"row 0, sample 0: {column} differs")
+
+
+@pytest.mark.skipif(not INVARIANT, reason="rows are compared by value here")
+def test_one_bit_of_a_log_probability_is_a_difference(output, tmp_path):
+    def flip(rows):
+        values = np.array(first_ok(rows)["logprobs"], np.float32)
+        values[0] = np.nextafter(values[0], np.float32(0))
+        first_ok(rows)["logprobs"] = values.tolist()
+
+    (line,) = replay(rewrite(output, tmp_path, flip), 100).differences
+    assert line.startswith("row 0, sample 0: logprobs differs from place 0 on")
+
+
+@pytest.mark.parametrize("key", ["batchgen", "numpy", "blas", "batch_invariant"])
+def test_where_the_makers_differ_values_are_compared_and_it_is_said(output, tmp_path, key):
+    def nudge(rows):
+        first_ok(rows)["logprobs"][0] += 1e-5
+
+    done = replay(rewrite(output, tmp_path, nudge, **{key: False if key == "batch_invariant" else "another"}), 100)
+    assert not done.exact
+    assert any(key in note for note in done.notes)
+    assert done.differences == ()
+    edited = rewrite(output, tmp_path, lambda rows: first_ok(rows).update(completion="x"), **{key: None})
+    assert len(replay(edited, 100).differences) == 1
+
+
+def test_another_prompt_seed_or_parameter_does_not_come_out(output, tmp_path):
+    run = json.loads(pq.read_schema(output).metadata[b"batchgen"])
+    for name, value in [("seed", 5), ("temperature", 0.0), ("max_tokens", 3)]:
+        path = rewrite(output, tmp_path, parameters=run["parameters"] | {name: value})
+        assert len(replay(path, 100).differences) == 2 * OK
+    assert replay(rewrite(output, tmp_path, lambda rows: first_ok(rows).update(prompt="xyz")), 100).differences
+    path = rewrite(output, tmp_path, lambda rows: first_ok(rows).update(prompt=None))
+    assert "its prompt removed" in replay(path, 100).differences[0]
+    path = rewrite(output, tmp_path, lambda rows: first_ok(rows).update(prompt="y" * 500))
+    assert "is ok in the file, and rejected here (row 0: 500 prompt tokens" in replay(path, 100).differences[0]
+
+
+def test_a_sample_that_was_removed_is_named(output, tmp_path):
+    path = rewrite(output, tmp_path, lambda rows: rows.pop(1))
+    assert replay(path, 100).differences == ("row 0, sample 1: was generated again, and is missing from the file",)
+
+
+def test_a_sample_that_was_added_is_named(output, tmp_path):
+    path = rewrite(output, tmp_path, lambda rows: rows.insert(2, rows[1] | {"sample": 2}))
+    assert replay(path, 100).differences == (
+        "row 0, sample 2: is in the file, and was not generated again; the row was added, or its prompt removed",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda rows: rows.__delitem__(slice(0, 2)), "row 1 is out of order, or the rows before it are missing"),
+        (lambda rows: rows.reverse(), "out of order"),
+        (lambda rows: rows.__delitem__(slice(-2, None)), "holds 32 input rows, and its metadata says 33"),
+        (lambda rows: rows.clear(), "holds 0 input rows"),
+    ],
+)
+def test_rows_that_are_missing_or_moved_are_named(output, tmp_path, change, line):
+    with pytest.raises(InputError, match=line):
+        replay(rewrite(output, tmp_path, change), 3)
+
+
+def test_a_file_without_an_ok_row_is_named(tmp_path, model):
+    (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n{"prompt": 3}\n')
+    run_job(Job(tmp_path / "p.jsonl", tmp_path / "out.parquet", str(model), jobs=1))
+    with pytest.raises(BatchgenError, match="none of its 2 rows is ok"):
+        replay(tmp_path / "out.parquet", 3)
+
+
+def test_parameters_of_another_version_are_named(output, tmp_path):
+    run = json.loads(pq.read_schema(output).metadata[b"batchgen"])
+    for parameters in (run["parameters"] | {"mirostat": 2}, run["parameters"] | {"top_p": 7}):
+        path = rewrite(output, tmp_path, parameters=parameters, batchgen="9.9")
+        with pytest.raises(InputError, match=r"written by batchgen 9.9, and this is .*: install that one"):
+            replay(path, 3)
+    with pytest.raises(InputError, match="names no parameters"):
+        replay(rewrite(output, tmp_path, parameters=None), 3)
+
+
+def test_the_model_is_known_by_its_hash(output, tmp_path, model, monkeypatch):
+    other = write_byte_model(tmp_path / "models" / "bytes", seed=1)
+    with pytest.raises(ModelError, match="made by model bytes with hash .*; .*is here with hash .* --model"):
+        replay(output, 3, model=str(other))
+    monkeypatch.setenv("BATCHGEN_MODELS", str(other.parent))
+    with pytest.raises(ModelError, match="bytes is here with hash"):
+        replay(output, 3)
+    assert replay(output, 3, model=str(model)).differences == ()
+    model_again = write_byte_model(tmp_path / "models" / "bytes-again")
+    assert replay(rewrite(output, tmp_path, model="bytes", model_hash=_hash(model_again)), 3).model == model_again
+    with pytest.raises(ModelError, match="nowhere is not here"):
+        replay(rewrite(output, tmp_path, model="nowhere", model_hash="0" * 64), 3)
+
+
+def _hash(model: Path) -> str:
+    return module.model_hash(module.load_manifest(model))
+
+
+def test_the_command_says_what_was_compared(output, tmp_path):
+    done = CliRunner().invoke(app, ["verify", str(output), "--rows", "3", "--seed", "1"])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert "33 input rows, 30 of them ok" in lines[0]
+    assert lines[1] == "3 of these generated again (6 samples; --seed 1 chooses them again)"
+    assert lines[2].startswith(f"compared {'bit for bit' if INVARIANT else 'by value'}")
+    assert lines[-1] == "verified: all came out the same"
+
+
+def test_the_command_exits_1_on_an_edited_file(output, tmp_path):
+    def edit(rows):
+        for row in rows:
+            row["completion"] = "\x1b[2J\n"
+
+    done = CliRunner().invoke(app, ["verify", str(rewrite(output, tmp_path, edit)), "--rows", "30"])
+    assert done.exit_code == 1
+    assert done.output.count("DIFFERS") == 20
+    assert "... and 40 more" in done.output
+    assert "not verified" in done.output.splitlines()[-1]
+    assert "\x1b" not in done.output
+
+
+def test_a_name_with_an_outputs_suffix_is_an_output_and_any_other_a_model(tmp_path):
+    missing = CliRunner().invoke(app, ["verify", str(tmp_path / "no.parquet")])
+    assert isinstance(missing.exception, InputError)
+    assert isinstance(CliRunner().invoke(app, ["verify", "no-such-model"]).exception, ModelError)
+    (tmp_path / "text").write_text("text")
+    assert isinstance(CliRunner().invoke(app, ["verify", str(tmp_path / "text")]).exception, InputError)
