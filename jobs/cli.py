@@ -13,6 +13,7 @@ from batchgen import __version__
 from batchgen.errors import BatchgenError
 from jobs.complete import complete
 from jobs.convert import convert
+from jobs.doctor import doctor
 from jobs.fetch import fetch
 from jobs.generate import generate
 from jobs.logs import is_json, log_for_people
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, complete, fetch, convert, verify, models):
+for command in (generate, complete, fetch, convert, verify, models, doctor):
     app.command()(command)
 
 

@@ -1,0 +1,24 @@
+"""batchgen doctor: what of this machine matters to a run."""
+
+import sys
+
+import typer
+
+from batchgen.doctor import examine
+from jobs import report
+
+
+def doctor() -> None:
+    """Look at processor, BLAS, cores, memory, models and versions, and say what holds a run back.
+
+    Lines begin with ok, note (worth knowing) or BROKEN. Exit code 1: something is broken.
+
+    Example: batchgen doctor
+    """
+    broken = False
+    with report.to_whoever_reads():
+        for finding in examine():
+            broken |= finding.state == "broken"
+            mark = "BROKEN" if finding.state == "broken" else finding.state
+            typer.echo(f"{mark:6}  {finding.name:9}  {report.one_line(finding.text)}")
+    sys.exit(1 if broken else 0)
