@@ -49,7 +49,7 @@ clean:  ## Remove .venv and caches; outputs stay.
 # pip runs only when pyproject.toml has changed since it last did.
 .venv/run: pyproject.toml
 	@test -x $(BIN)/python || { echo "Installing into .venv (once) ..."; $(PYTHON) -m venv .venv; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[report]"
 	@touch $@
 
 .venv/dev: .venv/run

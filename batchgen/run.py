@@ -39,7 +39,7 @@ from batchgen.records.writer import (
     write_json_lines,
     write_output,
 )
-from batchgen.status import Progress, StatusFile
+from batchgen.status import Progress, StatusFile, WorkerState
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
 from batchgen.validation import EmptyPrompt, OnTooLong, validate
@@ -411,6 +411,7 @@ def progress_now(ledger: Ledger, resumed: Counter[str], rows_in_all: int, second
         + sum(s.completion_tokens for s in now),
         seconds=seconds,
         resumed_rows=resumed["input_rows"],
+        workers=tuple(WorkerState(s.pid, s.chunk, s.rows, len(s.in_flight)) for s in sightings),
     )
 
 

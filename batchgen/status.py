@@ -27,6 +27,16 @@ MAX_POINTS = 200  # of the timeline
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerState:
+    """What a worker is on: a chunk (None: idle), rows of it that are done, samples in flight."""
+
+    pid: int
+    chunk: int | None
+    rows: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far a run is: rows of the input in all, tokens and seconds of this run alone."""
 
@@ -36,6 +46,7 @@ class Progress:
     completion_tokens: int
     seconds: float
     resumed_rows: int = 0  # of rows, those of earlier runs
+    workers: tuple[WorkerState, ...] = ()
 
     @property
     def eta_seconds(self) -> float | None:

@@ -16,8 +16,10 @@ from jobs.convert import convert
 from jobs.doctor import doctor
 from jobs.fetch import fetch
 from jobs.generate import generate
+from jobs.html_report import report
 from jobs.logs import is_json, log_for_people
 from jobs.models import models
+from jobs.panels import COMMANDS, command_class, panel_of
 from jobs.report import discard_stdout, one_line
 from jobs.verify import verify
 
@@ -29,11 +31,13 @@ app = typer.Typer(
     name="batchgen",
     help="Offline batch completions with GPT-2 on ordinary CPUs.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # which joins the lines of a paragraph
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, complete, fetch, convert, verify, models, doctor):
-    app.command()(command)
+for command in (generate, complete, report, verify, fetch, convert, models, doctor):
+    name = command.__name__
+    app.command(cls=command_class(name), rich_help_panel=panel_of(name, COMMANDS))(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -57,7 +61,7 @@ def main() -> None:
     log_for_people()
     _heed_signals()
     try:
-        app()
+        app(prog_name="batchgen")
     except BatchgenError as error:
         _say(str(error))
         sys.exit(error.exit_code)

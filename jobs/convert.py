@@ -7,8 +7,8 @@ import typer
 
 from batchgen.checkpoint.convert import convert_checkpoint
 from batchgen.checkpoint.registry import model_destination
-from jobs import report
 from jobs.fetch import convert_progress
+from jobs.progress import ProgressStyle
 
 
 def convert(
@@ -17,7 +17,7 @@ def convert(
     ],
     dst: Annotated[str, typer.Argument(metavar="DST", help="A name for --model, or a folder.")],
     replace: Annotated[bool, typer.Option("--replace", help="Replace a model that is there already.")] = False,
-    progress: Annotated[report.ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
+    progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
 ) -> None:
     """Convert the checkpoint in SRC to shards in DST, checked, and all or nothing.
 

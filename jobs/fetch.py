@@ -15,7 +15,7 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 from batchgen.checkpoint.openai import FetchProgress
 from batchgen.checkpoint.registry import OPENAI_MODELS, find_model
 from batchgen.errors import ModelError
-from jobs import report
+from jobs.progress import PLAIN_SECONDS, ProgressStyle, style_here
 
 OnFetch = Callable[[FetchProgress], None]
 
@@ -30,7 +30,7 @@ def fetch(
     keep_download: Annotated[
         bool, typer.Option("--keep-download", help="Keep the checkpoint too, after converting it.")
     ] = False,
-    progress: Annotated[report.ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
+    progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
 ) -> None:
     """Download one of OpenAI's GPT-2s, check it and convert it; `--model SIZE` then works.
 
@@ -53,7 +53,7 @@ def is_to_be_fetched(name: str) -> bool:
 
 def fetch_shown(
     size: str,
-    progress: report.ProgressStyle,
+    progress: ProgressStyle,
     *,
     mirror: str | None = None,
     again: bool = False,
@@ -68,10 +68,9 @@ def fetch_shown(
 
 
 @contextmanager
-def fetch_progress(name: str, style: report.ProgressStyle) -> Iterator[OnFetch | None]:
+def fetch_progress(name: str, style: ProgressStyle) -> Iterator[OnFetch | None]:
     """A way to show a fetch: a bar with rate and time left on a terminal, else a line every ten seconds."""
-    if style == "auto":
-        style = "bar" if sys.stderr.isatty() else "plain"
+    style = style_here(style)
     if style == "none":
         yield None
     elif style == "plain":
@@ -83,7 +82,7 @@ def fetch_progress(name: str, style: report.ProgressStyle) -> Iterator[OnFetch |
 
 
 @contextmanager
-def convert_progress(name: str, style: report.ProgressStyle) -> Iterator[Callable[[int, int], None] | None]:
+def convert_progress(name: str, style: ProgressStyle) -> Iterator[Callable[[int, int], None] | None]:
     """The same for a conversion alone."""
     with fetch_progress(name, style) as show:
         yield (lambda done, total: show(FetchProgress("convert", done, total))) if show else None
@@ -123,7 +122,7 @@ class _Plain:
         clock = time.monotonic()
         if now.phase != self.phase:
             self.phase, self.first, self.started, self.last = now.phase, now.done, clock, clock
-        if clock - self.last < report.PLAIN_SECONDS and now.done != now.total:
+        if clock - self.last < PLAIN_SECONDS and now.done != now.total:
             return
         self.last = clock
         print(f"{self.name}: {self._line(now, clock - self.started)}", file=sys.stderr, flush=True)  # noqa: T201

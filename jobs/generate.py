@@ -9,14 +9,18 @@ from typing import Annotated, Literal
 import typer
 
 from batchgen.checkpoint.registry import DEFAULT_MODEL
+from batchgen.errors import UsageError
 from batchgen.records.readers import DEFAULT_ID_COLUMN
 from batchgen.records.sources import InputFormat
+from batchgen.report.page import check_page, write_report
 from batchgen.run import Job, Summary, checked, run_job
 from batchgen.status import status_path
 from batchgen.types import SamplingParams
 from jobs import options, report
 from jobs.fetch import fetch_shown, is_to_be_fetched
+from jobs.html_report import page_beside
 from jobs.logs import log_as_json
+from jobs.progress import ProgressStyle, showing_progress
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +100,12 @@ def generate(
         bool, typer.Option("--log-json", callback=log_as_json, help="Messages as JSON, one object a line.")
     ] = False,
     fetch: Annotated[bool, typer.Option(help="Fetch one of OpenAI's models where it is not here yet.")] = True,
-    progress: Annotated[report.ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
+    progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
     show: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    html_report: Annotated[
+        bool, typer.Option("--report", help="Write a report too, beside the output as .html.")
+    ] = False,
 ) -> None:
     """Complete every prompt of INPUT; every row is accounted for in the output, in input order.
 
@@ -155,24 +163,34 @@ def generate(
         status=status_path(output) if status else None,
         row_timeout=options.parse_duration(row_timeout, "--row-timeout"),
     )
+    if html_report:
+        if job.dataset or output == report.STDOUT:
+            raise UsageError("--report: a report is about one output file; leave it away, or name a .parquet file")
+        check_page(output, page_beside(output))
+    if quiet:
+        progress = "none"
     with report.destination(output) as path:
         if path != output:  # which is standard output
             job = replace(job, output=path, status=None)
         if fetch and is_to_be_fetched(model):
             job = checked(job)  # before hours of download, not after
             fetch_shown(model, progress)
-        with report.progress(progress) as on_progress:
+        with showing_progress(progress) as on_progress:
             summary = replace(run_job(job, on_progress), output=output)
-    with report.to_whoever_reads():
-        _print_summary(summary, show)
+    page = write_report(output, page_beside(output)) if html_report else None
+    if not quiet:
+        with report.to_whoever_reads():
+            _print_summary(summary, show, page)
     logger.info("finished", extra={"values": {"exit_code": summary.exit_code} | summary.statuses})
     sys.exit(summary.exit_code)
 
 
-def _print_summary(summary: Summary, show: int) -> None:
+def _print_summary(summary: Summary, show: int, page: Path | None) -> None:
     to_stdout = summary.output == report.STDOUT
     for line in report.summary_lines(summary):
         typer.echo(line, err=to_stdout)
+    if page:
+        typer.echo(f"report: {report.one_line(str(page))}")
     if show and summary.rows and not to_stdout:
         typer.echo("")
         for line in report.sample_lines(summary.output, show):

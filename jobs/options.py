@@ -5,13 +5,25 @@ from typing import Annotated
 
 import typer
 
+from batchgen.checkpoint.registry import list_models
 from batchgen.errors import UsageError
 from batchgen.validation import EmptyPrompt, OnTooLong
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A model's name (see: batchgen models) or its directory.")]
+
+def model_names(incomplete: str) -> list[str]:
+    """What a shell offers after --model."""
+    return [info.name for info in list_models() if info.error is None and info.name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", autocompletion=model_names, help="A model's name (see: batchgen models) or its directory."
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(help="New tokens at most, for each sample.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy: always the most likely token.")]
 TopK = Annotated[int, typer.Option(help="Draw from the K most likely tokens; 0 is off.")]

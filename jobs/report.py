@@ -1,87 +1,22 @@
-"""What the commands print: progress while it runs, a summary and some rows at the end."""
+"""What the commands print: a summary and some rows at the end."""
 
 import json
-import logging
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from batchgen.errors import OutputError
-from batchgen.run import OnProgress, Summary
-from batchgen.status import Progress
-from jobs.logs import is_json
+from batchgen.run import Summary
 
-logger = logging.getLogger(__name__)
-
-ProgressStyle = Literal["auto", "bar", "plain", "none"]
-
-PLAIN_SECONDS = 10.0
 STDOUT = Path("-")
-
-
-@contextmanager
-def progress(style: ProgressStyle) -> Iterator[OnProgress | None]:
-    """A way to show progress on standard error: a bar on a terminal, else a line every ten seconds."""
-    if style == "auto":
-        style = "bar" if sys.stderr.isatty() and not is_json() else "plain"
-    if style == "none":
-        yield None
-    elif style == "plain":
-        yield _plain()
-    else:
-        with _bar() as show:
-            yield show
-
-
-@contextmanager
-def _bar() -> Iterator[OnProgress]:
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None, rate="")
-
-        def show(now: Progress) -> None:
-            bar.update(task, completed=now.rows, total=now.rows_in_all, rate=_rate(now))
-
-        yield show
-
-
-def _plain() -> OnProgress:
-    last = time.monotonic()
-
-    def show(now: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PLAIN_SECONDS:
-            last = time.monotonic()
-            text = f"{now.rows:,} of {now.rows_in_all:,} rows, {_rate(now)}"
-            if is_json():
-                logger.info("%s", text, extra={"values": asdict(now)})
-            else:
-                print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-    return show
-
-
-def _rate(now: Progress) -> str:
-    return f"{now.completion_tokens / now.seconds:,.0f} tokens/s" if now.completion_tokens else ""
 
 
 @contextmanager

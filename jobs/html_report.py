@@ -1,0 +1,32 @@
+"""batchgen report: what became of a run, as one HTML page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchgen.report.page import write_report
+from jobs import report as terminal
+
+
+def report(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A Parquet file that batchgen wrote.")],
+    page: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the page goes; without it, beside OUTPUT as .html.")
+    ] = None,
+) -> None:
+    """Write a report on OUTPUT: lengths, speed, rejects, samples and how to make it again, as one HTML page.
+
+    The page needs nothing but itself: no network, no scripts. The speed is read from OUTPUT.status.json, where a run
+    left it.
+
+    Example: batchgen report completions.parquet -o report.html
+    """
+    page = page or page_beside(output)
+    write_report(output, page)
+    with terminal.to_whoever_reads():
+        typer.echo(f"report: {terminal.one_line(str(page))}")
+
+
+def page_beside(output: Path) -> Path:
+    return output.with_suffix(".html")

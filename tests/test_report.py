@@ -1,0 +1,463 @@
+"""report/: the page tells what the output holds, and holds nothing that others wrote as anything but text."""
+
+import builtins
+import errno
+import json
+import os
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from batchgen.errors import BatchgenError, InputError, OutputError, UsageError
+from batchgen.records.schema import output_schema
+from batchgen.report import counts, page, plots
+from batchgen.report.counts import SHOWN_REJECTS, SHOWN_SAMPLES, count_output, read_timeline, reason_of
+from batchgen.report.markup import Markup, element, join, visible
+from batchgen.report.page import generate_command, render, write_report
+from batchgen.run import Job, run_job
+from batchgen.types import SamplingParams
+from jobs.cli import app
+from tests.models import write_byte_model
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</title></style></script></body></html>",
+    "<img src=x onerror=alert(2)>",
+    "\" onmouseover='alert(3)' x=\"",
+    "&lt;b&gt; &amp;",
+    "\x00\x1b[2J\x07\x9b31m",
+    "\u202eright to left\u2066",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "\ufffe\U000e0001\ue000",
+    "--><!--]]>",
+]
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with their attributes, and the text outside of style."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.open = "", []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+    def names(self) -> set[str]:
+        return {name for name, _ in self.elements}
+
+
+ELEMENTS = {
+    "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "b", "i", "span", "figure", "tr",
+    "table", "th", "td", "details", "summary", "pre", "code", "svg", "g", "path", "defs", "use", "text", "rect",
+    "clippath",
+}  # fmt: skip
+
+
+def write_output(path: Path, rows: list[dict], run: dict | None = None) -> Path:
+    """An output of any rows: what is not given is null."""
+    schema = output_schema()
+    base = dict.fromkeys(schema.names) | {"sample": 0, "status": "ok"}
+    metadata = {"model": "m", "rows": len(rows), "input": "0" * 64, "parameters": SamplingParams().as_dict()}
+    table = pa.Table.from_pylist([base | {"row": number} | row for number, row in enumerate(rows)], schema)
+    with open(path, "wb") as file:  # opened here: Arrow itself does not take every name
+        pq.write_table(table.replace_schema_metadata({"batchgen": json.dumps(metadata | (run or {}))}), file)
+    return path
+
+
+def ok(completion: str = "said", **more: object) -> dict:
+    row = {"prompt": "Once", "completion": completion, "prompt_tokens": 4, "completion_tokens": 3}
+    return row | {"finish_reason": "stop"} | more
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """An output of a run, with good rows and bad."""
+    folder = tmp_path_factory.mktemp("report")
+    lines = [json.dumps({"id": f"r{i}", "prompt": "word " * (1 + i % 20)}) for i in range(60)]
+    (folder / "p.jsonl").write_text("\n".join([*lines, "not JSON", '{"prompt": ""}', '{"prompt": ""}']))
+    params = SamplingParams(max_tokens=9, temperature=0.7, n=2)
+    run_job(Job(folder / "p.jsonl", folder / "out.parquet", str(write_byte_model(folder / "m")), params, jobs=1))
+    return folder / "out.parquet"
+
+
+# ---- what it tells
+
+
+def test_the_page_tells_what_the_run_made(real):
+    seen = Page(render(real))
+    table = pq.read_table(real)
+    assert "123 rows from 63 prompts: 120 ok, 3 rejected, 0 failed." in seen.text
+    assert f"{sum(table['completion_tokens'].drop_null().to_pylist()):,}completion tokens" in seen.text
+    assert "Rows without a completion: 3" in seen.text
+    assert "not JSON" in seen.text
+    assert f"{SHOWN_SAMPLES} completions, drawn from all" in seen.text
+    assert "temperature0.7" in seen.text
+    assert "batchgen generate INPUT -o out.parquet --model m --max-tokens 9 --n 2 --temperature 0.7" in seen.text
+    assert "OUTPUT.status.json, beside the output) is not there" in seen.text
+    assert sum(name == "svg" for name, _ in seen.elements) == 2
+    assert seen.names() <= ELEMENTS
+
+
+def test_equal_outputs_give_equal_pages(real, tmp_path):
+    write_report(real, tmp_path / "a.html")
+    write_report(real, tmp_path / "b.html")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_the_page_needs_nothing_but_itself(real):
+    html = render(real)
+    seen = Page(html)
+    for _, attributes in seen.elements:
+        links = {"src", "href", "xlink:href", "srcset", "action", "data"} & attributes.keys()
+        assert all((attributes[link] or "").startswith("#") for link in links)
+    assert not re.search(r"@import|url\((?!#)", html)
+    policy = next(a["content"] for _, a in seen.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+    assert '<meta name="viewport"' in html
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_names_in_the_plots_are_of_one_plot_each(real):
+    ids = [attributes["id"] for _, attributes in Page(render(real)).elements if "id" in attributes]
+    assert ids
+    assert len(ids) == len(set(ids))
+
+
+def test_counts_are_those_of_the_rows(tmp_path):
+    rows = [ok(completion_tokens=i % 7, prompt_tokens=5, row=i // 2, sample=i % 2) for i in range(200)]
+    rows += [{"status": "rejected", "error": f"p.jsonl:{i}: bad", "row": 100 + i} for i in range(80)]
+    rows += [{"status": "failed", "error": "it died", "row": 180}]
+    found = count_output(write_output(tmp_path / "out.parquet", rows))
+    assert found.statuses == {"ok": 200, "rejected": 80, "failed": 1}
+    assert found.input_rows == 181
+    assert found.prompt_tokens == {5: 100}
+    assert found.completion_tokens == Counter(i % 7 for i in range(200))
+    assert found.reasons == {"bad": 80, "it died": 1}
+    assert len(found.rejects) == SHOWN_REJECTS
+    assert len(found.samples) == SHOWN_SAMPLES
+
+
+def test_samples_are_drawn_from_all_rows(tmp_path):
+    rows = [ok(str(i)) if i % 2 else {"status": "rejected"} for i in range(30_000)]
+    drawn = [row["row"] for row in count_output(write_output(tmp_path / "out.parquet", rows)).samples]
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == SHOWN_SAMPLES
+    assert all(row % 2 for row in drawn)
+    assert min(drawn) < 10_000
+    assert max(drawn) > 20_000
+
+
+def test_reasons_of_a_kind_are_one():
+    assert reason_of("p.jsonl:7: 200 prompt tokens + 12 max_tokens exceed n_ctx 128; lower it") == (
+        "N prompt tokens + N max_tokens exceed n_ctx N"
+    )
+    assert reason_of("p.parquet:row 7: no text") == "no text"
+    assert reason_of(f"a:1: key '{'x' * 50}' is unknown") == "key '...' is unknown"
+    assert len(reason_of("x" * 10**6)) <= 200
+
+
+def test_reasons_that_are_all_different_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(counts, "_MOST_REASONS", 5)
+    rows = [{"status": "rejected", "error": chr(97 + i)} for i in range(20)]
+    found = count_output(write_output(tmp_path / "out.parquet", rows))
+    assert found.reasons.total() == 20
+    assert found.reasons[counts.OTHER] == 15
+
+
+# ---- the plots
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "width"), [(0, 39, 1), (0, 40, 2), (0, 1023, 50), (7, 7, 1), (1000, 1039, 1)]
+)
+def test_bins_are_few_and_round(lowest, highest, width):
+    assert plots.bin_width(lowest, highest) == width
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_bins_are_enough(lowest, more):
+    width = plots.bin_width(lowest, lowest + more)
+    assert (lowest + more) // width - lowest // width < plots.BINS
+
+
+def test_the_speed_between_two_points_is_that_of_their_difference():
+    edges, rates = plots.rates_between([(0.0, 0, 0), (1.0, 1, 10), (3.0, 2, 50)])
+    assert edges.tolist() == [0.0, 1.5, 3.0]
+    assert np.allclose(rates, [20 / 1.5, 20])
+    edges, rates = plots.rates_between([(float(i), i, 5 * i) for i in range(200)])
+    assert len(rates) == plots.STEPS
+    assert np.allclose(rates, 5)
+
+
+def test_a_run_with_a_timeline_has_its_speed_drawn(tmp_path):
+    path = write_output(tmp_path / "out.parquet", [ok()])
+    status = tmp_path / "out.parquet.status.json"
+    status.write_text(json.dumps({"timeline": [[0, 0, 0], [0, 0, 0], [60, 1, 600], [120, 2, 1200]]}))
+    seen = Page(render(path))
+    assert "10tokens/s" in seen.text
+    assert "2 min 0 srun time" in seen.text
+    assert any(a.get("aria-label", "").startswith("Speed: 10 tokens a second") for _, a in seen.elements)
+
+
+def test_a_run_ends_where_its_status_says(tmp_path):
+    path = write_output(tmp_path / "out.parquet", [ok()])
+    status = {"timeline": [[0, 0, 0], [60, 1, 600]], "seconds": 100, "rows_done": 1, "completion_tokens": 3000}
+    (tmp_path / "out.parquet.status.json").write_text(json.dumps(status))
+    assert read_timeline(path, count_output(path))[-1] == (100.0, 1, 3000)
+    assert "30tokens/s" in Page(render(path)).text
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        "", "{", "[]", "null", '{"timeline": null}', '{"timeline": []}', '{"timeline": [[0, 0, 0]]}', "[" * 10**5,
+        '{"timeline": [[0, 0, 0], [0, 1, 1]]}', '{"timeline": [[0, 0, 9], [1, 1, 1]]}',
+        '{"timeline": [[0, 0, 0], [1e999, 1, 1]]}',
+        '{"timeline": [[0, 0, 0], [NaN, 1, 1]]}', '{"timeline": [[0, 0, 0], [1, 1]]}',
+        '{"timeline": [[1, 0, 0], [0, 1, 1]]}',
+        '{"timeline": [[0, 0, 0], ["<script>", 1, 1]]}', '{"timeline": [[0, 0, 0], [1, 1, 1' + "0" * 400 + "]]}",
+        '{"timeline": [[0, 0, 0], [1, 1, Infinity]]}', "\ud800",
+    ],
+)  # fmt: skip
+def test_a_status_file_that_tells_of_no_run_is_as_none(tmp_path, status):
+    path = write_output(tmp_path / "out.parquet", [ok()])
+    (tmp_path / "out.parquet.status.json").write_text(status, errors="surrogatepass")
+    assert read_timeline(path, count_output(path)) is None
+    assert "Not known" in Page(render(path)).text
+
+
+def test_a_status_file_of_another_run_is_as_none(tmp_path):
+    path = write_output(tmp_path / "out.parquet", [ok()])
+    for number, expected in [(1, True), (2, False)]:
+        status = {"timeline": [[0, 0, 0], [1, 1, 3]], "ok": number, "rejected": 0}
+        (tmp_path / "out.parquet.status.json").write_text(json.dumps(status))
+        assert bool(read_timeline(path, count_output(path))) is expected
+
+
+def test_without_the_plotting_library_it_is_named_how_to_have_it(real, tmp_path, monkeypatch):
+    load = builtins.__import__
+
+    def without(name, *rest):
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(name)
+        return load(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        BatchgenError, match=r"^a report needs matplotlib; install it with: pip install 'batchgen\[report\]'$"
+    ):
+        write_report(real, tmp_path / "a.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- what others wrote
+
+
+@given(st.text(), st.text())
+def test_text_is_text_whatever_it_holds(text, value):
+    seen = Page(element("p", visible(text), title=value))
+    assert seen.names() <= {"p", "i"}
+    assert seen.text == "".join(Page(visible(character)).text for character in text)
+    assert seen.elements[0][1]["title"] == value
+
+
+def test_only_markup_goes_in_as_it_is():
+    assert join("<b>", Markup("<b>")) == "&lt;b&gt;<b>"
+    assert element("td", "a < b", class_="n", id=None) == '<td class="n">a &lt; b</td>'
+
+
+def test_what_is_unseen_is_shown():
+    assert Page(visible("a\x1b\u202e\ud800\u2028b")).text == r"a\x1b\u202e\ud800\u2028b"
+    family = "\U0001f468\u200d\U0001f469"
+    assert visible(f"tab\tline\n\u00a0{family}") == f"tab\tline\n\u00a0{family}"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_that_a_row_holds_becomes_an_element(tmp_path, text):
+    rows = [
+        ok(text, prompt=text, id=text, finish_reason=text),
+        {"status": "rejected", "error": f"{text}:1: {text}", "id": text},
+    ]
+    run = {"model": text, "parameters": {text: text}, text: [text], "input": text, "prompt_column": text, "rows": text}
+    html = render(write_output(tmp_path / "out.parquet", rows, run))
+    seen = Page(html)
+    assert seen.names() <= ELEMENTS
+    assert not any(key.startswith("on") for _, attributes in seen.elements for key in attributes)
+    assert not any(ord(c) < 32 and c != "\n" for c in html)
+    assert "\u202e" not in html
+
+
+@pytest.mark.parametrize(
+    "name", ["<script>.parquet", "a b'c\".parquet", "line\nfeed.parquet", "\x1b[31m.parquet", "\udcff.parquet"]
+)
+def test_a_file_of_any_name_has_a_page(tmp_path, name):
+    write_report(write_output(tmp_path / name, [ok()]), tmp_path / "page.html")
+    assert Page((tmp_path / "page.html").read_text(encoding="utf-8")).names() <= ELEMENTS
+
+
+def test_huge_prompts_and_empty_completions_do_not_fill_the_page(tmp_path):
+    rows = [ok("", prompt="<" * 10**6), ok("x" * 10**6, prompt=None, id="y" * 10**6)]
+    rows += [{"status": "rejected", "error": "z" * 10**6}]
+    html = render(write_output(tmp_path / "out.parquet", rows, {"x" * 10**5: "y" * 10**5}))
+    assert len(html) < 100_000
+    assert "(empty)" in html
+    assert "999,400 characters before" in html
+
+
+@pytest.mark.parametrize("rows", [[], [{"status": "rejected", "error": "no"}], [ok(None)], [{"status": "odd"}]])
+def test_an_output_without_completions_has_a_page(tmp_path, rows):
+    seen = Page(render(write_output(tmp_path / "out.parquet", rows)))
+    assert f"{len(rows)} rows" in seen.text
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint64()])
+def test_numbers_that_only_another_program_writes_have_a_page(tmp_path, kind):
+    path = write_output(tmp_path / "out.parquet", [ok(), ok()])
+    table = pq.read_table(path)
+    place = table.column_names.index("completion_tokens")
+    pq.write_table(table.set_column(place, "completion_tokens", pa.array([0, 2**63 - 1], kind)), path)
+    assert "9,223,372,036,854,775,807" in Page(render(path)).text
+
+
+def test_numbers_beyond_any_run_have_a_page(tmp_path):
+    rows = [ok(prompt_tokens=-5, completion_tokens=2**31 - 1), ok(completion_tokens=0), ok(prompt_tokens=None)]
+    assert Page(render(write_output(tmp_path / "out.parquet", rows, {"rows": 10**400, "parameters": [1]}))).text
+
+
+# ---- how to have it again
+
+
+def test_the_command_names_only_options_that_generate_has(real):
+    run = {
+        "model": "m", "prompt_column": "text", "id_column": "key", "on_too_long": "shorten", "token_ids": True,
+        "empty_prompt": "unconditional", "batch_invariant": False, "chunk_rows": 8, "batch_size": 4, "kv_bytes": 2**20,
+        "parameters": {f: 1 for f in SamplingParams().as_dict()} | {"temperature": 0.5, "ignore_eos": True},
+    }  # fmt: skip
+    known = {option for p in get_command(app).commands["generate"].params for option in p.opts}
+    # of these, generate has no options: they come by row
+    by_row = {"--logit-bias", "--stop-token-ids"}
+    command = generate_command(run, Path("o.parquet"))
+    assert {word for word in command if word.startswith("-")} - by_row <= known
+    assert ["--kv-memory", str(2**20)] == command[-2:]
+
+
+def test_the_command_makes_the_output_again(real, tmp_path, monkeypatch):
+    run = json.loads(pq.read_schema(real).metadata[b"batchgen"])
+    monkeypatch.setenv("BATCHGEN_MODELS", str(real.parent))
+    command = generate_command(run, tmp_path / "again.parquet")
+    command[command.index("INPUT")] = str(real.parent / "p.jsonl")
+    command[command.index("again.parquet")] = str(tmp_path / "again.parquet")
+    done = CliRunner().invoke(app, [*command[1:], "--progress", "none", "-j", "1"])
+    assert done.exit_code == 3, done.output
+    assert pq.read_table(tmp_path / "again.parquet").equals(pq.read_table(real))
+
+
+def test_lists_are_an_option_for_each():
+    run = {"model": "m", "parameters": {"stop": ["a b", "c"], "seed": 0}, "batch_invariant": True}
+    assert generate_command(run, Path("o.parquet"))[-4:] == ["--stop", "a b", "--stop", "c"]
+
+
+# ---- the command
+
+
+def test_the_page_goes_beside_the_output_or_where_it_is_asked_for(real, tmp_path):
+    done = CliRunner().invoke(app, ["report", str(real)])
+    assert (done.exit_code, done.output) == (0, f"report: {real.with_suffix('.html')}\n")
+    assert CliRunner().invoke(app, ["report", str(real), "-o", str(tmp_path / "x.html")]).exit_code == 0
+    assert (tmp_path / "x.html").read_bytes() == real.with_suffix(".html").read_bytes()
+
+
+def test_a_run_can_write_its_report(real, tmp_path):
+    command = ["generate", str(real.parent / "p.jsonl"), "--model", str(real.parent / "m"), "--report", "-j", "1"]
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out.parquet")])
+    assert done.exit_code == 3
+    assert f"report: {tmp_path / 'out.html'}\n" in done.output
+    write_report(tmp_path / "out.parquet", tmp_path / "again.html")
+    assert (tmp_path / "out.html").read_bytes() == (tmp_path / "again.html").read_bytes()
+
+
+def test_a_run_that_cannot_be_reported_on_does_not_begin(real, tmp_path):
+    command = ["generate", str(real.parent / "p.jsonl"), "--model", str(real.parent / "m"), "--report"]
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out.jsonl")])
+    assert "JSON lines have no place" in str(done.exception)
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out"), "--format", "dataset"])
+    assert "the output is a folder" in str(done.exception)
+    (tmp_path / "out.html").mkdir()
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out.parquet")])
+    assert "a directory" in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
+
+
+@pytest.mark.parametrize(
+    ("page", "kind", "line"),
+    [
+        ("out.parquet", UsageError, "the suffix '.parquet' is not .html"),
+        ("nowhere/x.html", OutputError, "is no folder; create it"),
+        ("folder.html", OutputError, "a directory"),
+        ("link.html", OutputError, "a symbolic link"),
+    ],
+)
+def test_a_page_that_must_not_be_written_is_refused_before_any_work(real, tmp_path, monkeypatch, page, kind, line):
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "link.html").symlink_to(real)
+    before = real.read_bytes()
+    with pytest.raises(kind, match=line):
+        write_report(real, tmp_path / page)
+    assert real.read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(real, tmp_path, monkeypatch):
+    def full(temporary: Path, out: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(page.os, "replace", full)
+    with pytest.raises(OutputError, match="x.html: cannot be written: No space left on device"):
+        write_report(real, tmp_path / "x.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_does_not_take_the_place_of_its_output(real, tmp_path):
+    (tmp_path / "out.html").write_bytes(real.read_bytes())
+    with pytest.raises(UsageError, match="is what the report is about"):
+        write_report(tmp_path / "out.html", tmp_path / "out.html")
+
+
+def test_what_is_no_output_is_named_and_leaves_no_page(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="not a Parquet file"):
+        write_report(tmp_path / "x.parquet", tmp_path / "x.html")
+    with pytest.raises(UsageError, match="JSON lines have no place"):
+        write_report(tmp_path / "x.jsonl", tmp_path / "x.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
+
+
+def test_durations_are_said_as_one_would():
+    assert [page.duration(s) for s in (4.21, 200, 18_180)] == ["4.2 s", "3 min 20 s", "5 h 3 min"]
