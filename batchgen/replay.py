@@ -1,9 +1,10 @@
 """Do the rows of an output come out again? Some are generated from its metadata alone, and compared."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def replay(path: Path, n_rows: int, seed: int | None = None, model: str | None =
     check_memory(manifest.name, manifest.config, sum(file.stat().st_size for file in directory.glob("*.npy")))
     verify_shards(directory)
     exact, notes = how_to_compare(run, directory, manifest)
-    made = generate_again(kept.to_pylist(), run, params, directory, manifest)
+    requests = requests_again(path, run, kept.to_pylist())
+    made = generate_again(requests, run, params, directory, manifest)
     columns = [
         field.name for field in fields(OutputRow) if field.name in kept.column_names and field.name not in _GIVEN
     ]
@@ -92,6 +94,24 @@ def run_params(path: Path, run: dict[str, Any]) -> SamplingParams:
         raise InputError(
             f"{path}: the metadata names no parameters; it was changed: take the file as batchgen wrote it"
         )
+    return read_params(path, run, values)
+
+
+def row_params(path: Path, run: dict[str, Any], row: dict[str, Any]) -> SamplingParams:
+    """The run's parameters, and those that the row has for itself."""
+    if row.get("parameters") is None:
+        return run_params(path, run)
+    try:
+        own = json.loads(row["parameters"])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: parameters of row {row['row']} are not JSON; they were changed") from error
+    if not isinstance(own, dict):
+        raise InputError(f"{path}: parameters of row {row['row']} are not an object; they were changed")
+    return read_params(path, run, run["parameters"] | own)
+
+
+def read_params(path: Path, run: dict[str, Any], values: dict[str, Any]) -> SamplingParams:
+    """SamplingParams of what JSON has made of them; InputError where this version does not know them."""
     unknown = sorted(values.keys() - {field.name for field in fields(SamplingParams)})
     try:
         if unknown:
@@ -168,17 +188,26 @@ def how_to_compare(run: dict[str, Any], directory: Path, manifest: Manifest) -> 
     return not notes, notes
 
 
+def requests_again(path: Path, run: dict[str, Any], kept: Iterable[dict[str, Any]]) -> list[Request]:
+    """What the rows asked for; one of an OpenAI batch file may have several prompts, each with its n samples."""
+    requests: list[Request] = []
+    for row in kept:
+        if row["prompt"] is None:
+            continue
+        if row["sample"] == 0:
+            params = row_params(path, run, row)
+            requests.append(Request(row["row"], f"row {row['row']}", row["id"], row["prompt"], params))
+        elif row.get("prompt_index") and requests and row["sample"] % requests[-1].params.n == 0:
+            requests[-1] = replace(requests[-1], others=(*requests[-1].others, row["prompt"]))
+    return requests
+
+
 def generate_again(
-    kept: Iterable[dict[str, Any]], run: dict[str, Any], params: SamplingParams, directory: Path, manifest: Manifest
+    requests: Iterable[Request], run: dict[str, Any], params: SamplingParams, directory: Path, manifest: Manifest
 ) -> dict[tuple[int, int], OutputRow]:
-    """Every sample of the rows' prompts, generated as one chunk: (row, sample) -> what a run would write."""
+    """Every sample of the requests, generated as one chunk: (row, sample) -> what a run would write."""
     tokenizer = Tokenizer.load(directory)
-    how = run.get("on_too_long", "reject"), run.get("empty_prompt", "reject")
-    requests = [
-        Request(row["row"], f"row {row['row']}", row["id"], row["prompt"], params)
-        for row in kept
-        if row["sample"] == 0 and row["prompt"] is not None
-    ]
+    how = run.get("on_too_long", "reject"), run.get("empty_prompt", "reject"), run.get("trim", False)
     items = tuple(validate(request, tokenizer, manifest.config.n_ctx, *how) for request in requests)
     with threadpool_limits(1, user_api="blas"), tempfile.TemporaryDirectory() as scratch:
         engine = Engine(
@@ -187,7 +216,7 @@ def generate_again(
             eos_id=tokenizer.eos_id,
             kv_bytes=default_kv_bytes(manifest.config),
         )
-        rows = complete_chunk(Chunk(0, items), engine, tokenizer, Marker(Path(scratch), 0))
+        rows = complete_chunk(Chunk(0, items), params, engine, tokenizer, Marker(Path(scratch), 0))
     return {(row.row, row.sample): row for row in rows}
 
 

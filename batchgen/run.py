@@ -334,6 +334,7 @@ def worker_setup(job: Job, model: Model, plan: dict[str, Any], columns: dict[str
         max_batch=plan["batch_size"],
         share_prefixes=plan["share_prefixes"],
         **columns,
+        params=job.params,
         parent=os.getpid(),
     )
 

@@ -231,6 +231,7 @@ class OutputRow:
     top_logprobs: tuple[tuple[tuple[int, str, float], ...], ...] | None = None
     stop_reason: str | None = None
     prompt_index: int = 0
+    parameters: str | None = None  # JSON of those that are not the run's
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ runs a chunk makes no difference to what it writes.
 """
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ from batchgen.records.schema import output_schema
 from batchgen.records.writer import write_part
 from batchgen.stopping import StopStrings, bad_word_ids, completed_text
 from batchgen.tokenizer import Tokenizer
-from batchgen.types import Chunk, OutputRow, Receipt, Rejected, TokenizedRequest
+from batchgen.types import Chunk, OutputRow, Receipt, Rejected, SamplingParams, TokenizedRequest
 
 OUT_OF_MEMORY = 12  # exit code: errno's ENOMEM
 _PR_SET_PDEATHSIG = 1
@@ -45,6 +46,7 @@ class WorkerSetup:
     share_prefixes: bool
     token_ids: bool
     logprobs: bool
+    params: SamplingParams  # the run's, which a row may have changed for itself
     parent: int  # process id: a worker does not outlive it
     prompt_index: bool = False
 
@@ -198,7 +200,7 @@ def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
 def _run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: Path, marker: Marker) -> Receipt:
     started = time.monotonic()
     engine, tokenizer = _loaded(setup)
-    rows = complete_chunk(chunk, engine, tokenizer, marker)
+    rows = complete_chunk(chunk, setup.params, engine, tokenizer, marker)
     path = attempt / f"{chunk.index:08d}.parquet"
     path.unlink(missing_ok=True)
     generated = [row for row in rows if row.status == "ok"]
@@ -223,7 +225,9 @@ def _run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: Path, marker: Marker) 
     return receipt.finished(sha256, time.monotonic() - started)
 
 
-def complete_chunk(chunk: Chunk, engine: Engine, tokenizer: Tokenizer, marker: Marker) -> list[OutputRow]:
+def complete_chunk(
+    chunk: Chunk, params: SamplingParams, engine: Engine, tokenizer: Tokenizer, marker: Marker
+) -> list[OutputRow]:
     """The chunk's output rows in order: every sample of every request, and a row for each that is not generated."""
     requests = {item.row: item for item in chunk.items if isinstance(item, TokenizedRequest)}
     rows = {(item.row, 0): unfinished_row(item) for item in chunk.items if isinstance(item, Rejected)}
@@ -234,7 +238,7 @@ def complete_chunk(chunk: Chunk, engine: Engine, tokenizer: Tokenizer, marker: M
     for completion in engine.generate(prompts, marker.on, stop_strings):
         marker.on([completion.row])
         key = completion.row, completion.sample
-        rows[key] = completed_row(requests[completion.row], completion, tokenizer, seeds[key])
+        rows[key] = completed_row(requests[completion.row], completion, tokenizer, seeds[key], params)
         marker.add(int(completion.sample == 0), rows[key].prompt_tokens or 0, len(completion.token_ids))
     marker.on((), list(requests))
     return [rows[key] for key in sorted(rows)]
@@ -271,7 +275,9 @@ def unfinished_row(item: Rejected) -> OutputRow:
     )
 
 
-def completed_row(request: TokenizedRequest, completion: Completion, tokenizer: Tokenizer, seed: int) -> OutputRow:
+def completed_row(
+    request: TokenizedRequest, completion: Completion, tokenizer: Tokenizer, seed: int, run_params: SamplingParams
+) -> OutputRow:
     params = request.params
     prompt_index = completion.sample // params.n
     prompt, prompt_token_ids = request.prompts[prompt_index]
@@ -293,7 +299,14 @@ def completed_row(request: TokenizedRequest, completion: Completion, tokenizer: 
         top_logprobs=_named(completion, tokenizer),
         stop_reason=stop_reason,
         prompt_index=prompt_index,
+        parameters=own_parameters(params, run_params),
     )
+
+
+def own_parameters(params: SamplingParams, run_params: SamplingParams) -> str | None:
+    """JSON of a row's parameters that are not the run's; None where there are none."""
+    own = {name: value for name, value in params.as_dict().items() if value != getattr(run_params, name)}
+    return json.dumps(own, sort_keys=True) if own else None
 
 
 def _named(completion: Completion, tokenizer: Tokenizer) -> tuple[tuple[tuple[int, str, float], ...], ...] | None:

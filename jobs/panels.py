@@ -13,14 +13,15 @@ COMMANDS = {
 
 OPTIONS = {
     "Input, model, output": (
-        "output", "model", "fetch", "prompt_column", "id_column", "output_token_ids", "logprobs",
-        "output_format", "html_report",
+        "output", "input_format", "model", "fetch", "prompt_column", "id_column", "keep", "output_token_ids",
+        "logprobs", "output_format", "html_report",
     ),
     "Sampling": (
         "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-        "presence_penalty", "frequency_penalty", "n", "seed", "ignore_eos",
+        "presence_penalty", "frequency_penalty", "logit_bias", "bad_words", "n", "seed", "row_params",
     ),
-    "Prompts that do not fit": ("on_too_long", "empty_prompt"),
+    "Where a completion ends": ("stop", "include_stop", "stop_token_ids", "ignore_eos", "stop_loops", "echo"),
+    "Prompts": ("on_too_long", "empty_prompt", "trim"),
     "Work": ("jobs", "batch_size", "chunk_rows", "kv_memory", "share_prefixes", "require_invariant"),
     "Run": (
         "restart", "retry_failed", "time_limit", "row_timeout", "progress", "status", "log_json", "quiet", "show",

@@ -248,3 +248,21 @@ def test_a_name_with_an_outputs_suffix_is_an_output_and_any_other_a_model(tmp_pa
     assert isinstance(CliRunner().invoke(app, ["verify", "no-such-model"]).exception, ModelError)
     (tmp_path / "text").write_text("text")
     assert isinstance(CliRunner().invoke(app, ["verify", str(tmp_path / "text")]).exception, InputError)
+
+
+def test_rows_with_parameters_of_their_own_come_out_again(tmp_path, model):
+    own = [{"max_tokens": 3}, {"seed": 9, "temperature": 1.2}, {"n": 3}, {"stop": ["a", "e"], "echo": True}, {}]
+    lines = [json.dumps({"prompt": "the prompt"} | values) for values in own]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    params = SamplingParams(max_tokens=12, temperature=0.9)
+    run_job(Job(tmp_path / "p.jsonl", tmp_path / "out.parquet", str(model), params, jobs=1))
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [json.loads(row["parameters"] or "{}") for row in rows if row["sample"] == 0] == own
+    done = replay(tmp_path / "out.parquet", 10)
+    assert (done.compared, done.samples, done.differences) == (5, 7, ())
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"mirostat": 2}', '{"top_p": 7}'])
+def test_parameters_of_a_row_that_no_run_wrote_are_named(output, tmp_path, text):
+    with pytest.raises(InputError, match="parameters"):
+        replay(rewrite(output, tmp_path, lambda rows: first_ok(rows).update(parameters=text)), 100)

@@ -409,7 +409,7 @@ def test_a_run_that_cannot_be_reported_on_does_not_begin(real, tmp_path):
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out.jsonl")])
     assert "JSON lines have no place" in str(done.exception)
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out"), "--format", "dataset"])
-    assert "the output is a folder" in str(done.exception)
+    assert "a report is about one output file" in str(done.exception)
     (tmp_path / "out.html").mkdir()
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out.parquet")])
     assert "a directory" in str(done.exception)

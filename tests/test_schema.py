@@ -30,13 +30,14 @@ def test_columns_are_in_the_documented_order() -> None:
         "status",
         "error",
         "seed",
+        "parameters",
     ]
 
 
 @pytest.mark.parametrize(("token_ids", "logprobs"), [(False, False), (True, False), (False, True), (True, True)])
 def test_asked_for_columns_come_last(token_ids: bool, logprobs: bool) -> None:
     names = output_schema(token_ids=token_ids, logprobs=logprobs).names
-    assert names[12:] == ["completion_token_ids"] * token_ids + ["logprobs", "top_logprobs"] * logprobs
+    assert names[13:] == ["completion_token_ids"] * token_ids + ["logprobs", "top_logprobs"] * logprobs
     assert output_schema(token_ids=token_ids, logprobs=logprobs, prompt_index=True).names == [*names, "prompt_index"]
 
 

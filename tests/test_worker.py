@@ -38,7 +38,13 @@ def attempt(tmp_path: Path) -> str:
 
 def setup(model: Path, **changes) -> WorkerSetup:
     values = {"model": str(model), "model_hash": "", "kv_bytes": default_kv_bytes(BYTES), "max_batch": 8}
-    values |= {"share_prefixes": True, "token_ids": True, "logprobs": False, "parent": os.getpid()}
+    values |= {
+        "share_prefixes": True,
+        "token_ids": True,
+        "logprobs": False,
+        "parent": os.getpid(),
+        "params": SamplingParams(),
+    }
     return WorkerSetup(**values | changes)
 
 

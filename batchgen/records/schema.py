@@ -31,6 +31,7 @@ def output_schema(
         pa.field("status", pa.string(), nullable=False),
         pa.field("error", pa.string()),
         pa.field("seed", pa.int64()),
+        pa.field("parameters", pa.string()),
     ]
     if token_ids:
         fields.append(pa.field("completion_token_ids", pa.list_(pa.int32())))

@@ -30,7 +30,7 @@ GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
 BATCH_ROWS = 8_192
 SUFFIXES = (".parquet", ".jsonl")
 METADATA_KEY = "batchgen"  # in the output's own metadata: the run manifest
-FEW_VALUES = ["finish_reason", "status", "error"]  # worth a dictionary; the other columns hardly repeat
+FEW_VALUES = ["finish_reason", "status", "error", "parameters"]  # worth a dictionary; the other columns hardly repeat
 
 PARQUET_OPTIONS: dict[str, Any] = {
     "compression": "zstd",
