@@ -140,13 +140,13 @@ class Pool:
 
     def _submit(self, chunk: Chunk) -> "Future[Receipt]":
         while True:
-            with _no_interrupts_to_workers():
+            with no_interrupts_to_workers():
                 self._executor = get_reusable_executor(self.jobs, timeout=IDLE_SECONDS, **self._start)
             with suppress(BrokenProcessPool, ShutdownExecutorError):  # it died just now: the next is a fresh one
                 return self._submit_to(self._executor, chunk)
 
     def _submit_to(self, executor: Any, chunk: Chunk) -> "Future[Receipt]":
-        with _no_interrupts_to_workers():
+        with no_interrupts_to_workers():
             future: Future[Receipt] = executor.submit(run_chunk, self.setup, chunk, str(self.attempt))
         future.add_done_callback(self._note_the_dead)
         return future
@@ -268,12 +268,12 @@ class Pool:
 
     @contextmanager
     def _one_worker(self) -> Iterator[Any]:
-        with _no_interrupts_to_workers():
+        with no_interrupts_to_workers():
             executor = ProcessPoolExecutor(1, **self._start)
         try:
             yield executor
         finally:
-            _end(executor)
+            end_workers(executor)
 
     def _how(self, future: "Future[Receipt]", sighting: Sighting | None) -> str:
         """The end of a worker, in words."""
@@ -286,10 +286,10 @@ class Pool:
     def _end_workers(self) -> None:
         """At once, whatever they are doing."""
         if self._executor is not None:
-            _end(self._executor)
+            end_workers(self._executor)
 
 
-def _end(executor: Any) -> None:
+def end_workers(executor: Any) -> None:
     """At once; shutdown(kill_workers=True) has its thread trip over work that it has not handed out yet."""
     for pid in list(executor._processes or ()):
         with suppress(ProcessLookupError):
@@ -331,7 +331,7 @@ def _raise_a_jobs_error(future: "Future[Any]") -> None:
 
 
 @contextmanager
-def _no_interrupts_to_workers() -> Iterator[None]:
+def no_interrupts_to_workers() -> Iterator[None]:
     """What is started in this block inherits a mask: Ctrl-C reaches this process alone, which ends its workers."""
     resource_tracker.ensure_running()  # whose start would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -23,7 +23,7 @@ from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError, StoppedError, UsageError
 from batchgen.ledger import Ledger, open_ledger, refuse_changes
 from batchgen.planner import auto_chunk_rows, check_memory, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
-from batchgen.pool import Pool
+from batchgen.pool import Pool, no_interrupts_to_workers
 from batchgen.records.finished import failed_rows, read_manifest, with_rows_replaced
 from batchgen.records.keep import kept_schema, with_kept
 from batchgen.records.openai import batch_writer
@@ -134,9 +134,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
     """
     until = time.monotonic() + job.time_limit if job.time_limit else None
     job = checked(job)
-    directory = find_model(job.model)
-    model = Model(directory, load_manifest(directory))
-    check_memory(job.model, model.manifest.config, model.bytes)
+    model = find_checked_model(job)
     with open_ledger(job.output) as ledger:
         verify_shards(model.directory)
         facts, kept = scan_input(job.input), kept_schema(job.input, job.keep)
@@ -175,6 +173,13 @@ def checked(job: Job) -> Job:
     )
     check_output(job.output, local_paths(sources), dataset=job.dataset)
     return replace(job, input=sources)
+
+
+def find_checked_model(job: Job) -> Model:
+    directory = find_model(job.model)
+    model = Model(directory, load_manifest(directory))
+    check_memory(job.model, model.manifest.config, model.bytes)
+    return model
 
 
 def in_time(chunks: Iterator[Chunk], until: float | None, pool: Pool) -> Iterator[Chunk]:
@@ -389,7 +394,8 @@ def reporting(on_progress: OnProgress | None, status: StatusFile, ledger: Ledger
             report()
 
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    with no_interrupts_to_workers():  # nor to this thread, so that they wait while the main thread blocks them
+        watcher.start()
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from batchgen.checkpoint.shards import load_manifest, load_params
@@ -88,7 +89,7 @@ class Marker:
         path = directory / f"worker-{os.getpid()}"
         if not path.exists():
             path.write_bytes(bytes(self.BYTES))  # a hole could not be filled on a full disk
-        self._values = np.memmap(path, np.int64, "r+")
+        self._values: npt.NDArray[np.int64] = np.memmap(path, np.int64, "r+")
         self._values[1 : self.HEADER] = True, chunk, 0, 0, 0, 0, 0
         self._values[0] += 1
 
@@ -102,6 +103,15 @@ class Marker:
         self._values[6:8] = min(len(suspects), len(rows)), max(len(rows) - len(suspects), 0)
         self._values[0] += 1
 
+    def step(self, starting: Sequence[int], running: Sequence[int]) -> None:
+        """The same of a step of the engine, in which each of them gets a token."""
+        self.on(starting, running)
+        self._values[5] += len(starting) + len(running)
+
+    def settle(self, completion_tokens: int) -> None:
+        """How many they really were: without what ended a sequence, and with what was generated once for several."""
+        self._values[5] = completion_tokens
+
     def done(self) -> None:
         self.on(())
         self._values[1] = False
@@ -112,6 +122,13 @@ class Marker:
         self._values[3:6] = 0
         self.done()
         return sighting
+
+
+class NoMarker(Marker):
+    """Nobody looks."""
+
+    def __init__(self) -> None:
+        self._values = np.zeros(self.HEADER + self.MAX_ROWS, np.int64)
 
 
 def _sighting(pid: int, values: list[int]) -> Sighting:
@@ -142,7 +159,7 @@ def read_sightings(directory: Path) -> list[Sighting]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
+def loaded(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
     """Map the model, once a process; one BLAS thread, as two would change bits and slow two workers manyfold."""
     threadpool_limits(1, user_api="blas")
     directory = Path(setup.model)
@@ -199,7 +216,7 @@ def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
 
 def _run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: Path, marker: Marker) -> Receipt:
     started = time.monotonic()
-    engine, tokenizer = _loaded(setup)
+    engine, tokenizer = loaded(setup)
     rows = complete_chunk(chunk, setup.params, engine, tokenizer, marker)
     path = attempt / f"{chunk.index:08d}.parquet"
     path.unlink(missing_ok=True)
@@ -217,6 +234,7 @@ def _run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: Path, marker: Marker) 
         completion_tokens=sum(row.completion_tokens or 0 for row in generated),
         space_ends=sum(ends_in_space(item) for item in chunk.items),
     )
+    marker.settle(receipt.completion_tokens)
     kept = kept_columns(chunk, rows)
     schema = output_schema(
         token_ids=setup.token_ids, logprobs=setup.logprobs, prompt_index=setup.prompt_index, kept=kept.schema
@@ -226,20 +244,24 @@ def _run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: Path, marker: Marker) 
 
 
 def complete_chunk(
-    chunk: Chunk, params: SamplingParams, engine: Engine, tokenizer: Tokenizer, marker: Marker
+    chunk: Chunk, params: SamplingParams, engine: Engine, tokenizer: Tokenizer, marker: Marker | None = None
 ) -> list[OutputRow]:
-    """The chunk's output rows in order: every sample of every request, and a row for each that is not generated."""
+    """The chunk's output rows in order: every sample of every request, and a row for each that is not generated.
+
+    params are the run's; a row says where its own are others. marker is told what is being done.
+    """
     requests = {item.row: item for item in chunk.items if isinstance(item, TokenizedRequest)}
     rows = {(item.row, 0): unfinished_row(item) for item in chunk.items if isinstance(item, Rejected)}
+    marker = marker or NoMarker()
     marker.add(len(rows), 0, 0)
     prompts = [prompt for request in requests.values() for prompt in to_prompts(request, tokenizer)]
     seeds = {(p.row, sample): seed for p in prompts for sample, seed in enumerate(p.seeds, p.first_sample)}
     stop_strings = StopStrings(tokenizer) if any(prompt.params.stop for prompt in prompts) else None
-    for completion in engine.generate(prompts, marker.on, stop_strings):
+    for completion in engine.generate(prompts, marker.step, stop_strings):
         marker.on([completion.row])
         key = completion.row, completion.sample
         rows[key] = completed_row(requests[completion.row], completion, tokenizer, seeds[key], params)
-        marker.add(int(completion.sample == 0), rows[key].prompt_tokens or 0, len(completion.token_ids))
+        marker.add(int(completion.sample == 0), rows[key].prompt_tokens or 0, 0)
     marker.on((), list(requests))
     return [rows[key] for key in sorted(rows)]
 

@@ -20,6 +20,7 @@ from jobs.html_report import report
 from jobs.logs import is_json, log_for_people
 from jobs.models import models
 from jobs.panels import COMMANDS, command_class, panel_of
+from jobs.plan import plan
 from jobs.report import discard_stdout, one_line
 from jobs.verify import verify
 
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (generate, complete, report, verify, fetch, convert, models, doctor):
+for command in (plan, generate, complete, report, verify, fetch, convert, models, doctor):
     name = command.__name__
     app.command(cls=command_class(name), rich_help_panel=panel_of(name, COMMANDS))(command)
 

@@ -5,7 +5,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 COMMANDS = {
-    "Completions": ("generate", "complete"),
+    "Completions": ("plan", "generate", "complete"),
     "Looking at outputs": ("report", "verify"),
     "Models": ("fetch", "convert", "models"),
     "This machine": ("doctor",),
@@ -22,14 +22,14 @@ OPTIONS = {
     ),
     "Where a completion ends": ("stop", "include_stop", "stop_token_ids", "ignore_eos", "stop_loops", "echo"),
     "Prompts": ("on_too_long", "empty_prompt", "trim"),
-    "Work": ("jobs", "batch_size", "chunk_rows", "kv_memory", "share_prefixes", "require_invariant"),
+    "Work": ("jobs", "batch_size", "chunk_rows", "kv_memory", "share_prefixes", "require_invariant", "time"),
     "Run": (
         "restart", "retry_failed", "time_limit", "row_timeout", "progress", "status", "log_json", "quiet", "show",
     ),
 }  # fmt: skip
 
 
-MANY_OPTIONS = ("generate", "complete")
+MANY_OPTIONS = ("plan", "generate", "complete")
 
 
 def command_class(name: str) -> type[TyperCommand]:

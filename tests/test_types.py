@@ -143,6 +143,7 @@ def test_exit_codes_tell_kinds_of_failure_apart():
         "ModelError": 1,
         "UsageError": 2,
         "BusyError": 75,
+        "StoppedError": 75,
     }
 
 

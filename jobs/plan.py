@@ -1,0 +1,149 @@
+"""batchgen plan: what a run would do, and how long it would take; writes nothing."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchgen.checkpoint.registry import DEFAULT_MODEL
+from batchgen.forecast import Forecast, forecast_job
+from batchgen.records.readers import DEFAULT_ID_COLUMN, check_input
+from batchgen.records.sources import InputFormat
+from batchgen.run import Job
+from batchgen.types import SamplingParams
+from jobs import options, report
+
+BINS = 12
+BAR = 40  # characters of the longest
+
+
+def plan(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Prompts, as for generate.")],
+    model: options.Model = DEFAULT_MODEL,
+    prompt_column: Annotated[str, typer.Option(help="The column or key that holds the prompt.")] = "prompt",
+    id_column: Annotated[str, typer.Option(help="The one that holds the row's id, if any.")] = DEFAULT_ID_COLUMN,
+    input_format: Annotated[
+        InputFormat, typer.Option(help="What the input is, whatever it is called; auto goes by the suffix.")
+    ] = "auto",
+    max_tokens: options.MaxTokens = 40,
+    temperature: options.Temperature = 0.0,
+    ignore_eos: options.IgnoreEos = False,
+    n: Annotated[int, typer.Option("--n", "-n", help="Samples of each prompt.")] = 1,
+    on_too_long: options.TooLong = "reject",
+    empty_prompt: options.Empty = "reject",
+    trim: options.Trim = False,
+    row_params: Annotated[bool, typer.Option(help="Heed parameters in rows: max_tokens, seed and so on.")] = True,
+    jobs: Annotated[str, typer.Option("--jobs", "-j", help="Worker processes; auto: a core each.")] = "auto",
+    batch_size: Annotated[str, typer.Option(help="Sequences in flight in a worker.")] = "auto",
+    chunk_rows: Annotated[str, typer.Option(help="Rows that a worker takes at a time.")] = "auto",
+    kv_memory: Annotated[str, typer.Option(help="Keys and values that a worker may hold, such as 2G.")] = "auto",
+    share_prefixes: Annotated[bool, typer.Option(help="Read prefixes that prompts share only once.")] = True,
+    time: Annotated[
+        bool, typer.Option(help="Measure some seconds of the work to tell how long all of it takes.")
+    ] = True,
+) -> None:
+    """Say what generate would do with INPUT: rows, rejects, lengths, chunks, memory, time. Writes nothing.
+
+    Exit code 0: every row can be generated; 3: some would be rejected.
+
+    Example: batchgen plan prompts.jsonl --model 124M --max-tokens 64
+    """
+    sources = check_input(
+        [*inputs],
+        prompt_column,
+        id_column,
+        input_format=input_format,
+        own_params=row_params,
+        spool=Path(tempfile.gettempdir()),
+    )
+    job = Job(
+        input=sources,
+        output=Path("completions.parquet"),
+        model=model,
+        params=SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=ignore_eos, n=n),
+        prompt_column=prompt_column,
+        id_column=id_column,
+        input_format=input_format,
+        on_too_long=on_too_long,
+        empty_prompt=empty_prompt,
+        trim=trim,
+        row_params=row_params,
+        jobs=options.parse_count(jobs, "--jobs"),
+        batch_size=options.parse_count(batch_size, "--batch-size"),
+        chunk_rows=options.parse_count(chunk_rows, "--chunk-rows"),
+        kv_bytes=options.parse_size(kv_memory, "--kv-memory"),
+        share_prefixes=share_prefixes,
+    )
+    forecast = forecast_job(job, measure_time=time)
+    with report.to_whoever_reads():
+        for line in lines(forecast):
+            typer.echo(report.one_line(line))
+    raise typer.Exit(3 if forecast.rejects else 0)
+
+
+def lines(forecast: Forecast) -> Iterator[str]:
+    """The whole answer, a line at a time."""
+    rejected = forecast.rows - forecast.ok
+    yield f"rows: {forecast.rows:,}: {forecast.ok:,} to generate, {rejected:,} to be rejected"
+    for reject in sorted(forecast.rejects.values(), key=lambda reject: -reject.rows):
+        more = ", ..." if reject.rows > len(reject.places) else ""
+        yield f"  {reject.rows:>6,}  {reject.example}  [{', '.join(reject.places)}{more}]"
+    if forecast.ok:
+        yield from length_lines(forecast.lengths)
+    if forecast.shared_tokens or forecast.duplicates:
+        yield (
+            f"shared: {forecast.shared_tokens:,} prompt tokens are read once instead of again; "
+            f"{forecast.duplicates:,} equal greedy requests are generated once"
+        )
+    company = "" if forecast.invariant else "; on this machine's BLAS a row depends on its company: keep the chunks"
+    yield (
+        f"work: {len(forecast.chunks):,} chunks of up to {forecast.chunk_rows:,} rows; {forecast.jobs} "
+        f"job{'s' if forecast.jobs > 1 else ''}, up to {forecast.max_batch:,} sequences in flight in each{company}"
+    )
+    yield f"memory: up to {forecast.memory / 2**30:.1f} GiB, the model's weights in it once"
+    if forecast.seconds is not None:
+        rate = forecast.completion_tokens / max(forecast.seconds, 1e-9)
+        yield (
+            f"time: about {duration(forecast.seconds)} for {forecast.completion_tokens:,.0f} tokens "
+            f"({rate:,.0f} tokens/s), as measured here in {forecast.measured_in:.0f} s"
+        )
+
+
+def length_lines(lengths: Counter[int]) -> Iterator[str]:
+    """A histogram of the prompts' lengths."""
+    rows, total = lengths.total(), sum(length * n for length, n in lengths.items())
+    yield (
+        f"prompt tokens: {total:,}; {min(lengths):,} to {max(lengths):,}, median {median(lengths):,}, "
+        f"mean {total / rows:,.0f}"
+    )
+    low, high = min(lengths), max(lengths)
+    width = max(-(-(high - low + 1) // BINS), 1)
+    bins = Counter({start: 0 for start in range(low, high + 1, width)})
+    for length, n in lengths.items():
+        bins[low + (length - low) // width * width] += n
+    most = max(bins.values())
+    for start, n in sorted(bins.items()):
+        bar = "█" * round(BAR * n / most) or ("▏" if n else "")
+        yield f"  {start:>5,}-{min(start + width - 1, high):<5,} {bar} {n:,}"
+
+
+def median(lengths: Counter[int]) -> int:
+    left = (lengths.total() + 1) // 2
+    for length in sorted(lengths):
+        left -= lengths[length]
+        if left <= 0:
+            return length
+    raise ValueError("of nothing")
+
+
+def duration(seconds: float) -> str:
+    """42 s, 7 min 5 s, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"

@@ -1,0 +1,125 @@
+"""forecast.py: what it counts is what a run does; its time is a sum of what was measured."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchgen.forecast import ChunkCost, Forecast, Pace, chunk_cost, forecast_job, measure
+from batchgen.ledger import work_directory
+from batchgen.records.readers import check_input
+from batchgen.run import Job, run_job
+from batchgen.types import Chunk, SamplingParams, TokenizedRequest
+from tests.models import write_byte_model
+from tests.test_worker import setup
+
+PACE = Pace(prompt=0.001, step=0.1, sequence=0.01, stop=0.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_byte_model(tmp_path_factory.mktemp("forecast") / "bytes")
+
+
+@pytest.fixture
+def job(model, tmp_path) -> Job:
+    lines = [json.dumps({"prompt": "a" * (1 + row % 100)}) for row in range(150)]
+    lines += ["not JSON", '{"prompt": ""}', *['{"prompt": "' + "b" * 200 + '"}'] * 12]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    source = check_input(tmp_path / "p.jsonl", "prompt", "id", spool=tmp_path)
+    return Job(source, tmp_path / "o.parquet", str(model), params, jobs=2, chunk_rows=40)
+
+
+def request(row: int, text: str, **params) -> TokenizedRequest:
+    return TokenizedRequest(row, f"p:{row}", None, text, tuple(text.encode()), SamplingParams(**params))
+
+
+def test_a_forecast_counts_what_a_run_then_does_and_writes_nothing(job, tmp_path):
+    forecast = forecast_job(job)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["p.jsonl"]
+    assert not work_directory(job.output).exists()
+    summary = run_job(job)
+    assert forecast.rows == summary.rows == 164
+    assert forecast.ok == summary.ok == 150
+    assert sum(reject.rows for reject in forecast.rejects.values()) == summary.rejected == 14
+    assert sum(length * n for length, n in forecast.lengths.items()) == summary.prompt_tokens
+    assert forecast.completion_tokens == pytest.approx(150 * 5)  # the repeats are in other chunks
+    assert len(forecast.chunks) == 5
+    assert forecast.seconds is not None
+    assert forecast.seconds > 0
+
+
+def test_rejects_are_gathered_by_reason_with_the_first_places(job):
+    rejects = sorted(forecast_job(job, measure_time=False).rejects.values(), key=lambda reject: -reject.rows)
+    assert [reject.rows for reject in rejects] == [12, 1, 1]
+    assert len(rejects[0].places) == 8
+    assert rejects[0].places[0] == "p.jsonl:153"
+    assert "exceed n_ctx 128" in rejects[0].example
+
+
+def test_without_measuring_there_is_no_time(job):
+    forecast = forecast_job(job, measure_time=False)
+    assert (forecast.seconds, forecast.measured_in) == (None, 0.0)
+
+
+def test_no_rows_are_no_work(job, tmp_path):
+    (tmp_path / "p.jsonl").write_text("")
+    source = check_input(tmp_path / "p.jsonl", "prompt", "id", spool=tmp_path)
+    forecast = forecast_job(replace(job, input=source))
+    assert (forecast.rows, forecast.ok, forecast.chunks, forecast.seconds) == (0, 0, [], None)
+
+
+def test_equal_greedy_requests_and_shared_blocks_are_counted_once():
+    prefix = "x" * 130
+    chunk = Chunk(0, (request(0, prefix + "a"), request(1, prefix + "b"), request(2, prefix + "a"), request(3, "y")))
+    forecast = Forecast()
+    cost = chunk_cost(chunk, forecast, share=True)
+    assert (forecast.duplicates, forecast.shared_tokens) == (1, 128)
+    assert (cost.samples, cost.prompt_tokens) == (3, 131 + 3 + 1)
+    assert chunk_cost(chunk, Forecast(), share=False).prompt_tokens == 131 + 131 + 1
+
+
+def test_sampled_requests_are_never_one():
+    chunk = Chunk(0, tuple(request(row, "same", temperature=1.0, n=3) for row in range(2)))
+    forecast = Forecast()
+    assert (chunk_cost(chunk, forecast, share=True).samples, forecast.duplicates) == (6, 0)
+
+
+def test_time_is_reading_and_steps_and_sequences():
+    chunk = ChunkCost(prompt_tokens=1000, samples=10, max_tokens=20, sum_max_tokens=200)
+    assert PACE.seconds(chunk, 256) == pytest.approx(1.0 + 20 * 0.1 + 200 * 0.01)
+    assert PACE.seconds(chunk, 5) == pytest.approx(1.0 + 40 * 0.1 + 200 * 0.01)  # twice as many steps
+    assert PACE.seconds(ChunkCost(0, 0, 0, 0), 256) == 0.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 0.5), st.integers(1, 1000))
+def test_the_expected_length_is_that_of_a_geometric_distribution_cut_off(stop, max_tokens):
+    expected = sum((1 - stop) ** token for token in range(max_tokens))
+    assert replace(PACE, stop=stop).expected_tokens(max_tokens) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_measurement_is_of_positive_times_and_ends_of_text(model):
+    requests = [request(row, "abc" * (1 + row), max_tokens=30, ignore_eos=True) for row in range(16)]
+    pace = measure(setup(model, max_batch=16), requests)
+    assert pace.prompt > 0
+    assert pace.step + pace.sequence > 0
+    assert pace.stop == 0
+
+
+def test_one_request_can_be_measured_too(model):
+    pace = measure(setup(model), [request(0, "a", max_tokens=1)])
+    assert pace.step >= 0
+
+
+def test_a_run_after_a_plan_is_what_it_is_without(job):
+    run_job(job)
+    before = pq.read_table(job.output)
+    forecast_job(job)
+    run_job(job)
+    assert pq.read_table(job.output).equals(before)
