@@ -33,6 +33,10 @@ lint: .venv/dev  ## Lint, formatting, types, and which module may import which.
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
 
+.PHONY: faults
+faults: .venv/dev  ## Make every fault happen, many times, and show what came of it (half an hour).
+	@$(BIN)/python -m tests.faults $(ARGS)
+
 .PHONY: bench
 bench: .venv/dev  ## Measure against transformers, CTranslate2, vLLM and llama.cpp, each in an environment of its own (an hour).
 	@$(BIN)/python -m benchmarks.bench $(ARGS)

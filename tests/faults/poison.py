@@ -1,0 +1,122 @@
+"""Rows that kill, hang or fail whatever computes them, and workers that die once."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from tests.faults import drivers
+from tests.faults.bench import Bench
+
+ROW_TIMEOUT = 2
+
+
+class Poison:
+    """What rows do in runs with the driver `poisoned`, and how often they did it."""
+
+    def __init__(self, bench: Bench, rows: dict[int, str]) -> None:
+        self.folder = bench.new_folder()
+        pairs = " ".join(f"{row}:{what}" for row, what in rows.items())
+        self.environment = {drivers.POISON: pairs, drivers.FOLDER: str(self.folder)}
+
+    def deaths(self) -> Counter[int]:
+        return Counter(int(name.partition("-")[0]) for name in os.listdir(self.folder) if "-" in name)
+
+    def release(self) -> None:
+        (self.folder / "released").touch()
+
+
+def worker_dies_once(bench: Bench) -> str:
+    """A worker that dies, exits, raises or runs out of memory in the middle, and not when its rows are tried again."""
+    whats = ["kill", "kill@3", "exit", "raise", "exhaust", "exhaust@5", "starve"]
+    for what in whats:
+        word, _, step = what.partition("@")
+        poison = Poison(bench, {37: f"{word}-once@{step or 1}"})
+        out = bench.new_output()
+        run = bench.start(out, driver="poisoned", environment=poison.environment)
+        assert run.finish() == 0, run.said
+        assert poison.deaths()[37] == 1
+        bench.assert_finished(out)
+        bench.forget(out)
+    return f"{len(whats)} ways ({', '.join(whats)}): exit 0, all identical"
+
+
+def poison_rows(bench: Bench) -> str:
+    """Five rows in a thousand, each of which ends its worker every time."""
+    n = 1000 if bench.full else 100
+    rows = {n // 50: "kill", n // 50 + 1: "raise", n // 3: "exit", n // 2: "exhaust", n - 1: "kill"}
+    rows = rows if bench.full else {n // 50: "kill", n // 3: "raise"}
+    prompts = _prompts(bench, n)
+    undisturbed, out, poison = bench.new_output(), bench.new_output(), Poison(bench, rows)
+    options = ["--chunk-rows", "50"]  # a new worker costs a second or so: the run is to be longer than a few of those
+    options += ["--model", "tales", "--max-tokens", "80", "--ignore-eos"] if bench.full else []
+    before = bench.start(undisturbed, *options, prompts=prompts)
+    assert before.finish(600) == 0, before.said
+    run = bench.start(out, *options, prompts=prompts, driver="poisoned", environment=poison.environment)
+    assert run.finish(600) == 3, run.said
+    _assert_set_aside(bench, out, undisturbed, set(rows))
+    deaths = poison.deaths()
+    assert max(deaths.values()) <= 2, deaths
+    assert run.seconds < (3 if bench.full else 100) * before.seconds, (run.seconds, before.seconds)
+    return (
+        f"{n} rows, {n - len(rows)} ok, {len(rows)} failed, deaths {sorted(deaths.values())}, exit 3, "
+        f"{run.seconds:.1f} s, undisturbed {before.seconds:.1f} s"
+    )
+
+
+def hanging_rows(bench: Bench) -> str:
+    """Rows that never end their step, with --row-timeout."""
+    rows = {20: "hang", 77: "hang@4"} if bench.full else {20: "hang"}
+    prompts = _prompts(bench, 100)
+    undisturbed, out, poison = bench.new_output(), bench.new_output(), Poison(bench, rows)
+    assert bench.start(undisturbed, prompts=prompts).finish() == 0
+    timeout = ["--row-timeout", str(ROW_TIMEOUT)]
+    run = bench.start(out, *timeout, prompts=prompts, driver="poisoned", environment=poison.environment)
+    assert run.finish(2 * 60) == 3, run.said
+    _assert_set_aside(bench, out, undisturbed, set(rows))
+    deaths = sorted(poison.deaths().values())
+    return f"{len(rows)} of 100 rows failed after {ROW_TIMEOUT} s each time, deaths {deaths}, exit 3"
+
+
+def retry_failed(bench: Bench) -> str:
+    """--retry-failed of an output with failed rows, where they fail again, and where they no longer do."""
+    rows = {3: "kill", 20: "raise", 70: "exit"}
+    prompts = _prompts(bench, 100)
+    undisturbed, out, poison = bench.new_output(), bench.new_output(), Poison(bench, rows)
+    assert bench.start(undisturbed, prompts=prompts).finish() == 0
+    run = bench.start(out, prompts=prompts, driver="poisoned", environment=poison.environment)
+    assert run.finish() == 3, run.said
+    _assert_set_aside(bench, out, undisturbed, set(rows))
+    fewer = Poison(bench, {20: "raise"})
+    run = bench.start(out, "--retry-failed", prompts=prompts, driver="poisoned", environment=fewer.environment)
+    assert run.finish() == 3, run.said
+    _assert_set_aside(bench, out, undisturbed, {20})
+    run = bench.start(out, "--retry-failed", prompts=prompts)
+    assert run.finish() == 0, run.said
+    _assert_set_aside(bench, out, undisturbed, set())
+    return "3 failed, 1 of them again, then none; all rows as undisturbed"
+
+
+def _prompts(bench: Bench, n: int) -> Path:
+    path = bench.new_folder() / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{row} " * (1 + row % 9)}) + "\n" for row in range(n)))
+    return path
+
+
+def _assert_set_aside(bench: Bench, out: Path, undisturbed: Path, rows: set[int]) -> None:
+    """These rows have failed, with a reason, and all others are what they are without them."""
+    bench.assert_alone(out)
+    # where rows depend on their company, a failed row changes others
+    invariant = json.loads(pq.read_schema(undisturbed).metadata[b"batchgen"])["batch_invariant"]
+    found, expected = pq.read_table(out).to_pylist(), pq.read_table(undisturbed).to_pylist()
+    assert {row["row"] for row in found if row["status"] == "failed"} == rows
+    for row, other in zip(found, expected, strict=True):
+        if row["row"] in rows:
+            assert row["completion"] is None
+            assert row["error"], row
+            assert "\n" not in row["error"], row["error"]
+        else:
+            same = row == other if invariant else row["status"] == "ok"
+            assert same, f"row {row['row']} is not what it was"

@@ -1,0 +1,157 @@
+"""What all this costs: memory of ten million rows, and time of an undisturbed run."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from threadpoolctl import threadpool_limits
+
+from batchgen.checkpoint.registry import find_model
+from batchgen.checkpoint.shards import load_manifest
+from batchgen.engine.engine import Engine
+from batchgen.ledger import open_ledger, work_directory
+from batchgen.planner import plan_chunks
+from batchgen.records.readers import scan_input
+from batchgen.records.schema import output_schema
+from batchgen.records.writer import merge_parts, write_part
+from batchgen.run import Job, Model, columns, make_plan, reporting, run_metadata, validated, worker_setup
+from batchgen.status import StatusFile, status_path
+from batchgen.tokenizer import Tokenizer
+from batchgen.types import Chunk, OutputRow, SamplingParams, TokenizedRequest
+from batchgen.worker import _loaded, completed_row, run_chunk, to_prompts
+from tests.faults.bench import Bench, Run
+
+GROWTH_BYTES = 64 * 2**20
+OVERHEAD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of one run with the stub model: the parent's peak of resident memory, and seconds."""
+
+    peak: int
+    planned: float
+    total: float
+
+
+def ten_million_rows(bench: Bench) -> str:
+    """The parent's memory with a tenth of the rows and with all of them."""
+    rows = 10_000_000 if bench.full else 20_000
+    few, many = _measure(bench, rows // 10), _measure(bench, rows)
+    growth = many.peak - few.peak
+    assert growth < GROWTH_BYTES, f"{growth / 2**20:.0f} MB more for ten times the rows"
+    return f"{_shown(rows // 10, few)}; {_shown(rows, many)}: {growth / 2**20:+.0f} MB"
+
+
+def _shown(rows: int, measured: Measured) -> str:
+    peak, planned, total = measured.peak / 2**20, measured.planned, measured.total
+    return f"{rows:,} rows: peak {peak:.0f} MB, planned in {planned:.1f} s, {total:.0f} s in all"
+
+
+def _measure(bench: Bench, rows: int) -> Measured:
+    path = bench.new_folder() / "prompts.jsonl"
+    with open(path, "w") as file:
+        for row in range(rows):
+            file.write(f'{{"prompt": "{row % 1000} times", "id": {row}}}\n')
+    out = bench.new_output()
+    run = bench.start(out, "--chunk-rows", "512", prompts=path, driver="stubbed")
+    peak, planned = 0, 0.0
+    while run.process.poll() is None:
+        peak = max(peak, _peak_bytes(run))
+        if not planned and (work_directory(out) / "plan.json").exists():
+            planned = time.monotonic() - run.started
+        time.sleep(0.05)
+    assert run.finish() == 0, run.said
+    assert pq.read_metadata(out).num_rows == rows
+    bench.forget(out)
+    path.unlink()
+    return Measured(peak, planned, run.seconds)
+
+
+def _peak_bytes(run: Run) -> int:
+    """The most that the parent has ever held (VmHWM); 0 once it is over."""
+    try:
+        lines = Path(f"/proc/{run.pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+# ---- time
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def time(self, work: Callable[[], object]) -> object:
+        started = time.perf_counter()
+        result = work()
+        self.seconds += time.perf_counter() - started
+        return result
+
+
+def _bare_rows(chunk: Chunk, engine: Engine, tokenizer: Tokenizer, params: SamplingParams) -> list[OutputRow]:
+    requests = {item.row: item for item in chunk.items if isinstance(item, TokenizedRequest)}
+    prompts = [prompt for request in requests.values() for prompt in to_prompts(request, tokenizer)]
+    seeds = {prompt.row: prompt.seeds[0] for prompt in prompts}
+    done = [completed_row(requests[c.row], c, tokenizer, seeds[c.row], params) for c in engine.generate(prompts)]
+    return sorted(done, key=lambda row: row.row)
+
+
+def overhead(bench: Bench) -> str:
+    """The same chunks of `tales` by the bare engine and as a worker does them, turn by turn in one process.
+
+    Bare: the engine, the text of its tokens, one Parquet file at the end. Whole: that with the work directory, its
+    plan, the worker's marker, a part with its fsyncs and hashes for every chunk, commits, progress, status, merge and
+    clearing up.
+    """
+    rounds, chunk_rows, n_chunks = (3, 192, 8) if bench.full else (1, 16, 2)
+    path = bench.new_folder() / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"The king said to his {row}. daughter"}) for row in range(chunk_rows * n_chunks)]
+    path.write_text("\n".join(lines))
+    params = SamplingParams(max_tokens=40, temperature=0.8)
+    job = Job(path, bench.new_output(), "tales", params, jobs=1, chunk_rows=chunk_rows)
+    directory = find_model("tales")
+    model = Model(directory, load_manifest(directory))
+    bare, whole = _Clock(), _Clock()
+    with threadpool_limits(1, user_api="blas"):
+        for i in range(rounds):
+            _take_turns(job, model, bare, whole, first=i % 2)
+    share = 1 - bare.seconds / whole.seconds
+    assert share < (OVERHEAD if bench.full else 1), f"{share:.1%} of {whole.seconds:.1f} s"
+    times = f"{whole.seconds:.1f} s, bare {bare.seconds:.1f} s"
+    return f"{share:.2%} of wall time ({times}; {rounds * n_chunks} chunks of {chunk_rows} rows, 40 tokens each)"
+
+
+def _take_turns(job: Job, model: Model, bare: _Clock, whole: _Clock, first: int) -> None:
+    facts = scan_input(job.input)
+    plan, automatic = make_plan(job, model, facts, facts.rows)
+    chunks = list(plan_chunks(validated(job, model), job.chunk_rows or 1))
+    schema = output_schema()
+    rows = []
+    ledgers = open_ledger(job.output)
+    ledger = whole.time(ledgers.__enter__)
+    plan = whole.time(lambda: ledger.settle(plan, automatic, restart=False))
+    setup = worker_setup(job, model, plan, columns(job, facts))
+    engine, tokenizer = _loaded(setup)
+    status = StatusFile(status_path(job.output), str(job.output))
+
+    def as_a_worker(chunk) -> None:
+        with reporting(lambda _: None, status, ledger, facts.rows):
+            ledger.commit(run_chunk(setup, chunk, str(ledger.attempt)))
+
+    for i, chunk in enumerate(chunks):
+        for turn in (i + first, i + first + 1):
+            if turn % 2:
+                rows += bare.time(lambda chunk=chunk: _bare_rows(chunk, engine, tokenizer, job.params))
+            else:
+                whole.time(lambda chunk=chunk: as_a_worker(chunk))
+    whole.time(lambda: merge_parts(ledger.parts(), job.output, schema, run_metadata(plan), facts.rows))
+    whole.time(lambda: ledgers.__exit__(None, None, None))
+    bare.time(lambda: write_part(rows, job.output.with_name("bare.parquet"), schema))
+    assert pq.read_table(job.output).equals(pq.read_table(job.output.with_name("bare.parquet")))
+    job.output.with_name("bare.parquet").unlink()

@@ -1,0 +1,177 @@
+"""Signals, and many runs at once."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+from batchgen.ledger import work_directory
+from tests.faults.bench import PATIENCE, PREVIOUS, ROWS, Bench, Run, parts, wait_for
+from tests.faults.poison import Poison
+
+STOP_SECONDS = 5.0
+BUSY_SECONDS = 1.0
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+Send = Callable[[int, int], None]
+
+
+def signalled(bench: Bench) -> str:
+    """SIGTERM and SIGINT, to the process and to its group, at random moments."""
+    rng = random.Random(3)
+    slowest = 0.0
+    stopped = finished = 0
+    ways = list(product(CODES, (os.kill, os.killpg)))
+    for number, send in ways * 10 if bench.full else ways[1:3]:
+        out = bench.new_output(PREVIOUS)
+        run = bench.start(out)
+        run.until(work_directory(out).exists)
+        time.sleep(rng.uniform(0.0, bench.seconds / 3))
+        committed = parts(out)
+        ended, seconds = _stop(bench, run, send, number)
+        assert ended in (CODES[number], 0), (ended, run.said)
+        if ended:
+            bench.assert_one_line(run)
+            assert parts(out) >= committed or out.read_bytes() == bench.expected, "a committed part is gone"
+            slowest, stopped = max(slowest, seconds), stopped + 1
+        else:
+            finished += 1
+        bench.assert_intact(out, PREVIOUS)
+        bench.assert_goes_on(out)
+        bench.forget(out)
+    assert stopped, "none was in time"
+    return f"{stopped} ended with 143 or 130 in {slowest:.1f} s at most, all gone on with; {finished} had just finished"
+
+
+def signalled_while_a_worker_hangs(bench: Bench) -> str:
+    """What hangs must not hold up the end; and a second signal does not wait at all."""
+    slowest = {1: 0.0, 2: 0.0}
+    for number, code in CODES.items() if bench.full else [(signal.SIGTERM, 143)]:
+        for signals in (1, 2):
+            out, poison = bench.new_output(), Poison(bench, {5: "hang", 100: "hang"})
+            run = bench.start(out, driver="poisoned", environment=poison.environment)
+            run.until(poison.deaths)
+            time.sleep(0.3)
+            if signals == 2:
+                os.kill(run.pid, number)
+                time.sleep(0.2)
+            ended, seconds = _stop(bench, run, os.kill, number)
+            assert ended == code, (ended, run.said)
+            slowest[signals] = max(slowest[signals], seconds)
+            bench.assert_goes_on(out)
+            bench.forget(out)
+    assert slowest[2] < bench.limit(1.0), f"a second signal took {slowest[2]:.1f} s"
+    return f"ended in {slowest[1]:.1f} s at most, in {slowest[2]:.2f} s after a second signal; gone on with"
+
+
+def _stop(bench: Bench, run: Run, send: Send, number: int) -> tuple[int, float]:
+    """Send the signal; the exit code, and the seconds until the last process was gone."""
+    started = time.monotonic()
+    try:
+        send(run.pid, number)
+    except ProcessLookupError:  # it has just ended
+        return run.finish(), 0.0
+    code = run.finish(bench.limit(STOP_SECONDS))
+    run.gone_after(bench.limit(STOP_SECONDS))
+    return code, time.monotonic() - started
+
+
+def time_limit(bench: Bench) -> str:
+    """--time-limit of a second or two, again and again until it is done."""
+    out = bench.new_output(PREVIOUS)
+    lines = bench.prompts.read_text() * 4
+    prompts = bench.new_folder() / "prompts.jsonl"
+    prompts.write_text(lines)
+    undisturbed = bench.new_output()
+    assert bench.start(undisturbed, prompts=prompts).finish() == 0
+    expected = undisturbed.read_bytes()
+    limit = bench.seconds
+    codes = []
+    while not codes or codes[-1] == 75:
+        run = bench.start(out, "--time-limit", f"{limit:.1f}s", prompts=prompts)
+        codes.append(run.finish())
+        if codes[-1] == 75:
+            bench.assert_one_line(run)
+        bench.assert_intact(out, PREVIOUS, expected)
+        limit *= 1.3
+    assert codes[-1] == 0, (codes, run.said)
+    assert len(codes) > 1, "it was never over"
+    bench.assert_finished(out, expected)
+    return f"exit {', '.join(map(str, codes))}; identical"
+
+
+def status_file(bench: Bench) -> str:
+    """Read while it is rewritten, after SIGKILL, and at the end."""
+    out = bench.new_output()
+    path = out.with_name(f"{out.name}.status.json")
+    run = bench.start(out, "--max-tokens", "80")
+    run.until(path.exists)
+    ages, reads = [], 0
+    while run.process.poll() is None:
+        try:
+            status = json.loads(path.read_text())
+            ages.append(time.time() - path.stat().st_mtime)
+        except ValueError:
+            raise AssertionError("half a status file") from None
+        reads += 1
+        assert status["state"] in ("running", "finished"), status
+        time.sleep(0.002)
+    assert run.finish() == 0, run.said
+    status = json.loads(path.read_text())
+    assert (status["state"], status["exit_code"], status["ok"]) == ("finished", 0, ROWS), status
+    assert max(ages) < bench.limit(2.0), f"{max(ages):.1f} s old"
+    run = bench.start(out)
+    run.until(lambda: json.loads(path.read_text())["state"] == "running")
+    os.kill(run.pid, signal.SIGKILL)
+    run.finish()
+    assert json.loads(path.read_text())["state"] == "running"
+    bench.assert_goes_on(out)
+    return f"whole each of {reads:,} times, {max(ages):.1f} s old at most; says the exit code at the end"
+
+
+def twenty_at_once(bench: Bench) -> str:
+    """Twenty starts on one output; the one that runs goes on until the others have ended."""
+    out, poison = bench.new_output(), Poison(bench, {5: "hold"})
+    runs = [bench.start(out, driver="poisoned", environment=poison.environment) for _ in range(20)]
+    try:
+        assert wait_for(lambda: sum(_is_over(run) for run in runs) == 19, PATIENCE), "nineteen should have ended"
+        in_the_crowd = time.monotonic() - runs[0].started
+        slowest = max(_cpu_seconds(run) for run in runs if _is_over(run))
+        before = _names(work_directory(out))
+        late = bench.start(out)
+        assert late.finish() == 75, late.said
+        assert _names(work_directory(out)) == before
+    finally:
+        poison.release()
+    codes = Counter(run.finish() for run in runs)
+    assert codes == {75: 19, 0: 1}, codes
+    for run in runs:
+        assert run.process.returncode == 0 or "another run holds it" in " ".join(run.said), run.said
+    bench.assert_finished(out)
+    assert slowest < bench.limit(BUSY_SECONDS), f"{slowest:.2f} s of processor time to be refused"
+    return (
+        f"1 ran, 19 exit 75 with {slowest:.2f} s of processor time at most ({in_the_crowd:.1f} s for the twenty starts "
+        f"together); one more was refused in {late.seconds:.2f} s"
+    )
+
+
+def _is_over(run: Run) -> bool:
+    """It has ended; not yet reaped, so that its times can be asked for."""
+    return run.process.returncode is not None or bool(
+        os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    )
+
+
+def _cpu_seconds(run: Run) -> float:
+    """Of a process that is over and not reaped."""
+    fields = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
