@@ -21,7 +21,7 @@ from batchgen.run import Job, Model, columns, make_plan, reporting, run_metadata
 from batchgen.status import StatusFile, status_path
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, SamplingParams, TokenizedRequest
-from batchgen.worker import _loaded, completed_row, run_chunk, to_prompts
+from batchgen.worker import completed_row, loaded, run_chunk, to_prompts
 from tests.faults.bench import Bench, Run
 
 GROWTH_BYTES = 64 * 2**20
@@ -109,7 +109,7 @@ def overhead(bench: Bench) -> str:
     plan, the worker's marker, a part with its fsyncs and hashes for every chunk, commits, progress, status, merge and
     clearing up.
     """
-    rounds, chunk_rows, n_chunks = (3, 192, 8) if bench.full else (1, 16, 2)
+    rounds, chunk_rows, n_chunks = (3, 511, 4) if bench.full else (1, 16, 2)  # 511: as planned for 100,000 rows
     path = bench.new_folder() / "prompts.jsonl"
     lines = [json.dumps({"prompt": f"The king said to his {row}. daughter"}) for row in range(chunk_rows * n_chunks)]
     path.write_text("\n".join(lines))
@@ -137,7 +137,7 @@ def _take_turns(job: Job, model: Model, bare: _Clock, whole: _Clock, first: int)
     ledger = whole.time(ledgers.__enter__)
     plan = whole.time(lambda: ledger.settle(plan, automatic, restart=False))
     setup = worker_setup(job, model, plan, columns(job, facts))
-    engine, tokenizer = _loaded(setup)
+    engine, tokenizer = loaded(setup)
     status = StatusFile(status_path(job.output), str(job.output))
 
     def as_a_worker(chunk) -> None:
