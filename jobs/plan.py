@@ -100,8 +100,8 @@ def lines(forecast: Forecast) -> Iterator[str]:
         )
     company = "" if forecast.invariant else "; on this machine's BLAS a row depends on its company: keep the chunks"
     yield (
-        f"work: {len(forecast.chunks):,} chunks of up to {forecast.chunk_rows:,} rows; {forecast.jobs} "
-        f"job{'s' if forecast.jobs > 1 else ''}, up to {forecast.max_batch:,} sequences in flight in each{company}"
+        f"work: {counted(len(forecast.chunks), 'chunk')} of up to {forecast.chunk_rows:,} rows; "
+        f"{counted(forecast.jobs, 'job')}, up to {forecast.max_batch:,} sequences in flight in each{company}"
     )
     yield f"memory: up to {forecast.memory / 2**30:.1f} GiB, the model's weights in it once"
     if forecast.seconds is not None:
@@ -110,6 +110,10 @@ def lines(forecast: Forecast) -> Iterator[str]:
             f"time: about {duration(forecast.seconds)} for {forecast.completion_tokens:,.0f} tokens "
             f"({rate:,.0f} tokens/s), as measured here in {forecast.measured_in:.0f} s"
         )
+
+
+def counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def length_lines(lengths: Counter[int]) -> Iterator[str]:
