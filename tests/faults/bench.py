@@ -217,15 +217,21 @@ class Bench:
         assert run.finish() == 0, run.said
         self.assert_finished(out)
 
-    def assert_nothing_left_in_memory(self, pids: Sequence[int]) -> None:
-        """No semaphores or mapped folders of killed runs: loky's tracker clears them away."""
+    def left_in_memory(self, pids: Sequence[int]) -> int:
+        """How many semaphores of killed runs stay. loky's tracker clears them away, but for one that it was not told of.
+
+        loky makes a semaphore and then tells the tracker; a kill between the two leaves 32 bytes in /dev/shm.
+        """
         names = {f"-{pid}-" for pid in pids} | {f"_{pid}_" for pid in pids}
         left = lambda: [p for p in os.listdir("/dev/shm") if any(name in p for name in names)]  # noqa: E731
-        if Path("/dev/shm").is_dir():
-            assert wait_for(lambda: not left(), PATIENCE), f"left in /dev/shm: {left()}"
         assert wait_for(lambda: not os.listdir(self.temporary), PATIENCE), (
             f"left in TMPDIR: {os.listdir(self.temporary)}"
         )
+        if not Path("/dev/shm").is_dir() or wait_for(lambda: not left(), PATIENCE):
+            return 0
+        stay = left()
+        assert len(stay) <= max(len(pids) // 50, 1), f"left in /dev/shm: {stay}"
+        return len(stay)
 
     def forget(self, out: Path) -> None:
         """Clear the folder of an output that is done with."""
