@@ -218,7 +218,7 @@ class Bench:
         self.assert_finished(out)
 
     def left_in_memory(self, pids: Sequence[int]) -> int:
-        """How many semaphores of killed runs stay. loky's tracker clears them away, but for one that it was not told of.
+        """How many semaphores of killed runs stay: loky's tracker clears away those that it was told of.
 
         loky makes a semaphore and then tells the tracker; a kill between the two leaves 32 bytes in /dev/shm.
         """
