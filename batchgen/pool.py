@@ -43,6 +43,7 @@ MAX_LOSSES = 5  # of one chunk, or in a row without anything done between
 MAX_FAILED = 16  # rows in a row without one between that could be generated
 
 _Lost = tuple[Chunk, "Future[Receipt]"]
+_Ended = tuple["Future[Receipt]", Sighting | None]  # how a worker was lost, and what it was doing
 
 
 @dataclass(slots=True)
@@ -143,11 +144,11 @@ class Pool:
             with no_interrupts_to_workers():
                 self._executor = get_reusable_executor(self.jobs, timeout=IDLE_SECONDS, **self._start)
             with suppress(BrokenProcessPool, ShutdownExecutorError):  # it died just now: the next is a fresh one
-                return self._submit_to(self._executor, chunk)
+                return self._submit_to(self._executor, chunk, self.setup)
 
-    def _submit_to(self, executor: Any, chunk: Chunk) -> "Future[Receipt]":
+    def _submit_to(self, executor: Any, chunk: Chunk, setup: WorkerSetup) -> "Future[Receipt]":
         with no_interrupts_to_workers():
-            future: Future[Receipt] = executor.submit(run_chunk, self.setup, chunk, str(self.attempt))
+            future: Future[Receipt] = executor.submit(run_chunk, setup, chunk, str(self.attempt))
         future.add_done_callback(self._note_the_dead)
         return future
 
@@ -218,53 +219,54 @@ class Pool:
             self.in_flight = 1
         trial = f", after {len(suspects)} of its rows were tried one by one" if suspects else ""
         logger.warning("chunk %d: %s; it is done again%s", chunk.index, self._how(future, sighting), trial)
-        failed = {item.row: item for item in self._guilty(chunk, suspects)}
+        # What happened at the first step of several happens at the first step again; a single one is tried to its end.
+        first_step = loss.times == 1 and len(suspects) > 1
+        failed = {item.row: item for item in self._guilty(chunk, suspects, first_step=first_step)}
         if failed:
             self.losses_in_a_row = 0
             del self.losses[chunk.index]
         return replace(chunk, items=tuple(failed.get(item.row, item) for item in chunk.items))
 
-    def _guilty(self, chunk: Chunk, suspects: frozenset[int]) -> Iterator[Rejected]:
-        """Generate each suspect alone, in a worker of its own; yields those that are the end of it, failed.
+    def _guilty(self, chunk: Chunk, suspects: frozenset[int], *, first_step: bool) -> Iterator[Rejected]:
+        """Have the suspects generated one by one in a worker of their own; yields those that are the end of it, failed.
 
         A worker that dies when it has long taken the row up may have been killed from outside: it has another try.
-        Where it dies before it comes to the row, or one row after another is the end of it, the rows are not to blame.
+        Where it dies before it comes to a row, or one row after another is the end of it, the rows are not to blame.
         """
-        untried = deque(item for item in chunk.items if item.row in suspects and isinstance(item, TokenizedRequest))
-        doubted: set[int] = set()
-        while untried:
-            loss = None
-            with self._one_worker() as executor:
-                while untried and (loss := self._try_alone(executor, chunk, untried[0])) is None:
-                    untried.popleft()
-                    self.failed_in_a_row = 0
-            if loss is None:
-                return
-            item, (future, sighting) = untried[0], loss
+        untried = {i.row: i for i in chunk.items if i.row in suspects and isinstance(i, TokenizedRequest)}
+        doubted: set[int | None] = set()
+        while untried and (loss := self._try_one_by_one(chunk, list(untried.values()), first_step)):
+            future, sighting = loss
+            row = next(iter(sighting.in_flight), None) if sighting else None
+            if sighting and sighting.rows:
+                self.failed_in_a_row = 0
             if self.failed_in_a_row >= MAX_FAILED:
-                raise BatchgenError(_notice(future, self.failed_in_a_row + 1, f", last on input row {item.row} alone"))
-            if sighting is None or item.row not in sighting.in_flight:
-                if item.row in doubted:
-                    raise BatchgenError(_notice(future, 2, f" before it came to input row {item.row}"))
-            elif not _is_broken(future) or item.row in sighting.suspects or item.row in doubted:
+                raise BatchgenError(_notice(future, self.failed_in_a_row + 1, f", last on input row {row} alone"))
+            if sighting is None or row is None:
+                if None in doubted:
+                    raise BatchgenError(_notice(future, 2, " before it came to a row"))
+            elif not _is_broken(future) or row in sighting.suspects or row in doubted:
                 how = self._how(future, sighting)
-                failed = untried.popleft().failed(f"{how}, also when alone in it; --retry-failed tries it once more")
+                failed = untried.pop(row).failed(f"{how}, also when alone in it; --retry-failed tries it once more")
                 logger.warning("%s", failed.error)
                 self.failed_in_a_row += 1
                 yield failed
-            doubted.add(item.row)
+            doubted.add(row)
 
-    def _try_alone(
-        self, executor: Any, chunk: Chunk, item: TokenizedRequest
+    def _try_one_by_one(
+        self, chunk: Chunk, items: Sequence[TokenizedRequest], first_step: bool
     ) -> "tuple[Future[Receipt], Sighting | None] | None":
-        """None if all is well with the row, or how its worker was lost."""
-        alone = replace(chunk, items=(item,))
-        future = self._submit_to(executor, alone)
-        self._wait({future: alone}, _Stall(self.row_timeout))
+        """None if all is well with all of them, or how the worker was lost, and with which of them in flight."""
+        alone = replace(self.setup, max_batch=1, share_prefixes=False)
+        tried = tuple(item.with_max_tokens(1) for item in items) if first_step else tuple(items)
+        trial = replace(chunk, items=tried, kept=None)
+        with self._one_worker() as executor:
+            future = self._submit_to(executor, trial, alone)
+            self._wait({future: trial}, _Stall(self.row_timeout))
         if future.exception() is None:
             return None
         _raise_a_jobs_error(future)
-        return future, self._blamed([(alone, future)]).get(chunk.index)
+        return future, self._blamed([(trial, future)]).get(chunk.index)
 
     @contextmanager
     def _one_worker(self) -> Iterator[Any]:
