@@ -15,9 +15,11 @@ from benchmarks.bench import HEADER, Row, section
 from benchmarks.breakdown import Clock
 from benchmarks.memory import PeakMemory, proportional_bytes, tree
 from benchmarks.models import huggingface_tensors, write_safetensors
+from benchmarks.peers import run_batchgen
 from benchmarks.peers.protocol import Job, Ready, Task, batches, check, measure
 from benchmarks.systems import MissingError, run_logged
 from benchmarks.workloads import KINDS, N_ORDINARY, make_workload
+from tests.models import write_byte_model
 
 CONFIG = GPT2Config(n_vocab=20, n_ctx=8, n_embd=4, n_head=2, n_layer=2)
 
@@ -175,3 +177,12 @@ def test_the_clock_tells_weights_from_attention():
     clock.matmul(heads, heads.swapaxes(1, 2))
     assert clock.shapes == {(2, 3, 2): 1}
     assert set(clock.seconds) == {"weights", "attention's products"}
+
+
+def test_batchgen_itself_can_be_measured(tmp_path):
+    model = write_byte_model(tmp_path / "bytes")
+    task = Task([[97, 98, 99], [100]], max_tokens=4)
+    ready = run_batchgen.load(Job(str(model), task, jobs=2, repeat=1, scratch=str(tmp_path)))
+    assert ready.warm_up is not None
+    check(task, ready.complete(task))
+    assert ready.warm_up()["worker_startup_s"] > 0

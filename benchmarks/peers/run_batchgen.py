@@ -13,8 +13,9 @@ from batchgen.checkpoint.shards import load_manifest
 from batchgen.engine.engine import MAX_BATCH
 from batchgen.engine.probe import blas_info
 from batchgen.planner import auto_chunk_rows, default_kv_bytes, plan_chunks
+from batchgen.pool import Pool
 from batchgen.run import Job as RunJob
-from batchgen.run import Model, generate, worker_setup
+from batchgen.run import Model, worker_setup
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, Receipt, SamplingParams, TokenizedRequest
 from benchmarks.peers.protocol import Completions, Job, Ready, Task, first_token, serve
@@ -28,11 +29,13 @@ class Workers:
         model = Model(directory, load_manifest(directory))
         self.tokenizer = Tokenizer.load(directory)
         plan = {
+            "model_hash": "",
             "kv_bytes": default_kv_bytes(model.manifest.config),
             "batch_size": MAX_BATCH,
             "share_prefixes": True,
         }
-        self.setup = worker_setup(RunJob(Path(), Path(), token_ids=True), model, plan)
+        columns = {"token_ids": True, "logprobs": False, "prompt_index": False}
+        self.setup = worker_setup(RunJob(Path(), Path()), model, plan, columns)
         self.first_seconds = 0.0  # of the first task: start a worker, map the model, generate
 
     def complete(self, task: Task) -> Completions:
@@ -44,7 +47,7 @@ class Workers:
 
     def run(self, chunks: Iterator[Chunk], attempt: Path) -> list[Receipt]:
         start = time.perf_counter()
-        receipts = list(generate(self.setup, chunks, attempt, self.job.jobs))
+        receipts = list(Pool(self.setup, attempt, self.job.jobs).receipts(chunks))
         self.first_seconds = self.first_seconds or time.perf_counter() - start
         return sorted(receipts, key=lambda receipt: receipt.chunk)
 
@@ -65,7 +68,7 @@ class Workers:
         seconds = self.first_seconds
         tiny = Task(first_token(self.job.task).prompts * 2 * self.job.jobs, 1)
         with tempfile.TemporaryDirectory(dir=self.job.scratch) as attempt:
-            while len(list(Path(attempt).glob("progress-*"))) < self.job.jobs:
+            while len(list(Path(attempt).glob("worker-*"))) < self.job.jobs:
                 self.run(plan_chunks(self.requests(tiny), 1), Path(attempt))
         return {"worker_startup_s": seconds}
 
