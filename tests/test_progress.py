@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,7 +33,10 @@ def terminal(monkeypatch) -> Iterator[Callable[[], str]]:
 
         def written() -> str:
             stream.flush()
-            return os.read(parent, 100_000).decode()
+            data = b""
+            while select.select([parent], [], [], 0.2)[0]:  # a terminal hands out what it has in pieces
+                data += os.read(parent, 100_000)
+            return data.decode()
 
         yield written
     os.close(parent)
