@@ -7,7 +7,6 @@ The time is a sum over chunks of what was measured on this machine with rows of 
 A decode step costs `step` for reading the weights once, however many sequences it serves, and `sequence` for each.
 """
 
-import logging
 import math
 import re
 import time
@@ -27,8 +26,6 @@ from batchgen.records.readers import scan_input
 from batchgen.run import Job, columns, find_checked_model, make_plan, validated, worker_setup
 from batchgen.types import Chunk, Rejected, TokenizedRequest
 from batchgen.worker import WorkerSetup, become_worker, loaded, to_prompts
-
-logger = logging.getLogger(__name__)
 
 SAMPLE_ROWS = 256  # evenly spread over the input
 PLACES_SHOWN = 8

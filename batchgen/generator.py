@@ -9,14 +9,14 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
-from batchgen.checkpoint.shards import load_manifest, load_params
-from batchgen.engine.engine import MAX_BATCH, Engine
+from batchgen.checkpoint.shards import load_manifest
+from batchgen.engine.engine import MAX_BATCH
 from batchgen.errors import UsageError
-from batchgen.planner import default_kv_bytes, plan_chunks
+from batchgen.planner import plan_chunks
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import OutputRow, Rejected, Request, SamplingParams
 from batchgen.validation import EmptyPrompt, OnTooLong, validate
-from batchgen.worker import complete_chunk
+from batchgen.worker import complete_chunk, map_engine
 
 CHUNK_PROMPTS = 512  # keys and values are taken as they are needed; this bounds what waits for them
 
@@ -40,13 +40,7 @@ class Generator:
         manifest = load_manifest(directory)
         self.config = manifest.config
         self.tokenizer = Tokenizer.load(directory)
-        self._engine = Engine(
-            load_params(directory, manifest),
-            manifest.config,
-            eos_id=self.tokenizer.eos_id,
-            kv_bytes=kv_bytes or default_kv_bytes(manifest.config),
-            max_batch=batch_size,
-        )
+        self._engine = map_engine(directory, manifest, self.tokenizer, kv_bytes=kv_bytes or None, max_batch=batch_size)
 
     def generate(
         self,

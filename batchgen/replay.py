@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -17,15 +16,14 @@ from threadpoolctl import threadpool_limits
 from batchgen import __version__
 from batchgen.checkpoint.registry import find_model, list_models
 from batchgen.checkpoint.shards import Manifest, load_manifest, load_params, model_hash, verify_shards
-from batchgen.engine.engine import Engine
 from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError, InputError, ModelError, UsageError
-from batchgen.planner import check_memory, default_kv_bytes
+from batchgen.planner import check_memory
 from batchgen.records.output import read_batches, read_input_rows, read_run
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, Request, SamplingParams
 from batchgen.validation import validate
-from batchgen.worker import Marker, complete_chunk
+from batchgen.worker import complete_chunk, map_engine
 
 CLOSE = 1e-3  # of log-probabilities, where another BLAS may round in another way
 _AROUND = 30  # characters or tokens that are shown from the first difference on
@@ -173,8 +171,7 @@ def how_to_compare(run: dict[str, Any], directory: Path, manifest: Manifest) -> 
     """Whether bit for bit, and if not, why."""
     with threadpool_limits(1, user_api="blas"):  # as in a worker
         invariant = is_batch_invariant(load_params(directory, manifest), manifest.config)
-    found = blas_info()
-    blas = f"{found.name} {found.version} {found.core_type}"
+    blas = blas_info().kernels
     here = {"batchgen": __version__, "numpy": version("numpy"), "blas": blas}
     notes = [
         f"the file was made with {name} {run.get(name)}, this is {value}"
@@ -209,14 +206,9 @@ def generate_again(
     tokenizer = Tokenizer.load(directory)
     how = run.get("on_too_long", "reject"), run.get("empty_prompt", "reject"), run.get("trim", False)
     items = tuple(validate(request, tokenizer, manifest.config.n_ctx, *how) for request in requests)
-    with threadpool_limits(1, user_api="blas"), tempfile.TemporaryDirectory() as scratch:
-        engine = Engine(
-            load_params(directory, manifest),
-            manifest.config,
-            eos_id=tokenizer.eos_id,
-            kv_bytes=default_kv_bytes(manifest.config),
-        )
-        rows = complete_chunk(Chunk(0, items), params, engine, tokenizer, Marker(Path(scratch), 0))
+    with threadpool_limits(1, user_api="blas"):
+        engine = map_engine(directory, manifest, tokenizer)
+        rows = complete_chunk(Chunk(0, items), params, engine, tokenizer)
     return {(row.row, row.sample): row for row in rows}
 
 

@@ -300,7 +300,7 @@ def make_plan(job: Job, model: Model, facts: InputFacts, rows: int) -> tuple[dic
         "row_params": job.row_params,
         "token_ids": job.token_ids,
         "numpy": version("numpy"),
-        "blas": f"{blas.name} {blas.version} {blas.core_type}",
+        "blas": blas.kernels,
         "batch_invariant": invariant,
         "chunk_rows": job.chunk_rows,
         "batch_size": job.batch_size,

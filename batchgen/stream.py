@@ -5,15 +5,13 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from batchgen.checkpoint.shards import load_manifest, load_params
-from batchgen.engine.engine import Engine
+from batchgen.checkpoint.shards import load_manifest
 from batchgen.errors import UsageError
-from batchgen.planner import default_kv_bytes
 from batchgen.stopping import StopStrings, completed_text
 from batchgen.tokenizer import StreamDecoder, Tokenizer
 from batchgen.types import Rejected, Request, SamplingParams
 from batchgen.validation import EmptyPrompt, OnTooLong, validate
-from batchgen.worker import to_prompts
+from batchgen.worker import map_engine, to_prompts
 
 
 def stream_completion(
@@ -33,13 +31,7 @@ def stream_completion(
     if isinstance(request, Rejected):
         raise UsageError(request.error)
     threadpool_limits(1, user_api="blas")  # as in a worker: two threads give other bits
-    engine = Engine(
-        load_params(model, manifest),
-        manifest.config,
-        eos_id=tokenizer.eos_id,
-        kv_bytes=default_kv_bytes(manifest.config),
-        max_batch=1,
-    )
+    engine = map_engine(model, manifest, tokenizer, max_batch=1)
     decoder = StreamDecoder(tokenizer)
     start = request.prompt if params.echo else ""
     may_go = max(map(len, params.stop), default=1) - 1  # characters that may yet turn out to begin a stop string

@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from batchgen.checkpoint.shards import load_manifest, load_params
-from batchgen.engine.engine import LARGEST_BATCH, Engine
+from batchgen.checkpoint.shards import Manifest, load_manifest, load_params
+from batchgen.engine.engine import LARGEST_BATCH, MAX_BATCH, Engine
 from batchgen.engine.sequence import Completion, Prompt, sample_seeds
 from batchgen.errors import BatchgenError
 from batchgen.ledger import with_receipt
+from batchgen.planner import default_kv_bytes
 from batchgen.records.keep import kept_columns
 from batchgen.records.schema import output_schema
 from batchgen.records.writer import write_part
@@ -158,6 +159,26 @@ def read_sightings(directory: Path) -> list[Sighting]:
     return sightings
 
 
+def map_engine(
+    directory: Path,
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    *,
+    kv_bytes: int | None = None,
+    max_batch: int = MAX_BATCH,
+    share_prefixes: bool = True,
+) -> Engine:
+    """An engine over the model's shards, mapped and not read yet; kv_bytes None is automatic."""
+    return Engine(
+        load_params(directory, manifest),
+        manifest.config,
+        eos_id=tokenizer.eos_id,
+        kv_bytes=default_kv_bytes(manifest.config) if kv_bytes is None else kv_bytes,
+        max_batch=max_batch,
+        share_prefixes=share_prefixes,
+    )
+
+
 @lru_cache(maxsize=1)
 def loaded(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
     """Map the model, once a process; one BLAS thread, as two would change bits and slow two workers manyfold."""
@@ -165,10 +186,10 @@ def loaded(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
     directory = Path(setup.model)
     manifest = load_manifest(directory)
     tokenizer = Tokenizer.load(directory)
-    engine = Engine(
-        load_params(directory, manifest),
-        manifest.config,
-        eos_id=tokenizer.eos_id,
+    engine = map_engine(
+        directory,
+        manifest,
+        tokenizer,
         kv_bytes=setup.kv_bytes,
         max_batch=setup.max_batch,
         share_prefixes=setup.share_prefixes,

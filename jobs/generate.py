@@ -11,7 +11,6 @@ import typer
 from batchgen.checkpoint.registry import DEFAULT_MODEL
 from batchgen.errors import UsageError
 from batchgen.records.readers import DEFAULT_ID_COLUMN
-from batchgen.records.sources import InputFormat
 from batchgen.report.page import check_page, write_report
 from batchgen.run import Job, Summary, checked, run_job
 from batchgen.status import status_path
@@ -38,14 +37,12 @@ def generate(
         typer.Option("--output", "-o", help="Where to: .parquet or .jsonl, or a folder; - is JSON lines to stdout."),
     ],
     model: options.Model = DEFAULT_MODEL,
-    prompt_column: Annotated[str, typer.Option(help="The column or key that holds the prompt.")] = "prompt",
-    id_column: Annotated[str, typer.Option(help="The one that holds the row's id, if any.")] = DEFAULT_ID_COLUMN,
+    prompt_column: options.PromptColumn = "prompt",
+    id_column: options.IdColumn = DEFAULT_ID_COLUMN,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="COL", help="A column to carry to the output; can be given again.")
     ] = None,
-    input_format: Annotated[
-        InputFormat, typer.Option(help="What the input is, whatever it is called; auto goes by the suffix.")
-    ] = "auto",
+    input_format: options.Format = "auto",
     max_tokens: options.MaxTokens = 40,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -72,12 +69,12 @@ def generate(
     on_too_long: options.TooLong = "reject",
     empty_prompt: options.Empty = "reject",
     trim: options.Trim = False,
-    row_params: Annotated[bool, typer.Option(help="Heed parameters in rows: max_tokens, seed and so on.")] = True,
-    jobs: Annotated[str, typer.Option("--jobs", "-j", help="Worker processes; auto: a core each.")] = "auto",
-    batch_size: Annotated[str, typer.Option(help="Sequences in flight in a worker.")] = "auto",
-    chunk_rows: Annotated[str, typer.Option(help="Rows that a worker takes at a time.")] = "auto",
-    kv_memory: Annotated[str, typer.Option(help="Keys and values that a worker may hold, such as 2G.")] = "auto",
-    share_prefixes: Annotated[bool, typer.Option(help="Read prefixes that prompts share only once.")] = True,
+    row_params: options.RowParams = True,
+    jobs: options.Jobs = "auto",
+    batch_size: options.BatchSize = "auto",
+    chunk_rows: options.ChunkRows = "auto",
+    kv_memory: options.KvMemory = "auto",
+    share_prefixes: options.SharePrefixes = True,
     require_invariant: Annotated[
         bool, typer.Option("--require-invariant", help="Refuse to run where rows depend on their company.")
     ] = False,

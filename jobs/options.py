@@ -7,6 +7,7 @@ import typer
 
 from batchgen.checkpoint.registry import list_models
 from batchgen.errors import UsageError
+from batchgen.records.sources import InputFormat
 from batchgen.validation import EmptyPrompt, OnTooLong
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -18,6 +19,15 @@ def model_names(incomplete: str) -> list[str]:
     return [info.name for info in list_models() if info.error is None and info.name.startswith(incomplete)]
 
 
+PromptColumn = Annotated[str, typer.Option(help="The column or key that holds the prompt.")]
+IdColumn = Annotated[str, typer.Option(help="The one that holds the row's id, if any.")]
+Format = Annotated[InputFormat, typer.Option(help="What the input is, whatever it is called; auto goes by the suffix.")]
+RowParams = Annotated[bool, typer.Option(help="Heed parameters in rows: max_tokens, seed and so on.")]
+Jobs = Annotated[str, typer.Option("--jobs", "-j", help="Worker processes; auto: a core each.")]
+BatchSize = Annotated[str, typer.Option(help="Sequences in flight in a worker.")]
+ChunkRows = Annotated[str, typer.Option(help="Rows that a worker takes at a time.")]
+KvMemory = Annotated[str, typer.Option(help="Keys and values that a worker may hold, such as 2G.")]
+SharePrefixes = Annotated[bool, typer.Option(help="Read prefixes that prompts share only once.")]
 Model = Annotated[
     str,
     typer.Option(

@@ -11,7 +11,6 @@ import typer
 from batchgen.checkpoint.registry import DEFAULT_MODEL
 from batchgen.forecast import Forecast, forecast_job
 from batchgen.records.readers import DEFAULT_ID_COLUMN, check_input
-from batchgen.records.sources import InputFormat
 from batchgen.run import Job
 from batchgen.types import SamplingParams
 from jobs import options, report
@@ -23,11 +22,9 @@ BAR = 40  # characters of the longest
 def plan(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Prompts, as for generate.")],
     model: options.Model = DEFAULT_MODEL,
-    prompt_column: Annotated[str, typer.Option(help="The column or key that holds the prompt.")] = "prompt",
-    id_column: Annotated[str, typer.Option(help="The one that holds the row's id, if any.")] = DEFAULT_ID_COLUMN,
-    input_format: Annotated[
-        InputFormat, typer.Option(help="What the input is, whatever it is called; auto goes by the suffix.")
-    ] = "auto",
+    prompt_column: options.PromptColumn = "prompt",
+    id_column: options.IdColumn = DEFAULT_ID_COLUMN,
+    input_format: options.Format = "auto",
     max_tokens: options.MaxTokens = 40,
     temperature: options.Temperature = 0.0,
     ignore_eos: options.IgnoreEos = False,
@@ -35,12 +32,12 @@ def plan(
     on_too_long: options.TooLong = "reject",
     empty_prompt: options.Empty = "reject",
     trim: options.Trim = False,
-    row_params: Annotated[bool, typer.Option(help="Heed parameters in rows: max_tokens, seed and so on.")] = True,
-    jobs: Annotated[str, typer.Option("--jobs", "-j", help="Worker processes; auto: a core each.")] = "auto",
-    batch_size: Annotated[str, typer.Option(help="Sequences in flight in a worker.")] = "auto",
-    chunk_rows: Annotated[str, typer.Option(help="Rows that a worker takes at a time.")] = "auto",
-    kv_memory: Annotated[str, typer.Option(help="Keys and values that a worker may hold, such as 2G.")] = "auto",
-    share_prefixes: Annotated[bool, typer.Option(help="Read prefixes that prompts share only once.")] = True,
+    row_params: options.RowParams = True,
+    jobs: options.Jobs = "auto",
+    batch_size: options.BatchSize = "auto",
+    chunk_rows: options.ChunkRows = "auto",
+    kv_memory: options.KvMemory = "auto",
+    share_prefixes: options.SharePrefixes = True,
     time: Annotated[
         bool, typer.Option(help="Measure some seconds of the work to tell how long all of it takes.")
     ] = True,

@@ -26,8 +26,13 @@ class Blas:
     core_type: str
     threads: int
 
+    @property
+    def kernels(self) -> str:
+        """What decides how a sum is rounded."""
+        return f"{self.name} {self.version} {self.core_type}"
+
     def __str__(self) -> str:
-        return f"{self.name} {self.version} {self.core_type}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.kernels}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
 def blas_info() -> Blas:

@@ -10,9 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
-
-METADATA_KEY = "batchgen"
-BATCH_ROWS = 8_192
+from batchgen.records.writer import BATCH_ROWS, METADATA_KEY
 
 # the columns that a reader needs, and what each must be
 _KINDS: dict[str, tuple[Any, str]] = {
