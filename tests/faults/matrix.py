@@ -48,5 +48,6 @@ CASES = [
     Case("zero-rows", "no rows", "empty and blank files", inputs.zero_rows, quick=False),
     Case("duplicate-ids", "ids that come twice", "every id twice", inputs.duplicate_ids, quick=False),
     Case("ten-million-rows", "memory with ten times the rows", "a stub model", scale.ten_million_rows),
+    Case("many-chunks", "memory with ten times the chunks", "a stub model", scale.hundred_thousand_chunks),
     Case("overhead", "nothing at all", "beside the bare engine", scale.overhead),
 ]

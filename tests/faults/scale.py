@@ -1,4 +1,4 @@
-"""What all this costs: memory of ten million rows, and time of an undisturbed run."""
+"""What all this costs: memory of ten million rows and of 100,000 chunks, and time of an undisturbed run."""
 
 import json
 import time
@@ -46,18 +46,28 @@ def ten_million_rows(bench: Bench) -> str:
     return f"{_shown(rows // 10, few)}; {_shown(rows, many)}: {growth / 2**20:+.0f} MB"
 
 
+def hundred_thousand_chunks(bench: Bench) -> str:
+    """The parent's memory with a tenth of the chunks and with all of them: one row each, committed, not merged."""
+    chunks = 100_000 if bench.full else 500
+    few, many = (_measure(bench, n, chunk_rows=1, dataset=True) for n in (chunks // 10, chunks))
+    growth = many.peak - few.peak
+    assert growth < GROWTH_BYTES, f"{growth / 2**20:.0f} MB more for ten times the chunks"
+    return f"{_shown(chunks // 10, few)}; {_shown(chunks, many)}: {growth / 2**20:+.0f} MB"
+
+
 def _shown(rows: int, measured: Measured) -> str:
     peak, planned, total = measured.peak / 2**20, measured.planned, measured.total
     return f"{rows:,} rows: peak {peak:.0f} MB, planned in {planned:.1f} s, {total:.0f} s in all"
 
 
-def _measure(bench: Bench, rows: int) -> Measured:
+def _measure(bench: Bench, rows: int, *, chunk_rows: int = 512, dataset: bool = False) -> Measured:
     path = bench.new_folder() / "prompts.jsonl"
     with open(path, "w") as file:
         for row in range(rows):
             file.write(f'{{"prompt": "{row % 1000} times", "id": {row}}}\n')
-    out = bench.new_output()
-    run = bench.start(out, "--chunk-rows", "512", prompts=path, driver="stubbed")
+    out = bench.new_output(suffix="" if dataset else ".parquet")
+    more = ["--format", "dataset"] if dataset else []
+    run = bench.start(out, "--chunk-rows", str(chunk_rows), *more, prompts=path, driver="stubbed")
     peak, planned = 0, 0.0
     while run.process.poll() is None:
         peak = max(peak, _peak_bytes(run))
@@ -65,7 +75,7 @@ def _measure(bench: Bench, rows: int) -> Measured:
             planned = time.monotonic() - run.started
         time.sleep(0.05)
     assert run.finish() == 0, run.said
-    assert pq.read_metadata(out).num_rows == rows
+    assert sum(pq.read_metadata(part).num_rows for part in (out.glob("*.parquet") if dataset else [out])) == rows
     bench.forget(out)
     path.unlink()
     return Measured(peak, planned, run.seconds)
