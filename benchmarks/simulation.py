@@ -8,6 +8,7 @@ done again once that is noticed. Equal parameters give equal results, to the bit
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import log
 from typing import Any
@@ -34,7 +35,9 @@ class Cluster:
     # ---- a worker
     row_s: float = parameter(0.291, MEASURED, "of one worker for a row: 64 tokens at 220/s, 124M's shape, workload W1")
     row_spread_s: float = parameter(0.103, MEASURED, "standard deviation of that: W1's prompts at 840 tokens/s")
-    startup_s: float = parameter(2.0, MEASURED, "before a process's first chunk: imports, mapping, first touch")
+    startup_s: float = parameter(
+        2.0, ASSUMED, "before a process's first chunk: imports, mapping (tales on loky: 1 s, measured)"
+    )
     node_spread: float = parameter(0.1, ASSUMED, "sigma of the log-normal speeds of nodes, median 1")
     straggler_share: float = parameter(0.02, ASSUMED, "of the nodes, which are slow")
     straggler_speed: float = parameter(1 / 3, ASSUMED, "of a slow node")
@@ -170,7 +173,7 @@ NONE = -1
 class Simulation:
     """The state of one run; `run` ends it. Events are (time, number, kind, a, b), the number breaking ties."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, starts: Sequence[float] = ()) -> None:
         c = self.c = cluster
         rng = np.random.default_rng(c.seed)
         self.speed, self.work = draw_speeds(c, rng), draw_work(c, rng)
@@ -186,7 +189,10 @@ class Simulation:
         self.life = [0] * c.workers  # goes up with every loss: what a lost worker would have done is void
         self.up = [True] * c.workers
         self.fresh = [True] * c.workers  # its process has not had a chunk yet
-        self.idle = deque(range(c.workers))
+        self.idle = deque(range(len(starts), c.workers))
+        for worker, at in enumerate(starts):
+            self.up[worker] = False
+            self._push(at, UP, worker)
         # scheduler
         self.queue: deque[int] = deque()
         self.scheduler_free = 0.0
@@ -356,6 +362,6 @@ class Simulation:
             self.result.wasted += max(now - self.since[worker], 0.0)
 
 
-def simulate(cluster: Cluster) -> Result:
-    """Run a job on a cluster that is not there."""
-    return Simulation(cluster).run()
+def simulate(cluster: Cluster, starts: Sequence[float] = ()) -> Result:
+    """Run a job on a cluster that is not there; starts: when the first workers come, where not all are there at 0."""
+    return Simulation(cluster, starts).run()

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from benchmarks.simulate_check import told_of
+from benchmarks.simulate_check import real_run, told_of
 from benchmarks.simulate_cluster import TABLES, fill, most_workers, parse_arguments, rate, shown_parameters, sized
 from benchmarks.simulate_costs import (
     commit_costs,
@@ -127,6 +127,13 @@ def test_work_and_speed_have_the_mean_and_spread_that_are_asked_for():
     assert sorted(speeds)[len(speeds) // 2] == pytest.approx(1, rel=0.02)
 
 
+def test_workers_that_come_late_do_what_is_left():
+    cluster = replace(PERFECT, rows=640, workers=2, workers_per_node=1)
+    chunk_s = 64 * cluster.row_s
+    assert simulate(cluster, starts=[0, 4 * chunk_s]).makespan == pytest.approx(7 * chunk_s)
+    assert simulate(cluster, starts=[0, 99 * chunk_s]).makespan == pytest.approx(10 * chunk_s)
+
+
 def test_the_last_chunk_may_be_short():
     cluster = replace(PERFECT, rows=130, chunk_rows=64, workers=1)
     assert cluster.chunks == 3
@@ -207,3 +214,9 @@ def test_a_simulation_is_told_of_two_real_runs():
     cluster = told_of(short=7.0, long=17.0, jobs=2)
     assert simulate(cluster).makespan == pytest.approx(17.0, rel=0.1)
     assert simulate(replace(cluster, rows=500)).makespan == pytest.approx(7.0, rel=0.2)
+
+
+def test_a_real_run_of_workers_that_sleep_takes_as_long_as_they_do():
+    seconds, starts = real_run(4, jobs=1, chunk_rows=2, asleep=0.1)
+    assert seconds >= 0.4
+    assert starts == [0]
