@@ -1,10 +1,12 @@
 """A dataset: a folder of Parquet parts in the order of their names, complete when _SUCCESS is there."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 SUCCESS = "_SUCCESS"  # readers of Parquet skip names that begin so; it holds the plan that made the parts
+PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")  # number of the chunk, and start of the part's SHA-256
 
 
 def dataset_plan(out: Path) -> dict[str, Any] | None:

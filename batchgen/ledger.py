@@ -1,11 +1,13 @@
 """The work directory beside the output: what is planned, what is done, and nothing else.
 
     OUT.parquet.batchgen/
-        lock                    flock, held for life: a second run finds it taken and touches nothing
+        lock                    flock, held for life: a second run finds it taken and touches nothing; it may hold
+                                this directory's name to an object store
         plan.json               written once: what is being made; a run that would make something else is refused
         attempt-<uuid>/         workers write only here
         parts/00000042-<sha256[:16]>.parquet    one rename is the commit
         old/                    the dataset that parts/ has just taken the place of
+        sent.jsonl              parts that are in an object store already
 
 A part is a chunk's finished rows. Its receipt travels in its own metadata, so that a resumed run can count it.
 """
@@ -15,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
 from collections import Counter
@@ -28,7 +29,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.dataset import SUCCESS, dataset_plan
+from batchgen.dataset import PART, SUCCESS, dataset_plan
 from batchgen.durable import sync_path
 from batchgen.errors import BusyError, OutputError, UsageError
 from batchgen.types import Receipt
@@ -37,11 +38,18 @@ logger = logging.getLogger(__name__)
 
 RECEIPT_KEY = "batchgen_receipt"
 COUNTS = ("input_rows", "rows", "ok", "rejected", "failed", "prompt_tokens", "completion_tokens", "space_ends")
-_PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")
 
 
 def work_directory(out: Path) -> Path:
     return out.with_name(out.name + ".batchgen")
+
+
+def run_name(out: Path) -> str | None:
+    """What the output's work directory is called in an object store, if there is one and it was needed."""
+    try:
+        return (work_directory(out) / "lock").read_text("ascii") or None
+    except (OSError, ValueError):
+        return None
 
 
 class Ledger:
@@ -55,6 +63,17 @@ class Ledger:
         self.committed: dict[int, str] = {}  # chunk -> start of its part's SHA-256
         self.counts: Counter[str] = Counter()  # COUNTS of the committed chunks
         self._lock = lock
+
+    @property
+    def sent(self) -> Path:
+        return self.directory / "sent.jsonl"
+
+    def run_name(self) -> str:
+        """Names this work directory to an object store, as long as it is there: --restart too leaves the lock."""
+        if os.fstat(self._lock).st_size == 0:
+            os.pwrite(self._lock, uuid.uuid4().hex.encode(), 0)
+            os.fsync(self._lock)
+        return os.pread(self._lock, 100, 0).decode("ascii")
 
     def part(self, chunk: int) -> Path:
         return self.parts_directory / _part_name(chunk, self.committed[chunk])
@@ -223,7 +242,7 @@ def refuse_changes(where: str, old: dict[str, Any], new: dict[str, Any], remedy:
 
 def _read_receipt(path: Path) -> Receipt | None:
     """The receipt of a committed part, or None where the file is not what its name says."""
-    match = _PART.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     if not match or not path.is_file():
         return None
     with open(path, "rb") as file:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,8 +20,19 @@ from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
 from batchgen.checkpoint.shards import Manifest, load_manifest, load_params, model_hash, verify_shards
 from batchgen.engine.engine import MAX_BATCH, check_limits
 from batchgen.engine.probe import blas_info, is_batch_invariant
-from batchgen.errors import BatchgenError, StoppedError, UsageError
-from batchgen.ledger import Ledger, open_ledger, refuse_changes
+from batchgen.errors import BatchgenError, OutputError, StoppedError, UsageError
+from batchgen.ledger import Ledger, open_ledger, refuse_changes, run_name
+from batchgen.object_store import (
+    REMEDY,
+    Address,
+    Store,
+    check_store,
+    claim_prefix,
+    open_store,
+    parse_address,
+    publish_dataset,
+    publish_file,
+)
 from batchgen.planner import auto_chunk_rows, check_memory, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
 from batchgen.pool import Pool, no_interrupts_to_workers
 from batchgen.records.finished import failed_rows, read_manifest, with_rows_replaced
@@ -29,10 +40,12 @@ from batchgen.records.keep import kept_schema, with_kept
 from batchgen.records.openai import batch_writer
 from batchgen.records.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
 from batchgen.records.schema import output_schema
-from batchgen.records.sources import InputFormat, Inputs, local_paths
+from batchgen.records.sources import InputFormat, Inputs, Source, local_paths
 from batchgen.records.writer import (
     METADATA_KEY,
+    SUFFIXES,
     LinesWriter,
+    check_folder,
     check_output,
     is_json_lines,
     merge_parts,
@@ -79,6 +92,7 @@ class Job:
     dataset: bool = False  # the output is a folder of the parts
     retry_failed: bool = False
     status: Path | None = None  # where to keep the status file
+    address: str | None = None  # of an object store, where the output goes; the work is kept beside `output` as ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +111,7 @@ class Model:
 class Summary:
     """What became of a finished run; counts are of output rows, tokens and seconds of this run alone."""
 
-    output: Path
+    output: Path | str  # a str is an address
     input_rows: int
     ok: int
     rejected: int
@@ -140,6 +154,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
         facts, kept = scan_input(job.input), kept_schema(job.input, job.keep)
         retry = find_failed(job) if job.retry_failed else None
         plan = settle(job, model, facts, ledger, retry)
+        store = claimed(job, ledger, plan)
         resumed = ledger.counts.copy()
         rows = len(retry.rows) if retry else facts.rows
         missing = n_chunks(rows, plan["chunk_rows"]) - len(ledger.committed)
@@ -155,7 +170,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
                     ledger.commit(receipt)
             check_done(job, rows, ledger.counts - resumed, ledger.counts)
             summary = summarise(job, facts, ledger, resumed, time.monotonic() - started, jobs, retry)
-            publish(job, model, facts, ledger, plan, summary, retry, kept)
+            publish(job, model, facts, ledger, plan, summary, retry, kept, store)
         status.finish("finished", Counter(summary.statuses), summary.exit_code, None)
     return summary
 
@@ -171,8 +186,36 @@ def checked(job: Job) -> Job:
         own_params=job.row_params,
         spool=job.output.parent,
     )
-    check_output(job.output, local_paths(sources), dataset=job.dataset)
-    return replace(job, input=sources)
+    if job.address is None:
+        check_output(job.output, local_paths(sources), dataset=job.dataset)
+        return replace(job, input=sources)
+    address = parse_address(job.address, dataset=job.dataset)
+    check_address(address, sources)
+    if job.retry_failed:
+        remedy = "download the file, retry its rows there, and upload it"
+        raise UsageError(f"{address.where}: --retry-failed is for an output that is a local file; {remedy}")
+    check_folder(job.output, local_paths(sources))
+    check_store(address, run_name(job.output))
+    return replace(job, input=sources, dataset=not address.name)
+
+
+def check_address(address: Address, sources: Sequence[Source]) -> None:
+    """What can be said of it without asking the store."""
+    if address.name and Path(address.name).suffix.lower() not in SUFFIXES:
+        remedy = f"a file ends in {' or '.join(SUFFIXES)}, and a dataset in /"
+        raise UsageError(f"{address.where}: neither a file nor a dataset: {remedy}")
+    if address.where in [source.where for source in sources]:
+        raise OutputError(f"{address.where}: this is the input; choose another name for the output")
+
+
+def claimed(job: Job, ledger: Ledger, plan: dict[str, Any]) -> Store | None:
+    """The store of an output that goes to one; its prefix, if it is a dataset, is from here on this run's alone."""
+    if job.address is None:
+        return None
+    store = open_store(parse_address(job.address, dataset=job.dataset))
+    if job.dataset:
+        claim_prefix(store, ledger.run_name(), ledger.directory, plan)
+    return store
 
 
 def find_checked_model(job: Job) -> Model:
@@ -242,17 +285,34 @@ def publish(
     summary: Summary,
     retry: Retry | None,
     kept: Any,
+    store: Store | None,
 ) -> None:
     """Make the committed parts the output."""
     schema = output_schema(**columns(job, facts), kept=kept)
-    if job.dataset:
+    if job.dataset and store:
+        with kept_here(ledger):
+            publish_dataset(store, list(ledger.parts()), plan, ledger.run_name(), ledger.sent)
+    elif job.dataset:
         ledger.publish_dataset(plan)
     elif retry is None:
         lines = lines_writer(job, model, facts, plan)
-        merge_parts(ledger.parts(), job.output, schema, run_metadata(plan), summary.rows, lines)
+        out = ledger.attempt / job.output.name if store else job.output
+        merge_parts(ledger.parts(), out, schema, run_metadata(plan), summary.rows, lines)
+        if store:
+            with kept_here(ledger):
+                publish_file(store, out)
     elif retry.rows:
         rows = with_rows_replaced(job.output, ledger.parts())
         write_output(rows, job.output, schema, run_metadata(retry.manifest), summary.rows)
+
+
+@contextmanager
+def kept_here(ledger: Ledger) -> Iterator[None]:
+    """Have a store's error say that nothing finished is lost."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(f"{error}; what is finished is kept in {ledger.directory}: {REMEDY}") from error
 
 
 def columns(job: Job, facts: InputFacts) -> dict[str, bool]:
@@ -347,7 +407,7 @@ def worker_setup(job: Job, model: Model, plan: dict[str, Any], columns: dict[str
 @contextmanager
 def recorded(job: Job, ledger: Ledger) -> Iterator[StatusFile]:
     """Keep the status file while the block runs, and have it say so if that ends badly."""
-    status = StatusFile(job.status, str(job.output))
+    status = StatusFile(job.status, shown_output(job))
     try:
         yield status
     except BaseException as error:
@@ -355,6 +415,10 @@ def recorded(job: Job, ledger: Ledger) -> Iterator[StatusFile]:
         text = str(error) if isinstance(error, Exception) else type(error).__name__
         status.finish("stopped" if code in (75, 130, 143) else "failed", ledger.counts, code, text)
         raise
+
+
+def shown_output(job: Job) -> str:
+    return parse_address(job.address).where if job.address else str(job.output)
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -429,7 +493,7 @@ def summarise(
     counts = ledger.counts
     before = retry.statuses if retry else Counter()
     return Summary(
-        output=job.output,
+        output=shown_output(job) if job.address else job.output,
         input_rows=facts.rows,
         ok=counts["ok"] + before["ok"],
         rejected=counts["rejected"] + before["rejected"],

@@ -10,6 +10,7 @@ import typer
 
 from batchgen.checkpoint.registry import DEFAULT_MODEL
 from batchgen.errors import UsageError
+from batchgen.object_store import is_address, stand_in
 from batchgen.records.readers import DEFAULT_ID_COLUMN
 from batchgen.report.page import check_page, write_report
 from batchgen.run import Job, Summary, checked, run_job
@@ -33,8 +34,13 @@ def generate(
         ),
     ],
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="Where to: .parquet or .jsonl, or a folder; - is JSON lines to stdout."),
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUTPUT",
+            help="Where to: .parquet or .jsonl, a folder, or either as s3:// and the like; - is JSON lines to stdout.",
+        ),
     ],
     model: options.Model = DEFAULT_MODEL,
     prompt_column: options.PromptColumn = "prompt",
@@ -92,6 +98,12 @@ def generate(
     output_format: Annotated[
         Literal["file", "dataset"], typer.Option("--format", help="One file, or a folder of Parquet parts.")
     ] = "file",
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where the work of an output in an object store is kept; else the folder you are in."
+        ),
+    ] = None,
     status: Annotated[bool, typer.Option(help="Keep OUTPUT.status.json up to date, for machines.")] = True,
     log_json: Annotated[
         bool, typer.Option("--log-json", callback=log_as_json, help="Messages as JSON, one object a line.")
@@ -133,9 +145,14 @@ def generate(
         stop_loops=stop_loops,
         echo=echo,
     )
+    remote = is_address(output)
+    if work_dir and not remote:
+        raise UsageError("--work-dir: a local output keeps its work beside it; leave it away, or name s3://bucket/...")
+    path = stand_in(output, work_dir or Path()) if remote else Path(output)
     job = Job(
         input=inputs,
-        output=output,
+        output=path,
+        address=output if remote else None,
         model=model,
         params=params,
         prompt_column=prompt_column,
@@ -157,24 +174,26 @@ def generate(
         time_limit=options.parse_duration(time_limit, "--time-limit"),
         dataset=output_format == "dataset",
         retry_failed=retry_failed,
-        status=status_path(output) if status else None,
+        status=status_path(path) if status else None,
         row_timeout=options.parse_duration(row_timeout, "--row-timeout"),
     )
     if html_report:
-        if job.dataset or output == report.STDOUT:
+        if job.dataset or remote or path == report.STDOUT:
             raise UsageError("--report: a report is about one output file; leave it away, or name a .parquet file")
-        check_page(output, page_beside(output))
+        check_page(path, page_beside(path))
     if quiet:
         progress = "none"
-    with report.destination(output) as path:
-        if path != output:  # which is standard output
-            job = replace(job, output=path, status=None)
+    with report.destination(path) as local:
+        if local != path:  # which is standard output
+            job = replace(job, output=local, status=None)
         if fetch and is_to_be_fetched(model):
             job = checked(job)  # before hours of download, not after
             fetch_shown(model, progress)
         with showing_progress(progress) as on_progress:
-            summary = replace(run_job(job, on_progress), output=output)
-    page = write_report(output, page_beside(output)) if html_report else None
+            summary = run_job(job, on_progress)
+    if path == report.STDOUT:
+        summary = replace(summary, output=path)
+    page = write_report(path, page_beside(path)) if html_report else None
     if not quiet:
         with report.to_whoever_reads():
             _print_summary(summary, show, page)
@@ -188,7 +207,7 @@ def _print_summary(summary: Summary, show: int, page: Path | None) -> None:
         typer.echo(line, err=to_stdout)
     if page:
         typer.echo(f"report: {report.one_line(str(page))}")
-    if show and summary.rows and not to_stdout:
+    if show and summary.rows and not to_stdout and isinstance(summary.output, Path):
         typer.echo("")
         for line in report.sample_lines(summary.output, show):
             typer.echo(line)

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from batchgen.object_store import refuse_address
 from batchgen.report.page import write_report
 from jobs import report as terminal
 
 
 def report(
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A Parquet file that batchgen wrote.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="A Parquet file that batchgen wrote.")],
     page: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where the page goes; without it, beside OUTPUT as .html.")
     ] = None,
@@ -22,8 +23,9 @@ def report(
 
     Example: batchgen report completions.parquet -o report.html
     """
-    page = page or page_beside(output)
-    write_report(output, page)
+    refuse_address(output, "a report")
+    page = page or page_beside(Path(output))
+    write_report(Path(output), page)
     with terminal.to_whoever_reads():
         typer.echo(f"report: {terminal.one_line(str(page))}")
 

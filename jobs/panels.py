@@ -14,7 +14,7 @@ COMMANDS = {
 OPTIONS = {
     "Input, model, output": (
         "output", "input_format", "model", "fetch", "prompt_column", "id_column", "keep", "output_token_ids",
-        "logprobs", "output_format", "html_report",
+        "logprobs", "output_format", "work_dir", "html_report",
     ),
     "Sampling": (
         "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",

@@ -10,6 +10,7 @@ import typer
 from batchgen.checkpoint.registry import find_model
 from batchgen.checkpoint.shards import load_manifest
 from batchgen.checkpoint.verify import record_verified, verify_model
+from batchgen.object_store import refuse_address
 from batchgen.records.writer import SUFFIXES
 from batchgen.replay import CLOSE, Replay, replay
 from jobs import report
@@ -39,6 +40,7 @@ def verify(
 
     Example: batchgen verify 124M
     """
+    refuse_address(target, "a verification")
     if os.path.isfile(target) or Path(target).suffix.lower() in SUFFIXES:
         done = replay(Path(target), rows, seed, model)
         with report.to_whoever_reads():

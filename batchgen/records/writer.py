@@ -290,15 +290,19 @@ def check_output(out: Path, inputs: Sequence[Path], *, dataset: bool = False) ->
         elif out.exists() and not out.is_file():
             raise OutputError(f"{out}: a pipe or device, which cannot be replaced at once; name a regular file")
         for path in inputs:
-            if path.is_dir() and out.parent.resolve().is_relative_to(path.resolve()):
-                raise OutputError(f"{out}: it would be in the input {path} and be read with it; choose another folder")
             if out.exists() and path.exists() and out.samefile(path):
                 raise OutputError(f"{out}: this is the input {path}; choose another name for the output")
-    _check_folder(out)
+    check_folder(out, inputs)
 
 
-def _check_folder(out: Path) -> None:
-    """Permissions are asked by really creating a file: for root, and on a read-only mount, the bits do not tell."""
+def check_folder(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuse a folder that would be read as input, or in which nothing can be written.
+
+    Permissions are asked by really creating a file: for root, and on a read-only mount, the bits do not tell.
+    """
+    for path in inputs:
+        if path.is_dir() and out.parent.resolve().is_relative_to(path.resolve()):
+            raise OutputError(f"{out}: it would be in the input {path} and be read with it; choose another folder")
     folder = out.parent
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
