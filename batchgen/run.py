@@ -92,7 +92,7 @@ class Job:
     dataset: bool = False  # the output is a folder of the parts
     retry_failed: bool = False
     status: Path | None = None  # where to keep the status file
-    address: str | None = None  # of an object store, where the output goes; the work is kept beside `output` as ever
+    destination: str | None = None  # in an object store, where the output goes; the work is kept beside `output` as ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +186,10 @@ def checked(job: Job) -> Job:
         own_params=job.row_params,
         spool=job.output.parent,
     )
-    if job.address is None:
+    if job.destination is None:
         check_output(job.output, local_paths(sources), dataset=job.dataset)
         return replace(job, input=sources)
-    address = parse_address(job.address, dataset=job.dataset)
+    address = parse_address(job.destination, dataset=job.dataset)
     check_address(address, sources)
     if job.retry_failed:
         remedy = "download the file, retry its rows there, and upload it"
@@ -210,9 +210,9 @@ def check_address(address: Address, sources: Sequence[Source]) -> None:
 
 def claimed(job: Job, ledger: Ledger, plan: dict[str, Any]) -> Store | None:
     """The store of an output that goes to one; its prefix, if it is a dataset, is from here on this run's alone."""
-    if job.address is None:
+    if job.destination is None:
         return None
-    store = open_store(parse_address(job.address, dataset=job.dataset))
+    store = open_store(parse_address(job.destination, dataset=job.dataset))
     if job.dataset:
         claim_prefix(store, ledger.run_name(), ledger.directory, plan)
     return store
@@ -418,7 +418,7 @@ def recorded(job: Job, ledger: Ledger) -> Iterator[StatusFile]:
 
 
 def shown_output(job: Job) -> str:
-    return parse_address(job.address).where if job.address else str(job.output)
+    return parse_address(job.destination).where if job.destination else str(job.output)
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -493,7 +493,7 @@ def summarise(
     counts = ledger.counts
     before = retry.statuses if retry else Counter()
     return Summary(
-        output=shown_output(job) if job.address else job.output,
+        output=shown_output(job) if job.destination else job.output,
         input_rows=facts.rows,
         ok=counts["ok"] + before["ok"],
         rejected=counts["rejected"] + before["rejected"],

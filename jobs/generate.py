@@ -152,7 +152,7 @@ def generate(
     job = Job(
         input=inputs,
         output=path,
-        address=output if remote else None,
+        destination=output if remote else None,
         model=model,
         params=params,
         prompt_column=prompt_column,

@@ -62,22 +62,22 @@ def job(folder: Path, tmp_path: Path) -> Job:
     params = SamplingParams(max_tokens=5, temperature=0.8)
     address = "s3://out/april/"
     out = stand_in(address, tmp_path)
-    return Job(folder / "p.jsonl", out, str(folder / "bytes"), params, jobs=1, chunk_rows=4, address=address)
+    return Job(folder / "p.jsonl", out, str(folder / "bytes"), params, jobs=1, chunk_rows=4, destination=address)
 
 
 def to_file(job: Job, name: str) -> Job:
-    return replace(job, address=f"s3://out/{name}", output=stand_in(f"s3://out/{name}", job.output.parent))
+    return replace(job, destination=f"s3://out/{name}", output=stand_in(f"s3://out/{name}", job.output.parent))
 
 
 def locally(job: Job, name: str) -> Path:
     """The same run with an output here."""
-    run_job(replace(job, address=None, output=job.output.with_name(name), dataset="." not in name))
+    run_job(replace(job, destination=None, output=job.output.with_name(name), dataset="." not in name))
     return job.output.with_name(name)
 
 
 def command(job: Job) -> subprocess.Popen[str]:
     """The same run as a command."""
-    arguments = ["generate", job.input, "-o", job.address, "--work-dir", job.output.parent, "--model", job.model]
+    arguments = ["generate", job.input, "-o", job.destination, "--work-dir", job.output.parent, "--model", job.model]
     arguments += ["--max-tokens", 5, "--temperature", 0.8, "--jobs", 1, "--chunk-rows", 4, "--show", 0]
     line = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -308,7 +308,7 @@ def test_what_another_begun_run_left_is_not_in_the_dataset(
 
 def test_of_two_runs_the_second_is_told_before_it_works(job: Job, store: Proxy, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    other = replace(job, output=stand_in(str(job.address), tmp_path / "other"))
+    other = replace(job, output=stand_in(str(job.destination), tmp_path / "other"))
     reached = held_at(store, 2)
     run = command(job)
     assert reached.wait(60)
@@ -336,7 +336,7 @@ def test_of_two_that_begin_at_once_one_has_the_prefix(job: Job, store: Proxy, tm
 
     store.rule = rule
     (tmp_path / "other").mkdir()
-    other = replace(job, output=stand_in(str(job.address), tmp_path / "other"))
+    other = replace(job, output=stand_in(str(job.destination), tmp_path / "other"))
     runs = [command(job), command(other)]
     errors = [run.communicate(timeout=120)[1] for run in runs]
     assert sorted(run.returncode for run in runs) == [3, 75]
@@ -376,7 +376,7 @@ def test_a_store_without_conditions_is_looked_at_first(
     run_job(job)
     assert "this store has no conditional put: no other run may write there meanwhile" in caplog.text
     assert len(store.objects("april/")) == N // 4 + 1
-    other = replace(job, output=stand_in(str(job.address), tmp_path / "other"))
+    other = replace(job, output=stand_in(str(job.destination), tmp_path / "other"))
     (tmp_path / "other").mkdir()
     with pytest.raises(OutputError, match="a complete dataset is there"):
         run_job(other)
@@ -397,13 +397,13 @@ def test_what_is_there_and_no_dataset_is_left_alone(job: Job, store: Proxy) -> N
     store.put("april/notes.txt", b"mine")
     assert "something else than a dataset of batchgen is there (notes.txt); choose another prefix" in refused(job)
     store.put("april2/00000000-0123456789abcdef.parquet", b"mine")
-    assert "1 parts of a run that did not end are there" in refused(replace(job, address="s3://out/april2/"))
+    assert "1 parts of a run that did not end are there" in refused(replace(job, destination="s3://out/april2/"))
     assert store.objects() == {"april/notes.txt": b"mine", "april2/00000000-0123456789abcdef.parquet": b"mine"}
 
 
 @pytest.mark.parametrize("name", ["april/", "x.parquet"])
 def test_a_bucket_that_is_not_there_is_one_line(job: Job, store: Proxy, name: str) -> None:
-    line = refused(replace(job, address=f"s3://nowhere/{name}"))
+    line = refused(replace(job, destination=f"s3://nowhere/{name}"))
     assert line == f"s3://nowhere/{name}: there is no such bucket; create it or check its name"
 
 
@@ -448,7 +448,7 @@ def test_a_store_that_does_not_answer_is_one_line(job: Job, monkeypatch: pytest.
     ],
 )
 def test_what_is_no_address_is_one_line(job: Job, address: str, line: str) -> None:
-    assert line in refused(replace(job, address=address))
+    assert line in refused(replace(job, destination=address))
 
 
 def test_options_that_a_store_has_no_place_for_are_refused(job: Job, store: Proxy) -> None:
@@ -498,10 +498,10 @@ def test_keys_in_an_address_are_used_and_not_shown(
         monkeypatch.delenv(name)
     options = f"region=eu-central-1&scheme=http&endpoint_override={store.url.removeprefix('http://')}"
     status = tmp_path / "status.json"
-    keyed = replace(job, address=f"s3://me:hi%2Fdden@out/april/?{options}", status=status)
+    keyed = replace(job, destination=f"s3://me:hi%2Fdden@out/april/?{options}", status=status)
     assert run_job(keyed).output == "s3://out/april/"
     assert "dden" not in status.read_text()
-    assert "me:" not in refused(replace(keyed, address=f"s3://me:hidden@nowhere/x.parquet?{options}"))
+    assert "me:" not in refused(replace(keyed, destination=f"s3://me:hidden@nowhere/x.parquet?{options}"))
 
 
 @pytest.mark.parametrize(
