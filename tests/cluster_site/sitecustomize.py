@@ -1,0 +1,9 @@
+"""On the path of a test's cluster: node processes there obey the poison words of tests/poison.py, and no others do."""
+
+import sys
+
+if "batchgen.cluster.node" in sys.orig_argv:
+    from batchgen import pool
+    from tests import poison
+
+    pool.run_chunk = poison.run_chunk
