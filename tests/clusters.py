@@ -141,8 +141,8 @@ class DaskCluster(Cluster):
                 self.log()
             )
 
-    def add_workers(self, workers: int, **variables: str) -> None:
-        options = ["--nworkers", str(workers), "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1"]
+    def add_workers(self, workers: int, threads: int = 1, **variables: str) -> None:
+        options = ["--nworkers", str(workers), "--nthreads", str(threads), "--no-dashboard", "--host", "127.0.0.1"]
         self.start("distributed.cli.dask_worker", self.address, *options, **variables)
 
 

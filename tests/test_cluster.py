@@ -238,6 +238,27 @@ def test_a_lost_scheduler_ends_the_run_and_the_next_one_finishes(kind, prepared,
     assert out.read_bytes() == prepared[2]
 
 
+def test_a_client_that_dies_is_a_lost_scheduler(dask):
+    with pool.connected("dask", dask.address) as connection:
+        assert connection.slots == 2
+        kill(connection._driver.pid)
+        with pytest.raises(StoppedError, match=r"dask at tcp://.* is lost: its client ended"):
+            assert not wait_for(lambda: connection.event(1.0))
+
+
+def test_workers_may_come_when_the_run_waits_for_them_and_have_several_threads(prepared, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(pool, "NO_WORKERS_SECONDS", 0.1)
+    out = tmp_path / "out.parquet"
+    with running("dask", tmp_path / "cluster", workers=0) as cluster:
+        come = lambda: "no workers" in caplog.text and not cluster.add_workers(1, threads=2)  # noqa: E731
+        comer = threading.Thread(target=lambda: wait_for(come))
+        comer.start()
+        with caplog.at_level(logging.WARNING):
+            assert run_job(job_on(cluster, prepared, out)).ok == ROWS
+        comer.join()
+    assert out.read_bytes() == prepared[2]
+
+
 def test_a_killed_run_leaves_nothing_at_work_and_the_next_one_finishes(cluster, prepared, tmp_path):
     run = Run(cluster, prepared, tmp_path / "out.parquet")
     run.wait_for_parts(3)

@@ -20,7 +20,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from batchgen.durable import sync_path
 from batchgen.engine.probe import blas_info
 from batchgen.errors import BatchgenError, ModelError, OutputError
 from batchgen.pool import Pool
-from batchgen.types import Chunk, Receipt
+from batchgen.types import Chunk
 
 WATCH_SECONDS = 1.0
 MAX_WARNINGS = 50  # of one chunk
@@ -57,8 +57,7 @@ class Node:
 
     def complete(self, chunk: Chunk) -> Reply:
         """Generate and write the chunk; raises what Pool does."""
-        with closing(self._pool.receipts(iter([chunk]))) as receipts:
-            receipt: Receipt = next(receipts)
+        [receipt] = self._pool.receipts(iter([chunk]))  # to its end: the worker stays for the next
         self._done += 1
         path = self.folder / f"{chunk.index:08d}-{self._done}.parquet"
         os.replace(receipt.path, path)  # what was told of once is not written again, whatever the engine asks for
