@@ -59,7 +59,8 @@ class Dask:
 
     def _done(self, ticket: int, tell: Tell) -> None:
         future = self._futures.pop(ticket)
-        tell(outcome(ticket, future.result, self._lost))
+        event = outcome(ticket, future.result, self._lost)
+        tell(event if not event.lost or self._client.status == "running" else Event(error="the connection broke"))
 
 
 class Ray:
