@@ -15,7 +15,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +25,6 @@ LOOK_SECONDS = 2.0  # between two looks at how many workers there are
 
 
 Tell = Callable[[Event], None]
-Errors = type[BaseException] | tuple[type[BaseException], ...]
 
 
 def knock(address: str) -> None:
@@ -44,7 +42,7 @@ class Dask:
         knock(address)
         where = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
         self._client = distributed.Client(**where, timeout=CONNECT_SECONDS, set_as_default=False, name="batchgen")
-        self._lost = (CancelledError, distributed.scheduler.KilledWorker)
+        self._killed = distributed.scheduler.KilledWorker
         self._name = f"batchgen-{uuid.uuid4().hex}"
         self._futures: dict[int, Any] = {}  # what nobody holds, Dask cancels
 
@@ -59,7 +57,8 @@ class Dask:
 
     def _done(self, ticket: int, tell: Tell) -> None:
         future = self._futures.pop(ticket)
-        event = outcome(ticket, future.result, self._lost)
+        fault = lambda error: future.status == "error" and not isinstance(error, self._killed)  # noqa: E731
+        event = outcome(ticket, future.result, fault)
         tell(event if not event.lost or self._client.status == "running" else Event(error="the connection broke"))
 
 
@@ -82,19 +81,16 @@ class Ray:
     def submit(self, ticket: int, arguments: tuple[Any, ...], tell: Tell) -> None:
         errors = self._ray.exceptions
         future = self._task.remote(*arguments).future()
-        future.add_done_callback(lambda f: tell(outcome(ticket, f.result, errors.RayError, errors.RayTaskError)))
+        fault = lambda error: isinstance(error, errors.RayTaskError)  # noqa: E731
+        future.add_done_callback(lambda f: tell(outcome(ticket, f.result, fault)))
 
 
-def outcome(ticket: int, result: Callable[[], bytes], lost: Errors, fault: Errors = ()) -> Event:
-    """What has become of a task: a `fault` is its own, what is `lost` is not."""
+def outcome(ticket: int, result: Callable[[], bytes], is_fault: Callable[[Exception], bool]) -> Event:
+    """What has become of a task. A fault is its own, and would come again; with anything else the task is lost."""
     try:
         return Event(ticket, reply=result())
-    except fault as error:
-        return Event(ticket, error=in_short(error))
-    except lost as error:
-        return Event(ticket, lost=in_short(error))
     except Exception as error:
-        return Event(ticket, error=in_short(error))
+        return Event(ticket, error=in_short(error)) if is_fault(error) else Event(ticket, lost=in_short(error))
 
 
 def in_short(error: BaseException) -> str:

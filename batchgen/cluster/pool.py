@@ -65,8 +65,9 @@ class Cluster:
         command = [sys.executable, "-m", "batchgen.cluster.driver", backend, address]
         with no_interrupts_to_workers():
             self._driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
-            for side in (self._listen, self._speak):
-                threading.Thread(target=side, daemon=True).start()
+            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._listener.start()
+            threading.Thread(target=self._speak, daemon=True).start()
 
     def _listen(self) -> None:
         assert self._driver.stdout is not None
@@ -130,6 +131,11 @@ class Cluster:
         """The engine sees the driver go, and cancels what it has not begun."""
         self._driver.kill()
         self._driver.wait()
+        self._listener.join()  # it reads to the end
+        for stream in (self._driver.stdin, self._driver.stdout, self._log):
+            with suppress(OSError):  # an order that was not sent
+                if stream is not None:
+                    stream.close()
 
 
 @contextmanager

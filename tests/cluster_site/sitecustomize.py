@@ -1,5 +1,9 @@
-"""On the path of a test's cluster: node processes there obey the poison words of tests/poison.py, and no others do."""
+"""On the path of a test's cluster: node processes there obey the poison words of tests/poison.py, and no others do.
 
+BATCHGEN_MISSING makes the engine's workers such as have no batchgen.
+"""
+
+import os
 import sys
 
 if "batchgen.cluster.node" in sys.orig_argv:
@@ -7,3 +11,6 @@ if "batchgen.cluster.node" in sys.orig_argv:
     from tests import poison
 
     pool.run_chunk = poison.run_chunk
+
+if os.environ.get("BATCHGEN_MISSING"):
+    sys.modules["batchgen"] = None
