@@ -51,7 +51,7 @@ def _tales(bench: Bench, n: int) -> tuple[Path, list[str]]:
         json.dumps({"prompt": f"Once upon a time there were {row} brothers, and the", "seed": row}) for row in range(n)
     ]
     path.write_text("\n".join(lines) + "\n")
-    more = ["--max-tokens", "200", "--ignore-eos"] if bench.full else []
+    more = ["--max-tokens", "100", "--ignore-eos"] if bench.full else []
     return path, ["--model", "tales", "--chunk-rows", "40", *more]
 
 
