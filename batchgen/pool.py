@@ -93,6 +93,7 @@ class Pool:
         self.setup, self.jobs = setup, jobs
         self.in_flight = jobs + 1  # chunks given out: one more than are worked on, so that no worker has to wait
         self.attempt = attempt.absolute()  # workers of an earlier run may be in another folder
+        self.markers = Path(setup.markers) if setup.markers else self.attempt
         self.row_timeout = row_timeout or STALL_SECONDS
         self.losses: dict[int, _Loss] = {}  # by chunk
         self.losses_in_a_row = 0
@@ -155,7 +156,7 @@ class Pool:
     def _note_the_dead(self, future: "Future[Receipt]") -> None:
         """loky calls this when it has found a worker dead, and before it kills the others of the pool."""
         if isinstance(future.exception(), BrokenProcessPool):
-            self.dead |= {sighting.pid for sighting in read_sightings(self.attempt) if not _is_alive(sighting.pid)}
+            self.dead |= {sighting.pid for sighting in read_sightings(self.markers) if not _is_alive(sighting.pid)}
 
     def _wait(self, futures: dict["Future[Receipt]", Chunk], stall: _Stall) -> list["Future[Receipt]"]:
         """The futures that have ended, at least one; all of them where the pool is broken. Kills what hangs."""
@@ -166,7 +167,7 @@ class Pool:
                 finished |= wait(others, timeout=POLL_SECONDS).done  # loky fails them one after another
             if finished:
                 return list(finished)
-            sightings = read_sightings(self.attempt)
+            sightings = read_sightings(self.markers)
             if any(sighting.working for sighting in sightings):
                 last_sign = time.monotonic()
             for pid in stall.stuck(sightings):
@@ -189,7 +190,7 @@ class Pool:
 
     def _blamed(self, lost: Sequence[_Lost]) -> dict[int, Sighting | None]:
         """The chunks whose own worker died or raised, with what it was doing; a broken pool's markers are removed."""
-        sightings = {s.chunk: s for s in read_sightings(self.attempt) if s.working}
+        sightings = {s.chunk: s for s in read_sightings(self.markers) if s.working}
         blamed: dict[int, Sighting | None] = {}
         alone = len(lost) == 1  # nobody else can have died; and loky may call _note_the_dead later than this
         for chunk, future in lost:
@@ -200,7 +201,7 @@ class Pool:
                 blamed[chunk.index] = sighting
         for sighting in sightings.values():
             if _is_broken(lost[0][1]) and (not alone or sighting.chunk == lost[0][0].index):
-                (self.attempt / f"worker-{sighting.pid}").unlink(missing_ok=True)
+                (self.markers / f"worker-{sighting.pid}").unlink(missing_ok=True)
         return blamed
 
     def _judged(self, chunk: Chunk, future: "Future[Receipt]", sighting: Sighting | None) -> Chunk:

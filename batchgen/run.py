@@ -7,17 +7,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
 
 from batchgen import __version__
 from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
 from batchgen.checkpoint.shards import Manifest, load_manifest, load_params, model_hash, verify_shards
+from batchgen.cluster.messages import NodeSetup
+from batchgen.cluster.pool import Cluster, ClusterPool, connected
 from batchgen.engine.engine import MAX_BATCH, check_limits
 from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError, OutputError, StoppedError, UsageError
@@ -60,6 +62,8 @@ from batchgen.worker import WorkerSetup, read_sightings
 
 logger = logging.getLogger(__name__)
 
+Backend = Literal["loky", "dask", "ray"]
+
 NOMINAL_JOBS = 4  # cuts the input where rows depend on their company, so that --jobs does not change them
 
 
@@ -92,7 +96,10 @@ class Job:
     dataset: bool = False  # the output is a folder of the parts
     retry_failed: bool = False
     status: Path | None = None  # where to keep the status file
-    destination: str | None = None  # in an object store, where the output goes; the work is kept beside `output` as ever
+    destination: str | None = None  # in an object store; the work is kept beside `output` as ever
+    backend: Backend = "loky"  # loky is this machine alone
+    address: str | None = None  # of the cluster's scheduler; None is Ray's own choice
+    model_cache: Path | None = None  # a directory of each node, where the model is copied to
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,20 +156,26 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
     until = time.monotonic() + job.time_limit if job.time_limit else None
     job = checked(job)
     model = find_checked_model(job)
-    with open_ledger(job.output) as ledger:
+    with open_ledger(job.output) as ledger, cluster_of(job) as cluster:
         verify_shards(model.directory)
         facts, kept = scan_input(job.input), kept_schema(job.input, job.keep)
         retry = find_failed(job) if job.retry_failed else None
-        plan = settle(job, model, facts, ledger, retry)
+        plan = settle(job, model, facts, ledger, retry, cluster.slots if cluster else None)
         store = claimed(job, ledger, plan)
         resumed = ledger.counts.copy()
         rows = len(retry.rows) if retry else facts.rows
         missing = n_chunks(rows, plan["chunk_rows"]) - len(ledger.committed)
-        jobs = max(min(job.jobs or fitting_jobs(plan["kv_bytes"], model.bytes), missing), 1)
+        here = cluster.slots if cluster else fitting_jobs(plan["kv_bytes"], model.bytes)
+        jobs = max(min(job.jobs or here, missing), 1)
         items = (item for item in validated(job, model) if retry is None or item.row in retry.rows)
         planned = with_kept(plan_chunks(items, plan["chunk_rows"]), job.input, kept)
         chunks = (chunk for chunk in planned if chunk.index not in ledger.committed)
-        pool = Pool(worker_setup(job, model, plan, columns(job, facts)), ledger.attempt, jobs, job.row_timeout)
+        setup = worker_setup(job, model, plan, columns(job, facts))
+        pool: Pool | ClusterPool = (
+            ClusterPool(cluster, node_setup(job, setup, plan, ledger), job.jobs, until)
+            if cluster
+            else Pool(setup, ledger.attempt, jobs, job.row_timeout)
+        )
         started = time.monotonic()
         with recorded(job, ledger) as status, reporting(on_progress, status, ledger, rows):
             with closing(pool.receipts(in_time(chunks, until, pool))) as receipts:
@@ -177,6 +190,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
 
 def checked(job: Job) -> Job:
     """The job with its input found; refuses, before any work, an input or output that cannot be."""
+    check_backend(job)
     sources = check_input(
         job.input,
         job.prompt_column,
@@ -218,6 +232,19 @@ def claimed(job: Job, ledger: Ledger, plan: dict[str, Any]) -> Store | None:
     return store
 
 
+def check_backend(job: Job) -> None:
+    if job.backend == "dask" and not job.address:
+        raise UsageError("--backend dask: which cluster? give --scheduler tcp://HOST:8786, or its scheduler file")
+    if job.backend == "loky" and (job.address or job.model_cache):
+        option = "--model-cache" if job.model_cache else "a scheduler's address"
+        raise UsageError(f"{option} is for a cluster; add --backend dask or --backend ray")
+
+
+def cluster_of(job: Job) -> AbstractContextManager[Cluster | None]:
+    """The cluster that does the work, or None for this machine alone."""
+    return nullcontext() if job.backend == "loky" else connected(job.backend, job.address or "auto")
+
+
 def find_checked_model(job: Job) -> Model:
     directory = find_model(job.model)
     model = Model(directory, load_manifest(directory))
@@ -225,7 +252,7 @@ def find_checked_model(job: Job) -> Model:
     return model
 
 
-def in_time(chunks: Iterator[Chunk], until: float | None, pool: Pool) -> Iterator[Chunk]:
+def in_time(chunks: Iterator[Chunk], until: float | None, pool: Pool | ClusterPool) -> Iterator[Chunk]:
     """Give out chunks only while they are likely to be done by `until`; what is under way then ends well.
 
     A chunk that is given out first waits for a worker, about as long as it will take.
@@ -265,9 +292,11 @@ def find_failed(job: Job) -> Retry:
     return Retry(frozenset(rows), statuses, read_manifest(job.output))
 
 
-def settle(job: Job, model: Model, facts: InputFacts, ledger: Ledger, retry: Retry | None) -> dict[str, Any]:
-    """The plan that holds: this run's, or that of the one to go on with."""
-    plan, automatic = make_plan(job, model, facts, len(retry.rows) if retry else facts.rows)
+def settle(
+    job: Job, model: Model, facts: InputFacts, ledger: Ledger, retry: Retry | None, slots: int | None
+) -> dict[str, Any]:
+    """The plan that holds: this run's, or that of the one to go on with. slots are a cluster's."""
+    plan, automatic = make_plan(job, model, facts, len(retry.rows) if retry else facts.rows, slots)
     plan["format"] = "dataset" if job.dataset else job.output.suffix.lower().lstrip(".")
     if retry is None:
         return ledger.settle(plan, automatic, restart=job.restart)
@@ -331,7 +360,9 @@ def lines_writer(job: Job, model: Model, facts: InputFacts, plan: dict[str, Any]
     return write_json_lines
 
 
-def make_plan(job: Job, model: Model, facts: InputFacts, rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def make_plan(
+    job: Job, model: Model, facts: InputFacts, rows: int, slots: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the output depends on, with None where it is automatic; and the automatic values."""
     config = model.manifest.config
     kv_bytes = default_kv_bytes(config)
@@ -367,7 +398,8 @@ def make_plan(job: Job, model: Model, facts: InputFacts, rows: int) -> tuple[dic
         "kv_bytes": job.kv_bytes,
         "share_prefixes": job.share_prefixes,
     }
-    jobs = (job.jobs or fitting_jobs(job.kv_bytes or kv_bytes, model.bytes)) if invariant else NOMINAL_JOBS
+    here = fitting_jobs(job.kv_bytes or kv_bytes, model.bytes) if slots is None else slots or NOMINAL_JOBS
+    jobs = (job.jobs or here) if invariant else NOMINAL_JOBS
     automatic = {
         "chunk_rows": auto_chunk_rows(rows, jobs, job.params.n),
         "batch_size": MAX_BATCH,
@@ -399,8 +431,20 @@ def worker_setup(job: Job, model: Model, plan: dict[str, Any], columns: dict[str
         max_batch=plan["batch_size"],
         share_prefixes=plan["share_prefixes"],
         **columns,
+        markers=None,
         params=job.params,
         parent=os.getpid(),
+    )
+
+
+def node_setup(job: Job, setup: WorkerSetup, plan: dict[str, Any], ledger: Ledger) -> NodeSetup:
+    return NodeSetup(
+        worker=setup,
+        attempt=str(ledger.attempt.absolute()),
+        numpy=plan["numpy"],
+        blas=plan["blas"],
+        model_cache=str(job.model_cache) if job.model_cache else None,
+        row_timeout=job.row_timeout,
     )
 
 

@@ -51,6 +51,7 @@ class WorkerSetup:
     params: SamplingParams  # the run's, which a row may have changed for itself
     parent: int  # process id: a worker does not outlive it
     prompt_index: bool = False
+    markers: str | None = None  # where they lie, if not in the attempt's directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,7 @@ def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
 
     Raises ChunkError with the rows that were in flight, or a BatchgenError or OSError that concerns the whole job.
     """
-    marker = Marker(Path(attempt), chunk.index)
+    marker = Marker(Path(setup.markers or attempt), chunk.index)
     try:
         receipt = _run_chunk(setup, chunk, Path(attempt), marker)
     except MemoryError:

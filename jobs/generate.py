@@ -13,7 +13,7 @@ from batchgen.errors import UsageError
 from batchgen.object_store import is_address, stand_in
 from batchgen.records.readers import DEFAULT_ID_COLUMN
 from batchgen.report.page import check_page, write_report
-from batchgen.run import Job, Summary, checked, run_job
+from batchgen.run import Backend, Job, Summary, checked, run_job
 from batchgen.status import status_path
 from batchgen.types import SamplingParams
 from jobs import options, report
@@ -81,6 +81,18 @@ def generate(
     chunk_rows: options.ChunkRows = "auto",
     kv_memory: options.KvMemory = "auto",
     share_prefixes: options.SharePrefixes = True,
+    backend: Annotated[
+        Backend, typer.Option(help="Workers of this machine, or those of a Dask or Ray cluster.")
+    ] = "loky",
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Dask's: tcp://HOST:8786, or its scheduler file (.json).")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ray's: HOST:6379, ray://HOST:10001; auto is the one of here.")
+    ] = None,
+    model_cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where each node keeps its own copy of the model.")
+    ] = None,
     require_invariant: Annotated[
         bool, typer.Option("--require-invariant", help="Refuse to run where rows depend on their company.")
     ] = False,
@@ -123,6 +135,11 @@ def generate(
 
     Example: batchgen generate prompts.jsonl -o completions.parquet --max-tokens 64 --temperature 0.8
     """
+    if (scheduler and backend != "dask") or (address and backend != "ray"):
+        given, wanted = ("--scheduler", "dask") if scheduler and backend != "dask" else ("--address", "ray")
+        raise UsageError(
+            f"{given} names a {wanted.title()} cluster, and this is --backend {backend}; add --backend {wanted}"
+        )
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -176,6 +193,9 @@ def generate(
         retry_failed=retry_failed,
         status=status_path(path) if status else None,
         row_timeout=options.parse_duration(row_timeout, "--row-timeout"),
+        backend=backend,
+        address=scheduler or address,
+        model_cache=model_cache,
     )
     if html_report:
         if job.dataset or remote or path == report.STDOUT:

@@ -23,6 +23,7 @@ OPTIONS = {
     "Where a completion ends": ("stop", "include_stop", "stop_token_ids", "ignore_eos", "stop_loops", "echo"),
     "Prompts": ("on_too_long", "empty_prompt", "trim"),
     "Work": ("jobs", "batch_size", "chunk_rows", "kv_memory", "share_prefixes", "require_invariant", "time"),
+    "Cluster": ("backend", "scheduler", "address", "model_cache"),
     "Run": (
         "restart", "retry_failed", "time_limit", "row_timeout", "progress", "status", "log_json", "quiet", "show",
     ),

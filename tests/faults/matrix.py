@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import disk, inputs, kills, poison, scale, stops
+from tests.faults import cluster, disk, inputs, kills, poison, scale, stops
 from tests.faults.bench import Bench
 
 
@@ -49,5 +49,8 @@ CASES = [
     Case("duplicate-ids", "ids that come twice", "every id twice", inputs.duplicate_ids, quick=False),
     Case("ten-million-rows", "memory with ten times the rows", "a stub model", scale.ten_million_rows),
     Case("many-chunks", "memory with ten times the chunks", "a stub model", scale.hundred_thousand_chunks),
+    Case("cluster-dask", "a Dask worker killed every 10 s", "os.kill", cluster.dask_workers_killed, quick=False),
+    Case("cluster-ray", "a Ray worker killed every 10 s", "os.kill", cluster.ray_workers_killed, quick=False),
+    Case("cluster-partition", "a host of two cut off", "network namespaces", cluster.partition, quick=False),
     Case("overhead", "nothing at all", "beside the bare engine", scale.overhead),
 ]

@@ -1,0 +1,624 @@
+"""cluster/: what a Dask or Ray cluster writes is what one machine writes, whatever of it dies in between."""
+
+import json
+import logging
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+
+import pyarrow.parquet as pq
+import pytest
+
+from batchgen.cluster import driver, lease, pool
+from batchgen.cluster.messages import Event, NodeSetup, Order, Reply
+from batchgen.errors import BatchgenError, StoppedError, UsageError
+from batchgen.gpt2.config import GPT2Config
+from batchgen.ledger import work_directory
+from batchgen.pool import MAX_LOSSES
+from batchgen.run import Job, run_job
+from batchgen.types import Chunk, Receipt, Rejected, SamplingParams
+from batchgen.worker import WorkerSetup
+from tests.clusters import ROOT, Cluster, DaskCluster, MissingError, RayCluster, free_port, kill, wait_for
+from tests.models import write_byte_model
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+
+SLOW = GPT2Config(n_vocab=257, n_ctx=128, n_embd=256, n_head=8, n_layer=4)
+PARAMS = SamplingParams(max_tokens=16, temperature=0.7)
+ROWS, CHUNK_ROWS = 64, 4
+CHUNKS = ROWS // CHUNK_ROWS
+KINDS = {"dask": DaskCluster, "ray": RayCluster}
+
+
+@contextmanager
+def running(kind: str, folder: Path, **more: object) -> Iterator[Cluster]:
+    try:
+        cluster = KINDS[kind](folder, **more)
+    except MissingError as reason:
+        pytest.skip(str(reason))
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def dask(tmp_path_factory):
+    with running("dask", tmp_path_factory.mktemp("dask")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def ray(tmp_path_factory):
+    with running("ray", tmp_path_factory.mktemp("ray")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["dask", "ray"])
+def cluster(request) -> Cluster:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> tuple[Path, Path, bytes]:
+    """A model slow enough to be interrupted, prompts for it, and what one machine writes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    model = write_byte_model(folder / "slow", SLOW)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{"abcdefghij"[row % 10] * (1 + row % 40)}"}}\n' for row in range(ROWS)))
+    run_job(plain_job((model, prompts), folder / "out.parquet"))
+    return model, prompts, (folder / "out.parquet").read_bytes()
+
+
+def plain_job(prepared: tuple, out: Path, **changes: object) -> Job:
+    model, prompts = prepared[:2]
+    return replace(Job([prompts], out, str(model), PARAMS, jobs=2, chunk_rows=CHUNK_ROWS), **changes)
+
+
+def job_on(cluster: Cluster, prepared: tuple, out: Path, **changes: object) -> Job:
+    return plain_job(prepared, out, backend=cluster.backend, address=cluster.address, **changes)
+
+
+class Run:
+    """The same as a command of its own."""
+
+    def __init__(self, cluster: Cluster, prepared: tuple, out: Path) -> None:
+        model, prompts = prepared[:2]
+        options = ["--model", model, "--chunk-rows", CHUNK_ROWS, "--jobs", 2, "--max-tokens", 16, "--temperature", 0.7]
+        command = [sys.executable, "-m", "jobs.cli", "generate", prompts, "-o", out, *options, *cluster.options]
+        self.out = out
+        self.process = subprocess.Popen(
+            [str(word) for word in [*command, "--show", 0, "--progress", "none"]],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for_parts(self, n: int) -> None:
+        assert wait_for(lambda: self.process.poll() is not None or parts(self.out) >= n)
+        assert self.process.poll() is None, self.process.communicate()
+
+    def finish(self) -> tuple[int, list[str]]:
+        _, err = self.process.communicate(timeout=120)
+        return self.process.returncode, err.splitlines()
+
+
+def parts(out: Path) -> int:
+    return len(list((work_directory(out) / "parts").glob("*-*")))
+
+
+class Disturbed:
+    """Does something to a run in this process when it has committed so many chunks."""
+
+    def __init__(self, out: Path, n: int, disturb) -> None:
+        self.out, self.n, self.disturb, self.done = out, n, disturb, False
+
+    def __enter__(self) -> "Disturbed":
+        self._thread = threading.Thread(target=self._act)
+        self._thread.start()
+        return self
+
+    def _act(self) -> None:
+        if wait_for(lambda: parts(self.out) >= self.n):
+            self.disturb()
+            self.done = True
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+
+# ---- the same bytes
+
+
+def test_a_cluster_writes_what_one_machine_writes(cluster, prepared, tmp_path):
+    summary = run_job(job_on(cluster, prepared, tmp_path / "out.parquet"))
+    assert (summary.ok, summary.jobs, summary.exit_code) == (ROWS, 2, 0)
+    assert (tmp_path / "out.parquet").read_bytes() == prepared[2]
+    assert os.listdir(tmp_path) == ["out.parquet"]
+    assert wait_for(lambda: not cluster.nodes() and not cluster.generating())  # they end with the run
+
+
+def test_a_cluster_goes_on_where_one_machine_stopped_and_the_other_way_round(dask, prepared, tmp_path, monkeypatch):
+    out = tmp_path / "out.parquet"
+    for first, second in ((plain_job, job_on), (job_on, plain_job)):
+        makers = {plain_job: (prepared, out), job_on: (dask, prepared, out)}
+        with pytest.raises(BatchgenError, match="cut short"), cut_short(monkeypatch, 5):
+            run_job(first(*makers[first]))
+        assert 0 < parts(out) < CHUNKS
+        assert 0 < run_job(second(*makers[second])).resumed < ROWS
+        assert out.read_bytes() == prepared[2]
+        out.unlink()
+
+
+@contextmanager
+def cut_short(monkeypatch, chunks: int) -> Iterator[None]:
+    from batchgen import run
+
+    def some(*arguments: object) -> Iterator[Chunk]:
+        for number, chunk in enumerate(plan_chunks(*arguments)):
+            if number == chunks:
+                raise BatchgenError("cut short")
+            yield chunk
+
+    plan_chunks = run.plan_chunks
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "plan_chunks", some)
+        yield
+
+
+def test_a_model_is_copied_to_the_nodes_cache_once_and_checked(dask, prepared, tmp_path):
+    cache = tmp_path / "cache"
+    job = job_on(dask, prepared, tmp_path / "out.parquet", model_cache=cache)
+    run_job(job)
+    [copy] = cache.iterdir()
+    assert job.output.read_bytes() == prepared[2]
+    before = copy.stat()
+    run_job(job)
+    assert copy.stat() == before
+    shard = next(copy.glob("h0.mlp.c_fc.w.npy"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(BatchgenError, match=r"node .*h0\.mlp\.c_fc\.w\.npy: expected .* bytes"):
+        run_job(job)
+
+
+# ---- what dies
+
+
+def test_an_engines_worker_that_is_killed_costs_its_chunk_and_no_byte(cluster, prepared, tmp_path):
+    out = tmp_path / "out.parquet"
+    killed = []
+
+    def kill_one() -> None:
+        assert wait_for(cluster.engine_workers)
+        killed.append(cluster.engine_workers()[0])
+        kill(killed[0])
+
+    with Disturbed(out, 3, kill_one):
+        summary = run_job(job_on(cluster, prepared, out))
+    assert killed
+    assert summary.ok == ROWS
+    assert out.read_bytes() == prepared[2]
+    assert wait_for(lambda: not cluster.nodes() and not cluster.generating())
+
+
+def test_a_node_process_or_its_worker_that_is_killed_costs_its_chunk_and_no_byte(dask, prepared, tmp_path):
+    out = tmp_path / "out.parquet"
+    with Disturbed(out, 2, lambda: [kill(pid) for pid in dask.nodes()[:1]]) as one:  # noqa: SIM117
+        with Disturbed(out, 6, lambda: [kill(pid) for pid in dask.generating()[:1]]) as other:
+            assert run_job(job_on(dask, prepared, out)).ok == ROWS
+    assert one.done
+    assert other.done
+    assert out.read_bytes() == prepared[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lost_scheduler_ends_the_run_and_the_next_one_finishes(kind, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "SILENCE_SECONDS", 5.0)
+    out = tmp_path / "out.parquet"
+    with running(kind, tmp_path / "cluster") as cluster:
+        victims = lambda: [cluster.scheduler.pid] if kind == "dask" else cluster.processes("gcs_server")  # noqa: E731
+        with Disturbed(out, 3, lambda: [kill(pid) for pid in victims()]) as disturbed:  # noqa: SIM117
+            with pytest.raises(StoppedError, match=f"{kind} at .*{cluster.port} is lost.* run the same command") as end:
+                run_job(job_on(cluster, prepared, out))
+        assert disturbed.done
+        assert end.value.exit_code == 75
+        assert 3 <= parts(out) < CHUNKS
+        assert wait_for(lambda: not cluster.nodes() and not cluster.generating())
+    assert run_job(plain_job(prepared, out)).resumed >= 3 * CHUNK_ROWS
+    assert out.read_bytes() == prepared[2]
+
+
+def test_a_client_that_dies_is_a_lost_scheduler(dask):
+    with pool.connected("dask", dask.address) as connection:
+        assert connection.slots == 2
+        kill(connection._driver.pid)
+        with pytest.raises(StoppedError, match=r"dask at tcp://.* is lost: its client ended"):
+            assert not wait_for(lambda: connection.event(1.0))
+
+
+def test_workers_may_come_when_the_run_waits_for_them_and_have_several_threads(prepared, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(pool, "NO_WORKERS_SECONDS", 0.1)
+    out = tmp_path / "out.parquet"
+    with running("dask", tmp_path / "cluster", workers=0) as cluster:
+        come = lambda: "no workers" in caplog.text and not cluster.add_workers(1, threads=2)  # noqa: E731
+        comer = threading.Thread(target=lambda: wait_for(come))
+        comer.start()
+        with caplog.at_level(logging.WARNING):
+            assert run_job(job_on(cluster, prepared, out)).ok == ROWS
+        comer.join()
+    assert out.read_bytes() == prepared[2]
+
+
+def test_a_killed_run_leaves_nothing_at_work_and_the_next_one_finishes(cluster, prepared, tmp_path):
+    run = Run(cluster, prepared, tmp_path / "out.parquet")
+    run.wait_for_parts(3)
+    assert cluster.generating()
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.finish()
+    assert wait_for(lambda: not cluster.nodes() and not cluster.generating(), 20)  # not the minute of a stale lease
+    run_job(job_on(cluster, prepared, run.out))
+    assert run.out.read_bytes() == prepared[2]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "inter")]
+)
+def test_a_stopped_run_says_one_line_and_leaves_nothing_at_work(cluster, prepared, tmp_path, number, code, word):
+    run = Run(cluster, prepared, tmp_path / "out.parquet")
+    run.wait_for_parts(3)
+    (os.killpg if number == signal.SIGINT else os.kill)(run.process.pid, number)  # Ctrl-C goes to all of them
+    ended, said = run.finish()
+    assert ended == code
+    assert len(said) == 1
+    assert word in said[0]
+    assert wait_for(lambda: not cluster.nodes() and not cluster.generating(), 20)
+    assert sorted(os.listdir(work_directory(run.out))) == ["lock", "parts", "plan.json"]
+
+
+def test_rows_that_kill_hang_or_break_their_worker_are_set_aside(cluster, prepared, tmp_path, caplog):
+    words = {3: "kill-first", 17: "raise-last", 30: "hang-first", 45: "kill-first-once"}
+    model = write_byte_model(tmp_path / "model")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{words.get(row, 'row')} {row}"}) + "\n" for row in range(60)))
+    out = tmp_path / "out" / "out.parquet"
+    out.parent.mkdir()
+    job = job_on(cluster, (model, prompts), out, chunk_rows=15, row_timeout=2.0)
+    with caplog.at_level(logging.WARNING):
+        summary = run_job(job)
+    rows = pq.read_table(out).to_pylist()
+    assert [row["row"] for row in rows] == list(range(60))
+    assert {row["row"] for row in rows if row["status"] == "failed"} == {3, 17, 30}
+    assert "its worker died (SIGKILL(-9))" in rows[3]["error"]
+    assert "took no step for 2 s" in rows[30]["error"]
+    assert (summary.failed, summary.exit_code) == (3, 3)
+    assert "prompts.jsonl:4: its worker died" in caplog.text  # the run's own log tells of it
+    assert os.listdir(out.parent) == ["out.parquet"]
+
+
+# ---- what is refused
+
+
+def refused(prepared: tuple, folder: Path, *options: object, code: int) -> str:
+    """The one line that a command says."""
+    command = [sys.executable, "-m", "jobs.cli", "generate", prepared[1], "-o", folder / "out.parquet"]
+    done = subprocess.run(
+        [str(word) for word in [*command, "--model", prepared[0], *options]],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    said = [line for line in done.stderr.splitlines() if not re.fullmatch(r"\d+ of \d+ rows.*", line)]
+    assert (done.returncode, len(said)) == (code, 1), done.stderr
+    assert not (folder / "out.parquet").exists()
+    assert not work_directory(folder / "out.parquet").exists() or not parts(folder / "out.parquet")
+    return said[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scheduler_that_is_not_there_is_one_line(kind, prepared, tmp_path):
+    port = free_port()
+    address = {"dask": f"tcp://127.0.0.1:{port}", "ray": f"127.0.0.1:{port}"}[kind]
+    said = refused(prepared, tmp_path, "--backend", kind, KINDS[kind].option, address, code=1)
+    assert f"no cluster at {address}" in said
+    assert KINDS[kind].option in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "dask"}, r"which cluster\? give --scheduler"),
+        ({"address": "tcp://host:8786"}, "add --backend dask or --backend ray"),
+        ({"model_cache": Path("cache")}, "--model-cache is for a cluster; add --backend"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(prepared, tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        run_job(plain_job(prepared, tmp_path / "out.parquet", **changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheduler", "tcp://host:8786"], "--scheduler names a Dask cluster, and this is --backend loky"),
+        (["--backend", "dask", "--address", "host:6379"], "--address names a Ray cluster, and this is --backend dask"),
+    ],
+)
+def test_a_cluster_of_the_other_kind_is_refused(prepared, tmp_path, options, message):
+    assert message in refused(prepared, tmp_path, *options, code=2)
+
+
+def test_an_engine_that_is_not_installed_is_named_with_what_installs_it(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"pip install 'batchgen\[ray\]'"):
+        run_job(plain_job(prepared, tmp_path / "out.parquet", backend="ray"))
+
+
+# ---- a node that is not fit
+
+
+@pytest.fixture
+def setup(prepared, tmp_path) -> NodeSetup:
+    """What a node is told of a run that lives."""
+    from importlib.metadata import version
+
+    from batchgen.checkpoint.shards import load_manifest, model_hash
+    from batchgen.engine.probe import blas_info
+
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
+    worker = WorkerSetup(
+        model=str(prepared[0]),
+        model_hash=model_hash(load_manifest(prepared[0])),
+        kv_bytes=2**26,
+        max_batch=64,
+        share_prefixes=True,
+        token_ids=False,
+        logprobs=False,
+        params=PARAMS,
+        parent=os.getpid(),
+    )
+    return NodeSetup(worker, str(attempt), version("numpy"), blas_info().kernels)
+
+
+def rejected_chunk(index: int, rows: int = 2) -> Chunk:
+    return Chunk(index, tuple(Rejected(rows * index + k, "p:1", None, None, "no") for k in range(rows)))
+
+
+def asked(setup: NodeSetup, *chunks: Chunk, version: str | None = None) -> list[Reply]:
+    """What the engine's worker gets from a node process for chunks, one after the other."""
+    from batchgen import __version__
+    from batchgen.cluster.task import _idle, do_chunk
+
+    with lease.held_lease(Path(setup.attempt)) if Path(setup.attempt).exists() else contextmanager(lambda: (yield))():
+        replies = [
+            pickle.loads(do_chunk(version or __version__, setup.attempt, pickle.dumps(setup), pickle.dumps(chunk)))
+            for chunk in chunks
+        ]
+        for node in _idle.pop(setup.attempt, []):
+            node.end()
+    return replies
+
+
+def test_a_node_process_does_one_chunk_after_another_under_names_that_are_used_once(setup):
+    chunks = [rejected_chunk(0), rejected_chunk(1), rejected_chunk(0)]
+    replies = asked(setup, *chunks)
+    paths = [reply.receipt.path for reply in replies]
+    assert len(set(paths)) == 3
+    assert len({Path(path).parent for path in paths}) == 1
+    for reply, chunk in zip(replies, chunks, strict=True):
+        part = Path(setup.attempt, reply.receipt.path)
+        assert part.stat().st_size == reply.size
+        assert pq.read_table(part)["row"].to_pylist() == [item.row for item in chunk.items]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"numpy": "1.0"}, r"NumPy .* there, and 1\.0 where the run was planned; install the same"),
+        ({"blas": "openblas 0.3 Haswell"}, r"'openblas 0.3 Haswell' where .* same OPENBLAS_CORETYPE"),
+        (
+            {"attempt": "/nowhere/attempt"},
+            "/nowhere/attempt: no such folder there; .* file system that all nodes share",
+        ),
+        ({"hash": "0123456789abcdef"}, "model .* is there, and the run is of 0123456789abcdef"),
+        ({"model": "/nowhere/model"}, "/nowhere/model: is not a model"),
+        ({"version": "0.0.1"}, r"batchgen .* there, and 0\.0\.1 where the run was started"),
+    ],
+)
+def test_a_node_that_is_not_fit_says_so_by_its_name(setup, changes, message):
+    version = changes.pop("version", None)
+    worker = setup.worker
+    worker = replace(
+        worker, model_hash=changes.pop("hash", worker.model_hash), model=changes.pop("model", worker.model)
+    )
+    [reply] = asked(replace(setup, worker=worker, **changes), rejected_chunk(0), version=version)
+    assert isinstance(reply.error, BatchgenError)
+    assert str(reply.error).startswith(f"node {os.uname().nodename}: ")
+    assert re.search(message, str(reply.error))
+
+
+def test_workers_with_other_kernels_end_the_run_before_a_row_is_written(prepared, tmp_path):
+    from batchgen.engine.probe import blas_info
+
+    other = "Nehalem" if blas_info().core_type != "Nehalem" else "Haswell"
+    with running("dask", tmp_path / "cluster", workers=1, OPENBLAS_CORETYPE=other) as cluster:
+        out = tmp_path / "out.parquet"
+        with pytest.raises(BatchgenError, match=f"node .* BLAS is .*{other}.* OPENBLAS_CORETYPE"):
+            run_job(job_on(cluster, prepared, out))
+        assert parts(out) == 0
+
+
+# ---- the lease
+
+
+def test_a_lease_that_is_gone_or_no_longer_changes_ends_a_node(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(lease.time, "monotonic", lambda: now)
+    path = tmp_path / lease.NAME
+    path.write_text("0")
+    watch = lease.Watch(tmp_path, stale=60.0)
+    for now, content, ended in [(0, "0", ""), (59, "0", ""), (59.5, "1", ""), (119, "1", ""), (120, "1", "no sign")]:  # noqa: B007
+        path.write_text(content)
+        assert watch.ended().startswith(ended)
+        assert bool(watch.ended()) == bool(ended)
+    path.unlink()
+    assert "over" in watch.ended()
+
+
+def test_a_lease_changes_while_it_is_held_and_goes_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "REFRESH_SECONDS", 0.01)
+    with lease.held_lease(tmp_path) as path:
+        before = path.read_bytes()
+        assert wait_for(lambda: path.read_bytes() != before)
+        assert len(path.read_bytes()) == len(before)  # needs no room on a full disk
+    assert not path.exists()
+
+
+def test_a_node_process_ends_with_its_run_whatever_its_worker_does(setup, tmp_path):
+    from batchgen import __version__
+    from batchgen.cluster.messages import send
+
+    command = [sys.executable, "-m", "batchgen.cluster.node", __version__, str(os.getpid())]
+    with lease.held_lease(Path(setup.attempt)):
+        node = subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        send(node.stdin, pickle.dumps(setup))
+        assert wait_for(lambda: list(tmp_path.glob("batchgen-*/node-*")))
+    assert node.wait(timeout=60) == 0
+    _, err = node.communicate()
+    assert b"the run is over" in err
+    assert not list(tmp_path.glob("batchgen-*/node-*"))
+
+
+# ---- the run's side, with a scheduler that does as it is told
+
+
+class Scripted(pool.Cluster):
+    """Answers each chunk as a function of it says."""
+
+    def __init__(self, answer, slots: int = 2) -> None:
+        self.where, self.slots, self._heard = "script at here", slots, float("inf")
+        self._events, self._answer = SimpleQueue(), answer
+        self.most = self.out = 0
+
+    def order(self, order: Order) -> None:
+        if order.arguments:
+            self.out += 1
+            self.most = max(self.most, self.out)
+            for event in self._answer(order.ticket, pickle.loads(order.arguments[3])):
+                self._events.put(event)
+
+    def event(self, seconds: float) -> Event | None:
+        event = super().event(0.0)
+        self.out -= event is not None
+        return event
+
+
+def finished(setup: NodeSetup, ticket: int, chunk: Chunk, **changes: object) -> Event:
+    """A reply with a part that is there."""
+    path = Path("node-1", f"{chunk.index:08d}-{ticket}.parquet")
+    Path(setup.attempt, "node-1").mkdir(exist_ok=True)
+    Path(setup.attempt, path).write_bytes(b"part")
+    receipt = Receipt(chunk.index, str(path), "0" * 64, len(chunk.items), 2, 0, 2, 0, 0, 0)
+    reply = replace(Reply("node", receipt=receipt, size=4), **changes)
+    return Event(ticket, reply=pickle.dumps(reply))
+
+
+def test_a_receipt_that_comes_twice_counts_once(setup):
+    cluster = Scripted(lambda ticket, chunk: [finished(setup, ticket, chunk)] * 2)
+    receipts = list(pool.ClusterPool(cluster, setup).receipts(map(rejected_chunk, range(20))))
+    assert sorted(receipt.chunk for receipt in receipts) == list(range(20))
+    assert all(Path(receipt.path).is_file() for receipt in receipts)
+    assert os.listdir(setup.attempt) == ["node-1"]  # the lease is gone
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": 5},
+        {"receipt": Receipt(7, "node-1/00000007-1.parquet", "", 2, 2, 0, 2, 0, 0, 0)},
+        {"receipt": Receipt(0, "../00000000-1.parquet", "", 2, 2, 0, 2, 0, 0, 0)},
+        {"receipt": Receipt(0, "node-1/00000000-99.parquet", "", 2, 2, 0, 2, 0, 0, 0)},
+        {"receipt": None, "lost": "its node process ended"},
+    ],
+)
+def test_a_receipt_without_its_part_is_no_receipt_and_the_chunk_is_done_again(setup, wrong, caplog):
+    first = iter([wrong])
+    cluster = Scripted(lambda ticket, chunk: [finished(setup, ticket, chunk, **next(first, {}))])
+    with caplog.at_level(logging.WARNING):
+        receipts = list(pool.ClusterPool(cluster, setup).receipts(iter([rejected_chunk(0)])))
+    assert [receipt.path for receipt in receipts] == [str(Path(setup.attempt, "node-1/00000000-2.parquet"))]
+    assert "chunk 0 is lost and done again" in caplog.text
+
+
+def test_a_chunk_that_is_lost_again_and_again_ends_the_run(setup):
+    tries = []
+    cluster = Scripted(lambda ticket, chunk: tries.append(chunk.index) or [Event(ticket, lost="KilledWorker: w1 died")])
+    with pytest.raises(BatchgenError, match=r"input rows 0 to 1: lost 5 times, last because KilledWorker: w1 died"):
+        list(pool.ClusterPool(cluster, setup).receipts(map(rejected_chunk, range(1))))
+    assert len(tries) == MAX_LOSSES
+
+
+def test_a_task_that_cannot_run_at_all_ends_the_run_with_what_the_nodes_need(setup):
+    cluster = Scripted(lambda ticket, chunk: [Event(ticket, error="ModuleNotFoundError: No module named 'batchgen'")])
+    with pytest.raises(BatchgenError, match=r"No module named 'batchgen'\); all nodes need this batchgen, "):
+        list(pool.ClusterPool(cluster, setup).receipts(map(rejected_chunk, range(3))))
+
+
+def test_only_a_tasks_own_error_is_a_fault():
+    def breaks() -> bytes:
+        raise OSError("Connection reset\nby peer")
+
+    assert driver.outcome(1, lambda: b"reply", lambda _: True) == Event(1, reply=b"reply")
+    assert driver.outcome(1, breaks, lambda _: True) == Event(1, error="OSError: by peer")
+    assert driver.outcome(1, breaks, lambda _: False) == Event(1, lost="OSError: by peer")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nodes_without_batchgen_end_the_run_with_what_they_need(kind, prepared, tmp_path):
+    message = f"{kind} at .* cannot run batchgen's tasks .*; all nodes need this"
+    with (
+        running(kind, tmp_path / "cluster", BATCHGEN_MISSING="1") as cluster,
+        pytest.raises(BatchgenError, match=message),
+    ):
+        run_job(job_on(cluster, prepared, tmp_path / "out.parquet"))
+
+
+@pytest.mark.parametrize(("slots", "jobs", "most"), [(2, None, 3), (16, None, 18), (16, 4, 4), (2, 4, 3), (0, None, 1)])
+def test_as_many_chunks_are_out_as_there_are_slots_and_a_few_that_wait(setup, slots, jobs, most):
+    cluster = Scripted(lambda ticket, chunk: [finished(setup, ticket, chunk)], slots)
+    assert len(list(pool.ClusterPool(cluster, setup, jobs).receipts(map(rejected_chunk, range(40))))) == 40
+    assert cluster.most == most
+
+
+def test_a_cluster_without_workers_is_waited_for_and_told_of_until_the_time_is_over(setup, monkeypatch, caplog):
+    monkeypatch.setattr(pool, "NO_WORKERS_SECONDS", 0.0)
+    cluster = Scripted(lambda ticket, chunk: [], slots=0)
+    with caplog.at_level(logging.WARNING):
+        assert list(pool.ClusterPool(cluster, setup, until=0.0).receipts(iter([rejected_chunk(0)]))) == []
+    assert "script at here has no workers; waiting for some" in caplog.text
+
+
+def test_a_scheduler_that_says_nothing_more_is_lost(setup):
+    cluster = Scripted(lambda ticket, chunk: [])
+    cluster._heard = 0.0
+    with pytest.raises(StoppedError, match="script at here is lost: not a word for .* run the same command again"):
+        list(pool.ClusterPool(cluster, setup).receipts(iter([rejected_chunk(0)])))
