@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import joblib
 
@@ -18,6 +19,8 @@ ROUNDS = 4  # chunks a worker, where there is enough: long rows in one chunk the
 KV_BYTES = 1536 * 2**20
 WORKER_BYTES = 400 * 2**20  # a worker's interpreter, libraries and work buffers
 UNKNOWN_MEMORY = 2**40  # where the system does not tell, memory is not what limits the number of workers
+
+Row = TypeVar("Row")
 
 
 def available_jobs() -> int:
@@ -81,10 +84,13 @@ def available_memory() -> int:
     return free
 
 
+def cut(rows: Iterable[Row], chunk_rows: int) -> Iterator[tuple[Row, ...]]:
+    """chunk_rows of them at a time, in order; the last may be fewer."""
+    rows = iter(rows)
+    while members := tuple(islice(rows, chunk_rows)):
+        yield members
+
+
 def plan_chunks(items: Iterable[TokenizedRequest | Rejected], chunk_rows: int) -> Iterator[Chunk]:
     """Cut the rows, in order, into chunks of chunk_rows; the last may be shorter."""
-    items = iter(items)
-    index = 0
-    while chunk := tuple(islice(items, chunk_rows)):
-        yield Chunk(index, chunk)
-        index += 1
+    return (Chunk(index, members) for index, members in enumerate(cut(items, chunk_rows)))

@@ -35,7 +35,7 @@ from batchgen.object_store import (
     publish_dataset,
     publish_file,
 )
-from batchgen.planner import auto_chunk_rows, check_memory, default_kv_bytes, fitting_jobs, n_chunks, plan_chunks
+from batchgen.planner import auto_chunk_rows, check_memory, cut, default_kv_bytes, fitting_jobs, n_chunks
 from batchgen.pool import Pool, no_interrupts_to_workers
 from batchgen.records.finished import failed_rows, read_manifest, with_rows_replaced
 from batchgen.records.keep import kept_schema, with_kept
@@ -56,7 +56,7 @@ from batchgen.records.writer import (
 )
 from batchgen.status import Progress, StatusFile, WorkerState
 from batchgen.tokenizer import Tokenizer
-from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
+from batchgen.types import Chunk, Rejected, Request, SamplingParams, TokenizedRequest
 from batchgen.validation import EmptyPrompt, OnTooLong, validate
 from batchgen.worker import WorkerSetup, read_sightings
 
@@ -167,9 +167,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
         missing = n_chunks(rows, plan["chunk_rows"]) - len(ledger.committed)
         here = cluster.slots if cluster else fitting_jobs(plan["kv_bytes"], model.bytes)
         jobs = max(min(job.jobs or here, missing), 1)
-        items = (item for item in validated(job, model) if retry is None or item.row in retry.rows)
-        planned = with_kept(plan_chunks(items, plan["chunk_rows"]), job.input, kept)
-        chunks = (chunk for chunk in planned if chunk.index not in ledger.committed)
+        chunks = with_kept(chunks_to_do(job, model, plan, ledger, retry), job.input, kept)
         setup = worker_setup(job, model, plan, columns(job, facts))
         pool: Pool | ClusterPool = (
             ClusterPool(cluster, node_setup(job, setup, plan, ledger), job.jobs, until)
@@ -408,19 +406,36 @@ def make_plan(
     return json.loads(json.dumps(plan)), automatic  # as it will be read back: tuples are lists
 
 
-def validated(job: Job, model: Model) -> Iterator[TokenizedRequest | Rejected]:
-    """Every row of the input, in tokens and known to fit, or rejected."""
-    tokenizer = Tokenizer.load(model.directory)
-    n_ctx = model.manifest.config.n_ctx
-    requests = read_requests(
+def requests(job: Job) -> Iterator[Request | Rejected]:
+    """Every row of the input, read and not looked at."""
+    return read_requests(
         job.input,
         prompt_column=job.prompt_column,
         id_column=job.id_column,
         params=job.params,
         own_params=job.row_params,
     )
-    for request in requests:
-        yield validate(request, tokenizer, n_ctx, job.on_too_long, job.empty_prompt, job.trim)
+
+
+def validation(job: Job, model: Model) -> Callable[[Request | Rejected], TokenizedRequest | Rejected]:
+    """What makes a row of the input one in tokens that is known to fit, or a rejected one."""
+    tokenizer = Tokenizer.load(model.directory)
+    n_ctx = model.manifest.config.n_ctx
+    return lambda request: validate(request, tokenizer, n_ctx, job.on_too_long, job.empty_prompt, job.trim)
+
+
+def validated(job: Job, model: Model) -> Iterator[TokenizedRequest | Rejected]:
+    """Every row of the input, in tokens and known to fit, or rejected."""
+    return map(validation(job, model), requests(job))
+
+
+def chunks_to_do(job: Job, model: Model, plan: dict[str, Any], ledger: Ledger, retry: Retry | None) -> Iterator[Chunk]:
+    """The chunks that are not committed. Rows of the others are only counted: tokenizing takes most of the time."""
+    rows = (request for request in requests(job) if retry is None or request.row in retry.rows)
+    check = validation(job, model)
+    for index, members in enumerate(cut(rows, plan["chunk_rows"])):
+        if index not in ledger.committed:
+            yield Chunk(index, tuple(map(check, members)))
 
 
 def worker_setup(job: Job, model: Model, plan: dict[str, Any], columns: dict[str, bool]) -> WorkerSetup:

@@ -406,6 +406,24 @@ def test_an_interrupted_run_is_gone_on_with(job, undisturbed, monkeypatch, jobs,
     assert os.listdir(job.output.parent) == [job.output.name]
 
 
+def test_rows_that_are_done_are_not_tokenized_again(job, undisturbed, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(Interrupted):
+            run_job(job)
+    done = {
+        row
+        for path in (work_directory(job.output) / "parts").iterdir()
+        for row in pq.read_table(path)["row"].to_pylist()
+    }
+    validate, seen = run.validate, []
+    monkeypatch.setattr(run, "validate", lambda request, *args: seen.append(request.row) or validate(request, *args))
+    run_job(job)
+    assert done
+    assert sorted({*seen, *done}) == list(range(len(seen) + len(done)))
+    assert job.output.read_bytes() == undisturbed
+
+
 def test_a_run_interrupted_in_the_merge_is_gone_on_with(job, undisturbed, monkeypatch):
     job.output.write_text("the version before")
     with monkeypatch.context() as patch:

@@ -156,6 +156,14 @@ def test_row_groups_are_bounded_and_coalesced(
     assert all(size + after > group_rows - batch for size, after in zip(groups, groups[1:], strict=False))
 
 
+def test_a_merge_of_parts_of_a_row_holds_few_batches_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "GROUP_BATCHES", 8)
+    batches = [pa.RecordBatch.from_pydict({"row": [row]}) for row in range(100)]
+    (group,) = writer._groups(iter(batches))
+    assert len(group) <= 8
+    assert pa.Table.from_batches(group)["row"].to_pylist() == list(range(100))
+
+
 def test_large_rows_make_small_row_groups(
     parts_folder: Path, out_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from batchgen.types import OutputRow
 
 GROUP_ROWS = 65_536
 GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
+GROUP_BATCHES = 512
 BATCH_ROWS = 8_192
 SUFFIXES = (".parquet", ".jsonl")
 METADATA_KEY = "batchgen"  # in the output's own metadata: the run manifest
@@ -142,6 +143,8 @@ def _groups(batches: Iterable[Any]) -> Iterator[list[Any]]:
         if group and (rows + len(batch) > GROUP_ROWS or size + batch.nbytes > GROUP_BYTES):
             yield group
             group, rows, size = [], 0, 0
+        if len(group) == GROUP_BATCHES:  # a batch of few rows is mostly its own administration, 16 KB
+            group = pa.Table.from_batches(group).combine_chunks().to_batches()
         group.append(batch)
         rows += len(batch)
         size += batch.nbytes
