@@ -135,6 +135,7 @@ class DaskCluster(Cluster):
         self.address = f"tcp://127.0.0.1:{self.port}"
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard"]
         self.scheduler = self.start("distributed.cli.dask_scheduler", *where, "--no-show")
+        assert wait_for(lambda: "Scheduler at" in self.log(), START_SECONDS), self.log()
         if workers:
             self.add_workers(workers)
             assert wait_for(lambda: self.log().count("Starting established connection") >= workers, START_SECONDS), (
