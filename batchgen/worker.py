@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from joblib.externals.loky import process_executor
 from threadpoolctl import threadpool_limits
 
 from batchgen.checkpoint.shards import Manifest, load_manifest, load_params
@@ -199,8 +200,13 @@ def loaded(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
 
 
 def become_worker(parent: int) -> None:
-    """First of all in a new process: leave Ctrl-C to the parent (a process id), and die when the parent does."""
+    """First of all in a new process: leave Ctrl-C to the parent (a process id), and die when the parent does.
+
+    Where psutil is installed, as Dask does, loky would retire a worker that grows by 300 MB, which mapped weights and
+    a cache of keys and values do.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process_executor._USE_PSUTIL = False
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the call

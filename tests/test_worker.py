@@ -254,6 +254,14 @@ def disturbed(tmp_path_factory) -> tuple[Path, Path, bytes]:
     return model, prompts, (folder / "out.parquet").read_bytes()
 
 
+def test_a_worker_is_not_retired_for_what_it_maps():
+    code = (
+        "import os; from joblib.externals.loky import process_executor as loky; from batchgen.worker import become_worker;"
+        "loky._USE_PSUTIL = True; become_worker(os.getppid()); print(loky._USE_PSUTIL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG and /proc are Linux's")
 def test_workers_die_with_a_killed_parent_and_the_next_run_finishes(disturbed, tmp_path):
     model, prompts, expected = disturbed
