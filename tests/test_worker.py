@@ -256,8 +256,8 @@ def disturbed(tmp_path_factory) -> tuple[Path, Path, bytes]:
 
 def test_a_worker_is_not_retired_for_what_it_maps():
     code = (
-        "import os; from joblib.externals.loky import process_executor as loky; from batchgen.worker import become_worker;"
-        "loky._USE_PSUTIL = True; become_worker(os.getppid()); print(loky._USE_PSUTIL)"
+        "import os; from joblib.externals.loky import process_executor as loky; import batchgen.worker;"
+        "loky._USE_PSUTIL = True; batchgen.worker.become_worker(os.getppid()); print(loky._USE_PSUTIL)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
