@@ -21,6 +21,7 @@ MACHINE = "2 cores of an Intel Xeon (AVX-512), ext4 on a virtual disk, shared wi
 
 # Seconds, of the same machine and by --measure: what a run does before and after its chunks.
 SCAN_S = 1.2e-6  # a row counted and hashed
+READ_S = 6.2e-6  # a row read
 STOCK_PART_S, STOCK_ROW_S = 1.4e-4, 1.7e-7  # a part hashed and its receipt read, when a run goes on
 MERGE_PART_S, MERGE_ROW_S = 8.2e-4, 1.9e-6
 UNLINK_S = 7e-6
@@ -58,7 +59,7 @@ class Around:
     merge: float
     remove: float
     stock: float  # of the parts, when a run goes on
-    reread: float  # of rows that are done, tokenized again when a run goes on
+    reread: float  # of rows that are done, read again when a run goes on
     memory: float  # of committed chunks
     listing: float  # besides, when a run goes on
 
@@ -69,7 +70,7 @@ def around(c: Cluster) -> Around:
         merge=c.chunks * (MERGE_PART_S + OPEN_S) + c.rows * MERGE_ROW_S,
         remove=c.chunks * (UNLINK_S + OPEN_S),
         stock=c.chunks * (STOCK_PART_S + OPEN_S) + c.rows * STOCK_ROW_S,
-        reread=c.rows * c.validate_s,
+        reread=c.rows * READ_S,
         memory=c.chunks * LEDGER_BYTES,
         listing=c.chunks * LISTING_BYTES,
     )
@@ -203,7 +204,7 @@ def many_files(base: Cluster) -> str:
                 duration(n * c.row_s),
             ]
         )
-    header = ["chunk rows", "parts", "a part", "ledger", "listing", "take stock", "tokenize again", "merge", "remove"]
+    header = ["chunk rows", "parts", "a part", "ledger", "listing", "take stock", "read again", "merge", "remove"]
     header.append("a chunk takes")
     return table(header, rows)
 
@@ -239,23 +240,6 @@ def failures(base: Cluster) -> str:
         ):
             rows.append([f"{mtbf:,} h", what, *map(of, runs)])
     return table(["a worker's MTBF", "", *(f"{n} rows" for n in sizes)], rows)
-
-
-def watching(base: Cluster) -> str:
-    rows = []
-    for workers in (10, 100, 1000, 3000, 10_000):
-        c = replace(base, workers=workers)
-        without = replace(c, sighting_s=0.0)
-        rows.append(
-            [
-                f"{workers:,}",
-                f"{workers * c.sighting_s * 1e3:,.0f} ms",
-                f"{c.stretch - 1:.0%}",
-                f"{c.chunk_rows / c.give_out_s:,.0f}",
-                f"{c.chunk_rows / without.give_out_s:,.0f}",
-            ]
-        )
-    return table(["workers", "reading their markers", "parent slower by", "rows/s given out", "without it"], rows)
 
 
 def limits(base: Cluster) -> str:
@@ -319,7 +303,6 @@ def bound_by(c: Cluster, workers: int) -> str:
 TABLES: dict[str, tuple[str, Callable[[Cluster], str]]] = {
     "run": ("The run", the_run),
     "limits": ("What breaks first, and at how many workers", limits),
-    "watching": ("What looking after the workers costs the parent", watching),
     "parent": ("Workers and the one parent", parent_bound),
     "commit": ("Commits, one after another: share of the workers' rate, by rows a chunk", commit_bound),
     "ahead": ("Chunks given out ahead: share of the workers' rate", look_ahead),

@@ -33,7 +33,7 @@ from batchgen.run import Job, Model, checked, validated
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, Receipt, Request, SamplingParams, TokenizedRequest
 from batchgen.validation import validate
-from batchgen.worker import Marker, map_engine, read_sightings, to_prompts
+from batchgen.worker import map_engine, to_prompts
 from benchmarks.models import SIZE_124M
 from benchmarks.workloads import log_normal_lengths
 
@@ -141,15 +141,6 @@ def sending_costs() -> dict[str, float]:
         "payload_bytes_per_row": len(pickle.dumps(chunk)) / 512,
         "wait_s_per_slot": wait_s / 1000,
     }
-
-
-def sighting_cost(folder: Path, workers: int = 1000) -> float:
-    """Seconds to read one worker's marker, which the parent does four times a second for each."""
-    attempt = folder / "markers"
-    attempt.mkdir()
-    for pid in range(workers):
-        (attempt / f"worker-{pid}").write_bytes(bytes(Marker.BYTES))
-    return best(lambda: read_sightings(attempt)) / workers
 
 
 def commit_costs(folder: Path, entries: Sequence[int] = (1_000, 10_000, 100_000)) -> dict[int, tuple[float, float]]:
@@ -289,7 +280,6 @@ def measure(large: bool) -> dict[str, object]:
             **reading_costs(folder),
             "gpt2_validate_s_per_row": gpt2_validate_cost(),
             **sending_costs(),
-            "sighting_s": sighting_cost(folder),
             **memory_costs(folder),
             "unlink_s": unlink_cost(folder),
             **part_costs(folder),

@@ -55,7 +55,6 @@ class Cluster:
     payload: float = parameter(835.0, MEASURED, "bytes a row on the wire")
     network: float = parameter(1.25e9, ASSUMED, "bytes/s out of the parent, and of the scheduler: 10 Gbit/s")
     wait_s: float = parameter(0.35e-6, MEASURED, "of the parent for each chunk that is out, each time it looks")
-    sighting_s: float = parameter(82e-6, MEASURED, "of the parent's reporting thread a worker, 4 times a second")
     scheduler_s: float = parameter(1e-3, ASSUMED, "of the scheduler for a chunk, besides its bytes (dask's own figure)")
     # ---- the shared file system
     write_s: float = parameter(
@@ -78,18 +77,12 @@ class Cluster:
     @property
     def give_out_s(self) -> float:
         """Of the parent for a full chunk, up to the last byte sent."""
-        return self.chunk_rows * ((self.validate_s + self.pickle_s) * self.stretch + self.payload / self.network)
+        return self.chunk_rows * (self.validate_s + self.pickle_s + self.payload / self.network)
 
     @property
     def handle_s(self) -> float:
         """Of the scheduler for a full chunk: it takes the bytes in and sends them out."""
         return self.scheduler_s + 2 * self.chunk_rows * self.payload / self.network
-
-    @property
-    def stretch(self) -> float:
-        """How much longer the parent's own work takes beside its reporting thread: they share one interpreter."""
-        look = self.workers * self.sighting_s
-        return (0.25 + 2 * look) / (0.25 + look)
 
 
 def basis_of(name: str) -> tuple[str, str]:

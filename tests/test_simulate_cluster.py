@@ -14,7 +14,6 @@ from benchmarks.simulate_costs import (
     part_costs,
     prompt_texts,
     reading_costs,
-    sighting_cost,
     unlink_cost,
 )
 from benchmarks.simulation import ASSUMED, MEASURED, Cluster, draw_speeds, draw_work, simulate
@@ -94,7 +93,7 @@ def test_commits_one_after_another_bound_the_rate():
 
 
 def test_a_parent_that_reads_slower_than_workers_generate_bounds_the_rate():
-    cluster = replace(PERFECT, validate_s=0.01, sighting_s=0)
+    cluster = replace(PERFECT, validate_s=0.01)
     result = simulate(cluster)
     assert cluster.rows / result.makespan == pytest.approx(1 / cluster.validate_s, rel=0.05)
 
@@ -157,7 +156,7 @@ def test_a_table_that_there_is_not_is_refused(capsys):
     assert "nonsense" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["run", "watching", "files", "merge"])
+@pytest.mark.parametrize("name", ["run", "files", "merge"])
 def test_a_table_has_as_many_cells_in_every_row(name):
     _, make = TABLES[name]
     rows = [line.count("|") for line in make(SMALL).splitlines() if line.startswith("|")]
@@ -173,7 +172,7 @@ def test_small_chunks_cost_more_a_row():
 
 @pytest.mark.parametrize("changes", [{}, {"commit_s": 0.1}, {"scheduler_s": 0.1}, {"chunk_rows": 64}])
 def test_up_to_the_limit_the_workers_are_kept_busy_and_beyond_it_they_are_not(changes):
-    steady = replace(PERFECT, row_s=0.3, validate_s=1e-3, commit_s=0.01, commit_sigma=0, sighting_s=0, chunk_rows=64)
+    steady = replace(PERFECT, row_s=0.3, validate_s=1e-3, commit_s=0.01, commit_sigma=0, chunk_rows=64)
     cluster = replace(steady, **changes)
     most = most_workers(cluster)
 
@@ -194,7 +193,6 @@ def test_costs_can_be_measured(tmp_path):
     assert min(reading.values()) > 0
     memory = memory_costs(tmp_path, 1000)
     assert 50 < memory["ledger_bytes_per_chunk"] < 1000
-    assert sighting_cost(tmp_path, 3) > 0
     assert unlink_cost(tmp_path, 3) > 0
     assert set(commit_costs(tmp_path, (5, 300))) == {5, 300}
     assert part_costs(tmp_path, ((2, 3), (40, 3)))["part_bytes_per_row"] > 0
