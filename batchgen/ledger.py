@@ -75,6 +75,14 @@ class Ledger:
             os.fsync(self._lock)
         return os.pread(self._lock, 100, 0).decode("ascii")
 
+    def keep_to(self, where: str) -> None:
+        """Hold this work to one place in an object store; UsageError where it is for another of the same last name."""
+        path = self.directory / "destination"
+        old = path.read_text("utf-8") if path.exists() else where
+        if old != where:
+            raise UsageError(f"{self.directory}: the work there is for {old}; go on with that, or choose a --work-dir")
+        _write_durably(path, where.encode())
+
     def part(self, chunk: int) -> Path:
         return self.parts_directory / _part_name(chunk, self.committed[chunk])
 
@@ -150,13 +158,15 @@ class Ledger:
 
     def _remove_all_but_lock(self) -> None:
         for path in self.directory.iterdir():
-            if path.name != "lock":
+            if path.name.startswith("attempt-"):
+                _remove_attempt(path)
+            elif path.name != "lock":
                 _remove(path)
 
     def _collect_parts(self) -> None:
         """Take stock of committed parts; what is not whole is deleted and will be made again."""
         for path in self.directory.glob("attempt-*"):
-            _remove(path)
+            _remove_attempt(path)
         for path in sorted(self.parts_directory.iterdir()):
             receipt = _read_receipt(path)
             if receipt is None:
@@ -261,6 +271,12 @@ def with_receipt(schema: pa.Schema, receipt: Receipt) -> pa.Schema:
     """The schema of a part that carries its receipt (without what is only known of the finished file)."""
     values = {key: value for key, value in asdict(receipt).items() if key not in ("path", "sha256")}
     return schema.with_metadata({RECEIPT_KEY: json.dumps(values)})
+
+
+def _remove_attempt(path: Path) -> None:
+    """As far as it goes: a node of a cluster may still be writing there. Without the lease it ends."""
+    (path / "lease").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:

@@ -278,7 +278,7 @@ def check_store(address: Address, run: str | None) -> None:
     store = open_store(address, retries=CHECK_RETRIES)
     if not address.name:
         _refuse_others(store, run, None)
-    store.put(PROBE, b"")
+    _in_thread(lambda: store.put(PROBE, b""))
     store.delete([PROBE])
 
 

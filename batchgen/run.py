@@ -225,6 +225,7 @@ def claimed(job: Job, ledger: Ledger, plan: dict[str, Any]) -> Store | None:
     if job.destination is None:
         return None
     store = open_store(parse_address(job.destination, dataset=job.dataset))
+    ledger.keep_to(store.where)
     if job.dataset:
         claim_prefix(store, ledger.run_name(), ledger.directory, plan)
     return store
@@ -458,7 +459,7 @@ def node_setup(job: Job, setup: WorkerSetup, plan: dict[str, Any], ledger: Ledge
         attempt=str(ledger.attempt.absolute()),
         numpy=plan["numpy"],
         blas=plan["blas"],
-        model_cache=str(job.model_cache) if job.model_cache else None,
+        model_cache=str(job.model_cache.absolute()) if job.model_cache else None,
         row_timeout=job.row_timeout,
     )
 

@@ -154,7 +154,7 @@ def read_sightings(directory: Path) -> list[Sighting]:
     """What the workers of an attempt are doing, or were when they died."""
     sightings = []
     for path in directory.glob("worker-*"):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, IsADirectoryError):
             data = path.read_bytes()
             if len(data) == Marker.BYTES:  # else it is just being made
                 sightings.append(_sighting(int(path.name.partition("-")[2]), np.frombuffer(data, np.int64).tolist()))

@@ -163,6 +163,8 @@ def generate(
         echo=echo,
     )
     remote = is_address(output)
+    if output == str(report.STDOUT) and backend != "loky":
+        raise UsageError("-o -: a cluster's nodes write to a folder that all share; name a file there")
     if work_dir and not remote:
         raise UsageError("--work-dir: a local output keeps its work beside it; leave it away, or name s3://bucket/...")
     path = stand_in(output, work_dir or Path()) if remote else Path(output)

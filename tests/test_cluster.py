@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -165,15 +166,15 @@ def test_a_cluster_goes_on_where_one_machine_stopped_and_the_other_way_round(das
 def cut_short(monkeypatch, chunks: int) -> Iterator[None]:
     from batchgen import run
 
-    def some(*arguments: object) -> Iterator[Chunk]:
-        for number, chunk in enumerate(plan_chunks(*arguments)):
+    def some(*arguments: object) -> Iterator[tuple]:
+        for number, members in enumerate(cut(*arguments)):
             if number == chunks:
                 raise BatchgenError("cut short")
-            yield chunk
+            yield members
 
-    plan_chunks = run.plan_chunks
+    cut = run.cut
     with monkeypatch.context() as patch:
-        patch.setattr(run, "plan_chunks", some)
+        patch.setattr(run, "cut", some)
         yield
 
 
@@ -435,6 +436,7 @@ def test_a_node_process_does_one_chunk_after_another_under_names_that_are_used_o
         ),
         ({"hash": "0123456789abcdef"}, "model .* is there, and the run is of 0123456789abcdef"),
         ({"model": "/nowhere/model"}, "/nowhere/model: is not a model"),
+        ({"max_batch": 10**9, "kv_bytes": 2**50}, "GB of memory are free there, .* less --kv-memory"),
         ({"version": "0.0.1"}, r"batchgen .* there, and 0\.0\.1 where the run was started"),
     ],
 )
@@ -442,7 +444,9 @@ def test_a_node_that_is_not_fit_says_so_by_its_name(setup, changes, message):
     version = changes.pop("version", None)
     worker = setup.worker
     worker = replace(
-        worker, model_hash=changes.pop("hash", worker.model_hash), model=changes.pop("model", worker.model)
+        worker,
+        model_hash=changes.pop("hash", worker.model_hash),
+        **{name: changes.pop(name) for name in ("model", "max_batch", "kv_bytes") if name in changes},
     )
     [reply] = asked(replace(setup, worker=worker, **changes), rejected_chunk(0), version=version)
     assert isinstance(reply.error, BatchgenError)
@@ -516,6 +520,7 @@ class Scripted(pool.Cluster):
 
     def __init__(self, answer, slots: int = 2) -> None:
         self.where, self.slots, self._heard = "script at here", slots, float("inf")
+        self._asked = time.monotonic()
         self._events, self._answer = SimpleQueue(), answer
         self.most = self.out = 0
 
@@ -575,6 +580,28 @@ def test_a_chunk_that_is_lost_again_and_again_ends_the_run(setup):
     with pytest.raises(BatchgenError, match=r"input rows 0 to 1: lost 5 times, last because KilledWorker: w1 died"):
         list(pool.ClusterPool(cluster, setup).receipts(map(rejected_chunk, range(1))))
     assert len(tries) == MAX_LOSSES
+
+
+def test_what_is_out_for_far_longer_than_a_chunk_takes_is_given_out_anew(setup, monkeypatch, caplog):
+    """And counts once, if the first answer comes after all."""
+    monkeypatch.setattr(pool, "STALL_SECONDS", 0.0)
+    tickets = []
+
+    def answer(ticket: int, chunk: Chunk) -> list[Event]:
+        if chunk.index == 1:
+            tickets.append((ticket, chunk))
+            return [timed(*given) for given in tickets] if len(tickets) == 2 else []
+        return [timed(ticket, chunk)]
+
+    def timed(ticket: int, chunk: Chunk) -> Event:
+        reply = pickle.loads(finished(setup, ticket, chunk).reply)
+        return Event(ticket, reply=pickle.dumps(replace(reply, receipt=replace(reply.receipt, seconds=1e-6))))
+
+    with caplog.at_level(logging.WARNING):
+        receipts = list(pool.ClusterPool(Scripted(answer), setup).receipts(map(rejected_chunk, range(2))))
+    assert sorted(receipt.chunk for receipt in receipts) == [0, 1]
+    assert Path(receipts[-1].path).name == f"00000001-{tickets[1][0]}.parquet"
+    assert "given out anew" in caplog.text
 
 
 def test_a_task_that_cannot_run_at_all_ends_the_run_with_what_the_nodes_need(setup):

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow.dataset as ds
 import pytest
 
-from batchgen import object_store
-from batchgen.errors import BusyError, OutputError, UsageError
+from batchgen import object_store, run
+from batchgen.errors import BatchgenError, BusyError, OutputError, UsageError
 from batchgen.object_store import parse_address, stand_in
 from batchgen.run import Job, run_job
 from batchgen.types import SamplingParams
@@ -301,6 +301,18 @@ def test_what_another_begun_run_left_is_not_in_the_dataset(
     after = store.objects("april/")
     assert len(after) == N // 4 + 1
     assert len(before.keys() & after.keys()) <= 1  # at most the part that holds nothing drawn
+
+
+def test_work_for_one_address_is_not_gone_on_with_for_another(job: Job, store: Proxy, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "publish", lambda *_: (_ for _ in ()).throw(BatchgenError("stopped")))
+        with pytest.raises(BatchgenError, match="stopped"):
+            run_job(job)
+    elsewhere = "s3://out/other/april/"
+    assert stand_in(elsewhere, job.output.parent) == job.output
+    with pytest.raises(UsageError, match="the work there is for s3://out/april/; go on with that"):
+        run_job(replace(job, destination=elsewhere))
+    run_job(job)
 
 
 # ---- two runs

@@ -254,6 +254,12 @@ def disturbed(tmp_path_factory) -> tuple[Path, Path, bytes]:
     return model, prompts, (folder / "out.parquet").read_bytes()
 
 
+def test_only_markers_are_sightings(attempt):
+    Path(attempt, "worker-3.example-17-ab").mkdir()  # another's
+    Path(attempt, "worker-17").write_bytes(b"")  # just being made
+    assert read_sightings(Path(attempt)) == []
+
+
 def test_a_worker_is_not_retired_for_what_it_maps():
     code = (
         "import os; from joblib.externals.loky import process_executor as loky; import batchgen.worker;"

@@ -39,6 +39,8 @@ class Dask:
     def __init__(self, address: str) -> None:
         import distributed
 
+        if address.endswith(".json") and not Path(address).exists():  # Dask would wait for it
+            raise FileNotFoundError(f"no scheduler file {address}")
         knock(address)
         where = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
         self._client = distributed.Client(**where, timeout=CONNECT_SECONDS, set_as_default=False, name="batchgen")
@@ -56,10 +58,16 @@ class Dask:
         future.add_done_callback(lambda _: self._done(ticket, tell))
 
     def _done(self, ticket: int, tell: Tell) -> None:
-        future = self._futures.pop(ticket)
+        future = self._futures.pop(ticket, None)
+        if future is None:  # given up
+            return
         fault = lambda error: future.status == "error" and not isinstance(error, self._killed)  # noqa: E731
         event = outcome(ticket, future.result, fault)
         tell(event if not event.lost or self._client.status == "running" else Event(error="the connection broke"))
+
+    def give_up(self, ticket: int) -> None:
+        if future := self._futures.pop(ticket, None):
+            future.cancel(force=True)
 
 
 class Ray:
@@ -73,16 +81,25 @@ class Ray:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has put a handler there
         self._task = ray.remote(num_cpus=1, max_retries=0)(do_chunk)
+        self._tasks: dict[int, Any] = {}
 
     def slots(self) -> int:
         """One a CPU."""
         return int(self._ray.cluster_resources().get("CPU", 0))
 
     def submit(self, ticket: int, arguments: tuple[Any, ...], tell: Tell) -> None:
-        errors = self._ray.exceptions
-        future = self._task.remote(*arguments).future()
-        fault = lambda error: isinstance(error, errors.RayTaskError)  # noqa: E731
-        future.add_done_callback(lambda f: tell(outcome(ticket, f.result, fault)))
+        self._tasks[ticket] = self._task.remote(*arguments)
+        self._tasks[ticket].future().add_done_callback(lambda future: self._done(ticket, future.result, tell))
+
+    def _done(self, ticket: int, result: Callable[[], bytes], tell: Tell) -> None:
+        if self._tasks.pop(ticket, None) is None:  # given up
+            return
+        fault = lambda error: isinstance(error, self._ray.exceptions.RayTaskError)  # noqa: E731
+        tell(outcome(ticket, result, fault))
+
+    def give_up(self, ticket: int) -> None:
+        if task := self._tasks.pop(ticket, None):
+            self._ray.cancel(task)
 
 
 def outcome(ticket: int, result: Callable[[], bytes], is_fault: Callable[[Exception], bool]) -> Event:
@@ -125,10 +142,12 @@ def serve(orders: BinaryIO, engine: Dask | Ray, tell: Tell) -> str:
         lease = order.lease or lease
         if order.arguments:
             engine.submit(order.ticket, order.arguments, tell)
+        elif order.ticket:
+            engine.give_up(order.ticket)
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the run decides when it is over
     backend, address = sys.argv[1:]
     orders, events = own_streams()

@@ -43,7 +43,8 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A chunk for the cluster: the arguments of do_chunk. Without any: the lease to remove when the run is dead."""
+    """A chunk for the cluster: the arguments of do_chunk. Without any: the lease to remove when the run is dead, or a
+    ticket that is no longer waited for."""
 
     ticket: int
     arguments: tuple[Any, ...] = ()

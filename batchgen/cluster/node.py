@@ -31,10 +31,15 @@ from batchgen.checkpoint.shards import load_manifest, model_hash, verify_shards
 from batchgen.cluster.lease import Watch
 from batchgen.cluster.messages import NodeSetup, Reply, own_streams, receive, send
 from batchgen.durable import sync_path
+from batchgen.engine.engine import kv_bytes_per_token
 from batchgen.engine.probe import blas_info
+from batchgen.engine.scheduler import tokens_needed
 from batchgen.errors import BatchgenError, ModelError, OutputError
+from batchgen.gpt2.config import GPT2Config
+from batchgen.planner import WORKER_BYTES, available_memory
 from batchgen.pool import Pool
 from batchgen.types import Chunk
+from batchgen.worker import WorkerSetup
 
 WATCH_SECONDS = 1.0
 MAX_WARNINGS = 50  # of one chunk
@@ -49,7 +54,8 @@ class Node:
         self.attempt = Path(setup.attempt)
         check_versions(setup)
         model = model_here(setup)
-        self.folder = self.attempt / f"{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        check_room(setup.worker, load_manifest(model).config)
+        self.folder = self.attempt / f"node-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.folder.mkdir()
         worker = replace(setup.worker, model=str(model), parent=os.getpid(), markers=str(private))
         self._pool = Pool(worker, self.folder, 1, setup.row_timeout)
@@ -81,6 +87,17 @@ def check_versions(setup: NodeSetup) -> None:
         )
 
 
+def check_room(setup: WorkerSetup, config: GPT2Config) -> None:
+    """A worker that is killed for lack of memory would cost its chunk, again and again."""
+    most = setup.max_batch * tokens_needed(config.n_ctx, 0) * kv_bytes_per_token(config)
+    needed, free = min(setup.kv_bytes, most) + WORKER_BYTES, available_memory()
+    if needed > free:
+        raise BatchgenError(
+            f"{free / 1e9:.1f} GB of memory are free there, and one more worker takes up to {needed / 1e9:.1f}; start "
+            "fewer of the engine's workers, or give less --kv-memory"
+        )
+
+
 def model_here(setup: NodeSetup) -> Path:
     """The model's directory to map, with every shard read and found right once a run and node."""
     source, wanted = Path(setup.worker.model), setup.worker.model_hash
@@ -106,7 +123,14 @@ def copy_model(source: Path, directory: Path) -> None:
     temporary = directory.with_name(f".{directory.name}.tmp")
     if temporary.exists():  # of a copy that was cut short: a lock keeps others out
         shutil.rmtree(temporary)
-    shutil.copytree(source, temporary)
+    try:
+        shutil.copytree(source, temporary)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+        raise OutputError(
+            f"{directory}: the model cannot be copied there ({reason}); make room, or choose another --model-cache"
+        ) from error
     verify_shards(temporary)
     os.rename(temporary, directory)
 
@@ -169,6 +193,8 @@ def serve(calls: BinaryIO, answers: BinaryIO, setup: NodeSetup, private: Path) -
         try:
             node = node or Node(setup, private)
             reply = node.complete(chunk)
+        except OSError as error:  # of this node: its disk, its mount; a part that cannot be written is an OutputError
+            node, reply = None, Reply(HOST, lost=str(for_the_run(error)))
         except Exception as error:
             reply = Reply(HOST, error=for_the_run(error))
         send(answers, pickle.dumps(replace(reply, warnings=warnings.take())))
@@ -212,7 +238,12 @@ def main() -> None:
             send(answers, pickle.dumps(Reply(HOST, error=for_the_run(wrong))))
             return
         setup: NodeSetup = pickle.loads(data)
-        private = new_private_folder()
+        try:
+            private = new_private_folder()
+        except (BatchgenError, OSError) as error:
+            receive(calls)
+            send(answers, pickle.dumps(Reply(HOST, error=for_the_run(error))))
+            return
     except EOFError:
         return
     watcher = threading.Thread(target=watch, args=(parent, Path(setup.attempt), private), daemon=True)

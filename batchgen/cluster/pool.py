@@ -25,13 +25,14 @@ from batchgen import __version__
 from batchgen.cluster.lease import held_lease
 from batchgen.cluster.messages import CONNECT_SECONDS, Event, NodeSetup, Order, Reply, receive, send
 from batchgen.errors import BatchgenError, StoppedError, UsageError
-from batchgen.pool import MAX_LOSSES, POLL_SECONDS, no_interrupts_to_workers
+from batchgen.pool import MAX_LOSSES, POLL_SECONDS, STALL_SECONDS, no_interrupts_to_workers
 from batchgen.types import Chunk, Receipt
 
 logger = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 20.0  # without a word of the scheduler, it is lost
 NO_WORKERS_SECONDS = 30.0  # between two warnings that there are none
+GRACE_SECONDS = 60.0  # after the time limit, for what is under way
 AHEAD = 8  # one chunk more than there are slots for every so many of them, so that no worker waits for this process
 
 _PART = re.compile(r"[A-Za-z0-9._-]+/[0-9]{8,}-[0-9]+\.parquet")
@@ -58,9 +59,9 @@ class Cluster:
     def __init__(self, backend: str, address: str) -> None:
         self.where = f"{backend} at {address}"
         self.slots = 0
-        self._heard = time.monotonic()
+        self._heard = self._asked = time.monotonic()
         self._events: SimpleQueue[Event] = SimpleQueue()
-        self._orders: SimpleQueue[Order] = SimpleQueue()
+        self._orders: SimpleQueue[Order | None] = SimpleQueue()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the driver writes to it
         command = [sys.executable, "-m", "batchgen.cluster.driver", backend, address]
         with no_interrupts_to_workers():
@@ -82,8 +83,8 @@ class Cluster:
         """From a thread: a driver that hangs in its engine does not read on, and the run must notice."""
         assert self._driver.stdin is not None
         with suppress(OSError, ValueError):
-            while True:
-                send(self._driver.stdin, pickle.dumps(self._orders.get()))
+            while order := self._orders.get():
+                send(self._driver.stdin, pickle.dumps(order))
 
     def _last_words(self) -> str:
         self._log.seek(0)
@@ -96,6 +97,10 @@ class Cluster:
 
     def event(self, seconds: float) -> Event | None:
         """The next event of a ticket, if one comes so soon. Raises StoppedError where the scheduler is lost."""
+        now, before = time.monotonic(), self._asked
+        self._asked = now
+        if now - before > SILENCE_SECONDS / 2:  # this process was stopped, and hears now what was said meanwhile
+            self._heard = now
         try:
             event = self._events.get(timeout=seconds)
         except Empty:
@@ -129,6 +134,7 @@ class Cluster:
 
     def close(self) -> None:
         """The engine sees the driver go, and cancels what it has not begun."""
+        self._orders.put(None)
         self._driver.kill()
         self._driver.wait()
         self._listener.join()  # it reads to the end
@@ -167,7 +173,7 @@ class ClusterPool:
         self._out: dict[int, Chunk] = {}  # by ticket: what was given out and not answered
         self._tickets = 0
         self._losses: Counter[int] = Counter()  # by chunk
-        self._workers_seen = time.monotonic()
+        self._workers_seen = self._answered = time.monotonic()
 
     def receipts(self, chunks: Iterator[Chunk]) -> Generator[Receipt, None, None]:
         """Do the chunks; yields their receipts as they come. Nodes stop what they are doing when it is closed.
@@ -190,11 +196,13 @@ class ClusterPool:
                     self._give(chunk)
                 if not self._out or self._waits_in_vain():
                     break
+                again.extend(self._overdue())
                 event = self.cluster.event(POLL_SECONDS)
                 chunk = self._out.pop(event.ticket, None) if event and event.ticket is not None else None
                 if event is None or chunk is None:  # or it is late: the chunk is no longer waited for
                     continue
                 receipt, reason = self._answer(chunk, event)
+                self._answered = time.monotonic()
                 if receipt:
                     self.longest = max(self.longest, receipt.seconds)
                     yield receipt
@@ -247,15 +255,35 @@ class ClusterPool:
             )
         logger.warning("chunk %d is lost and done again: %s", chunk.index, reason)
 
+    def _overdue(self) -> Iterator[Chunk]:
+        """All that is out, to be given out anew, where nothing has come for far longer than a chunk takes.
+
+        The engine believes in a node whose file system hangs; or its slots are others'. What is given up does not
+        count if it comes after all.
+        """
+        patience = max(STALL_SECONDS, 10 * self.longest)
+        known = self.longest and self.cluster.slots  # before the first chunk is done, nobody knows how long it takes
+        if not known or time.monotonic() - self._answered < patience:
+            return
+        self._answered = time.monotonic()
+        logger.warning(
+            "%s: not a chunk done for %.0f s; all that are out are given out anew", self.cluster.where, patience
+        )
+        for ticket in list(self._out):
+            self.cluster.order(Order(ticket))
+            yield self._out.pop(ticket)
+
     def _waits_in_vain(self) -> bool:
-        """Whether there are no workers, and the time is over; says so now and then where there are none."""
+        """Whether the time is over and nothing will come soon; says so now and then where there are no workers."""
         now = time.monotonic()
         if self.cluster.slots:
             self._workers_seen = now
         elif now - self._workers_seen > NO_WORKERS_SECONDS:
             self._workers_seen = now
             logger.warning("%s has no workers; waiting for some", self.cluster.where)
-        return not self.cluster.slots and self.until is not None and now > self.until
+        if self.until is None or now < self.until:
+            return False
+        return not self.cluster.slots or now > self.until + max(GRACE_SECONDS, 2 * self.longest)
 
 
 def _size(path: Path) -> int:

@@ -52,12 +52,21 @@ class _NodeProcess:
 
 def do_chunk(version: str, attempt: str, setup: bytes, chunk: bytes) -> bytes:
     """A pickled Reply: setup is a NodeSetup and chunk a Chunk, both pickled by a batchgen of that version."""
-    node = _take(attempt) or _NodeProcess(version, setup)
+    try:
+        node = _take(attempt) or _NodeProcess(version, setup)
+    except OSError as error:  # no memory, no process to be had: another node may have them
+        host = socket.gethostname()
+        return pickle.dumps(Reply(host, lost=f"no process can be started on {host}: {error.strerror}"))
     try:
         reply = node.ask(chunk)
     except (EOFError, OSError):
         host = socket.gethostname()
-        return pickle.dumps(Reply(host, lost=f"its node process on {host} ended (exit code {node.end(patience=5.0)})"))
+        return pickle.dumps(
+            Reply(
+                host,
+                lost=f"its node process on {host} ended (exit code {node.end(patience=5.0)}; its log has more)",
+            )
+        )
     except BaseException:
         node.end()
         raise
