@@ -196,8 +196,9 @@ class ClusterPool:
                     self._give(chunk)
                 if not self._out or self._waits_in_vain():
                     break
-                again.extend(self._overdue())
                 event = self.cluster.event(POLL_SECONDS)
+                if event is None:
+                    again.extend(self._overdue())
                 chunk = self._out.pop(event.ticket, None) if event and event.ticket is not None else None
                 if event is None or chunk is None:  # or it is late: the chunk is no longer waited for
                     continue
