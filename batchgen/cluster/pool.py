@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 SILENCE_SECONDS = 20.0  # without a word of the scheduler, it is lost
 NO_WORKERS_SECONDS = 30.0  # between two warnings that there are none
 GRACE_SECONDS = 60.0  # after the time limit, for what is under way
-AHEAD = 8  # one chunk more than there are slots for every so many of them, so that no worker waits for this process
 
 _PART = re.compile(r"[A-Za-z0-9._-]+/[0-9]{8,}-[0-9]+\.parquet")
 
@@ -162,7 +161,7 @@ def connected(backend: str, address: str) -> Iterator[Cluster]:
 
 
 class ClusterPool:
-    """Does chunks on a cluster: as many at once as it has slots, up to `jobs`, and a few that wait for one."""
+    """Does chunks on a cluster: as many at once as it has slots, up to `jobs`."""
 
     def __init__(self, cluster: Cluster, setup: NodeSetup, jobs: int | None = None, until: float | None = None) -> None:
         """until: on time.monotonic()'s clock, after which chunks are not waited for where there are no workers."""
@@ -214,9 +213,11 @@ class ClusterPool:
             raise failure
 
     def _room(self) -> int:
-        """Chunks to be out at once. One where there are no workers: it is what more of them are started for."""
-        slots = self.cluster.slots
-        return self.jobs if self.jobs and self.jobs < slots else max(slots + -(-slots // AHEAD), 1)
+        """Chunks to be out at once. One where there are no workers: it is what more of them are started for.
+
+        No more than there are slots: Dask gives what waits to a worker, which need not be the first to be free.
+        """
+        return max(min(self.cluster.slots, self.jobs or self.cluster.slots), 1)
 
     def _give(self, chunk: Chunk) -> None:
         self._tickets += 1
