@@ -130,7 +130,7 @@ class DaskCluster(Cluster):
     def __init__(self, folder: Path, workers: int = 2, **variables: str) -> None:
         if find_spec("distributed") is None:
             raise MissingError("Dask is not installed")
-        super().__init__(folder, **variables)
+        super().__init__(folder, DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED="False", **variables)
         self.port = free_port()
         self.address = f"tcp://127.0.0.1:{self.port}"
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard"]
