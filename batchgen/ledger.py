@@ -7,7 +7,8 @@
         attempt-<uuid>/         workers write only here
         parts/00000042-<sha256[:16]>.parquet    one rename is the commit
         old/                    the dataset that parts/ has just taken the place of
-        sent.jsonl              parts that are in an object store already
+        destination             the address of an output in an object store
+        sent.jsonl              parts that are there already
 
 A part is a chunk's finished rows. Its receipt travels in its own metadata, so that a resumed run can count it.
 """

@@ -85,6 +85,25 @@ class _Stall:
         return stuck
 
 
+class Supply:
+    """Chunks to give out: those that are to be done again first, then those of the run."""
+
+    def __init__(self, chunks: Iterator[Chunk]) -> None:
+        self.again: deque[Chunk] = deque()
+        self.failure: Exception | None = None  # of reading the run's, for when what is under way has ended
+        self._chunks = chunks
+
+    def take(self) -> Chunk | None:
+        """The next one; None where there is none now."""
+        if self.again:
+            return self.again.popleft()
+        try:
+            return next(self._chunks, None)
+        except Exception as error:
+            self._chunks, self.failure = iter(()), error
+            return None
+
+
 class Pool:
     """Up to `jobs` worker processes that write parts into the attempt's directory."""
 
@@ -110,19 +129,12 @@ class Pool:
         Raises what reading `chunks` raises, after what is under way; the BatchgenError of a worker that cannot
         write; and one of its own where workers keep dying and no row is to blame.
         """
-        again: deque[Chunk] = deque()
+        supply = Supply(chunks)
         futures: dict[Future[Receipt], Chunk] = {}
-        failure: Exception | None = None
         stall = _Stall(self.row_timeout)
         try:
             while True:
-                while len(futures) < self.in_flight:
-                    try:
-                        chunk = again.popleft() if again else next(chunks, None)
-                    except Exception as error:
-                        chunk, chunks, failure = None, iter(()), error
-                    if chunk is None:
-                        break
+                while len(futures) < self.in_flight and (chunk := supply.take()):
                     futures[self._submit(chunk)] = chunk
                 if not futures:
                     break
@@ -133,12 +145,12 @@ class Pool:
                     self.longest = max(self.longest, future.result().seconds)
                     yield future.result()
                 if lost := [(futures.pop(future), future) for future in finished if future in futures]:
-                    again.extend(self._after_loss(lost))
+                    supply.again.extend(self._after_loss(lost))
         except BaseException:
             self._end_workers()
             raise
-        if failure:
-            raise failure
+        if supply.failure:
+            raise supply.failure
 
     def _submit(self, chunk: Chunk) -> "Future[Receipt]":
         while True:

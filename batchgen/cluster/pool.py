@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from batchgen import __version__
 from batchgen.cluster.lease import held_lease
 from batchgen.cluster.messages import CONNECT_SECONDS, Event, NodeSetup, Order, Reply, receive, send
 from batchgen.errors import BatchgenError, StoppedError, UsageError
-from batchgen.pool import MAX_LOSSES, POLL_SECONDS, STALL_SECONDS, no_interrupts_to_workers
+from batchgen.pool import MAX_LOSSES, POLL_SECONDS, STALL_SECONDS, Supply, no_interrupts_to_workers
 from batchgen.types import Chunk, Receipt
 
 logger = logging.getLogger(__name__)
@@ -180,24 +180,17 @@ class ClusterPool:
         Raises what reading `chunks` raises, after what is under way; the BatchgenError of a node that is not fit for
         the run; one of its own where a chunk is lost again and again; StoppedError where the scheduler is lost.
         """
-        again: deque[Chunk] = deque()
-        failure: Exception | None = None
+        supply = Supply(chunks)
         with held_lease(self.attempt) as lease:
             self.cluster.order(Order(0, lease=str(lease)))
             while True:
-                while len(self._out) < self._room():
-                    try:
-                        chunk = again.popleft() if again else next(chunks, None)
-                    except Exception as error:
-                        chunk, chunks, failure = None, iter(()), error
-                    if chunk is None:
-                        break
-                    self._give(chunk)
+                while len(self._out) < self._room() and (given := supply.take()):
+                    self._give(given)
                 if not self._out or self._waits_in_vain():
                     break
                 event = self.cluster.event(POLL_SECONDS)
                 if event is None:
-                    again.extend(self._overdue())
+                    supply.again.extend(self._overdue())
                 chunk = self._out.pop(event.ticket, None) if event and event.ticket is not None else None
                 if event is None or chunk is None:  # or it is late: the chunk is no longer waited for
                     continue
@@ -208,9 +201,9 @@ class ClusterPool:
                     yield receipt
                 else:
                     self._note_loss(chunk, reason)
-                    again.append(chunk)
-        if failure:
-            raise failure
+                    supply.again.append(chunk)
+        if supply.failure:
+            raise supply.failure
 
     def _room(self) -> int:
         """Chunks to be out at once. One where there are no workers: it is what more of them are started for.
