@@ -92,7 +92,10 @@ def completed_text(token_ids: Seq[int], params: SamplingParams, tokenizer: Decod
 
 def whole_characters(data: bytes) -> str:
     r"""b"caf\xc3\xa9 \xc3" -> "café "; an incomplete character at the end goes, other invalid bytes are U+FFFD."""
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = decoder.decode(data)
+    rest = decoder.getstate()[0].decode("utf-8", "replace")
+    return text + rest if len(rest) > 1 else text  # it keeps back half of a surrogate too, which nothing completes
 
 
 @lru_cache(maxsize=1024)

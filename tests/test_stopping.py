@@ -1,7 +1,7 @@
 """stopping.py: what ends a text is found as if it were searched whole, however the tokens cut it."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchgen.engine.sequence import Prompt, Sequence
@@ -97,6 +97,7 @@ def test_the_text_does_not_depend_on_how_it_was_cut(text, stops, places, min_tok
 
 
 @given(st.binary(max_size=12))
+@example(b"a\xed\xa0")
 def test_whole_characters_are_all_of_the_text_but_an_incomplete_last_one(data):
     found, whole = whole_characters(data), data.decode("utf-8", "replace")
     assert whole in (found, found + "\ufffd")
