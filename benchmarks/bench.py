@@ -14,6 +14,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -113,23 +114,29 @@ def measure(system: System, workload: Workload, args: argparse.Namespace, cache:
 def best_options(
     system: System, workload: Workload, args: argparse.Namespace, cache: Path
 ) -> tuple[Options, dict[str, float | str]]:
-    """The fastest of the system's candidates on a third of the prompts, and what each took."""
-    candidates = system.candidates(workload, args.jobs)
-    if len(candidates) == 1 or not args.tune:
-        return candidates[0], {}
-    part = Workload(f"{workload.name}-tuning", workload.title, workload.task.part(3, 24))
+    """The fastest settings on a slice of the workload, one option after the other, and the seconds of all tried."""
+    choices = system.choices(workload, args.jobs)
+    best = {option: values[0] for option, values in choices.items()}
+    changes = [{option: value} for option, values in choices.items() for value in values[1:]]
+    if not changes or not args.tune:
+        return best, {}
+    part = workload.slice(args.jobs)
     tried: dict[str, float | str] = {}
-    seconds: list[float] = []
-    for options in candidates:
+    fastest, limit = float("inf"), args.limit
+    for change in [{}, *changes]:
+        options, started = best | change, time.monotonic()
         try:
-            seconds.append(min(run_system(system, part, options, args.jobs, 1, cache, args.limit)["seconds"]))
-            tried[json.dumps(options)] = round(seconds[-1], 2)
-        except MissingError as error:  # too much memory, or not to its taste: another may do
-            seconds.append(float("inf"))
+            seconds = min(run_system(system, part, options, args.jobs, 1, cache, limit)["seconds"])
+            tried[json.dumps(options)] = round(seconds, 2)
+        except MissingError as error:  # too slow, too much memory, or not to its taste: another may do
             tried[json.dumps(options)] = failure = str(error)
-    if min(seconds) == float("inf"):
+            continue
+        if seconds < fastest:
+            best, fastest = options, seconds
+            limit = min(args.limit, 1.25 * (time.monotonic() - started) + 5)  # with start-up, the same for all
+    if fastest == float("inf"):
         raise MissingError(failure)
-    return candidates[seconds.index(min(seconds))], tried
+    return best, tried
 
 
 def run_breakdown() -> str:

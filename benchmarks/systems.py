@@ -44,6 +44,7 @@ ENVIRONMENTS = {
 INSTALL_SECONDS = 1800
 
 Options = dict[str, Any]
+Choices = dict[str, tuple[Any, ...]]  # of each option, the likeliest first
 
 
 class MissingError(Exception):
@@ -52,14 +53,14 @@ class MissingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One row of the tables. `candidates` are tried on a slice of the workload, and the fastest is taken."""
+    """One row of the tables. `choices` are tried on a slice of the workload, and the fastest are taken."""
 
     name: str
     script: str
     model: Callable[["System", Path], Path]
     environment: str = ""  # none: this one
     options: Options = field(default_factory=dict)
-    candidates: Callable[[Workload, int], list[Options]] = lambda workload, jobs: [{}]
+    choices: Callable[[Workload, int], Choices] = lambda workload, jobs: {}
     variables: Callable[["System", int, Path], dict[str, str]] = lambda system, jobs, cache: {}
     one_job: bool = False
 
@@ -87,22 +88,18 @@ def convert(script: str, suffix: str) -> Callable[[System, Path], Path]:
     return model
 
 
-def static_batches(workload: Workload, jobs: int) -> list[Options]:
-    sizes = (16, 32, 64) if workload.task.n == 1 else (4, 8, 24)
-    return [{"batch_size": size} for size in sizes]
+def transformers_choices(workload: Workload, jobs: int) -> Choices:
+    return {"batch_size": workload.batch_sizes}
 
 
-def ctranslate2_options(workload: Workload, jobs: int) -> list[Options]:
-    sizes = (16, 32, 64) if workload.task.n == 1 else (4, 8, 12)
-    threads = [{"inter_threads": jobs, "intra_threads": 1}, {"inter_threads": 1, "intra_threads": jobs}]
-    static = [{}, {"static_prompt": True}] if workload.task.shared_prefix else [{}]
-    tried = [{**threads[0], "max_batch_size": size} | s for size in sizes for s in static]
-    return tried + [{**threads[1], "max_batch_size": sizes[1]} | static[-1]]
+def ctranslate2_choices(workload: Workload, jobs: int) -> Choices:
+    choices: Choices = {"max_batch_size": workload.batch_sizes, "inter_threads": (jobs, 1)}
+    return choices | {"static_prompt": (True, False)} if workload.task.shared_prefix else choices
 
 
-def vllm_options(workload: Workload, jobs: int) -> list[Options]:
+def vllm_choices(workload: Workload, jobs: int) -> Choices:
     """Blocks of 128 tokens are its default; smaller ones share more of a prefix."""
-    return [{"block_size": 32}, {"block_size": 128}] if workload.task.shared_prefix else [{}]
+    return {"block_size": (32, 128) if workload.task.shared_prefix else (128,)}
 
 
 def vllm_variables(system: System, jobs: int, cache: Path) -> dict[str, str]:
@@ -119,15 +116,18 @@ def vllm_variables(system: System, jobs: int, cache: Path) -> dict[str, str]:
     }
 
 
-def llama_options(kind: str) -> Callable[[Workload, int], list[Options]]:
+def llama_choices(kind: str) -> Callable[[Workload, int], Choices]:
     """Some processors have other code for repacked 8-bit weights, which is not always the faster or even works."""
 
-    def options(workload: Workload, jobs: int) -> list[Options]:
-        unified = (False, True) if workload.task.shared_prefix or workload.task.n > 1 else (False,)
-        repack = (False, True) if kind == "q8_0" else (False,)
-        return [{"n_parallel": n, "kv_unified": u, "repack": r} for n in (64, 32) for u in unified for r in repack]
+    def choices(workload: Workload, jobs: int) -> Choices:
+        shares = workload.task.shared_prefix or workload.task.n > 1
+        return {
+            "n_parallel": (32, 16, 64),
+            "kv_unified": (True, False) if shares else (False,),
+            "repack": (False, True) if kind == "q8_0" else (False,),
+        }
 
-    return options
+    return choices
 
 
 def shards(_: System, cache: Path) -> Path:
@@ -145,22 +145,22 @@ def transformers_system(dtype: str) -> System:
         huggingface,
         "transformers",
         {"dtype": dtype},
-        static_batches,
+        transformers_choices,
     )
 
 
 def ctranslate2_system(kind: str) -> System:
     model = convert("convert_ctranslate2", "")
-    return System(f"ct2-{kind}", "run_ctranslate2", model, "ctranslate2", {"compute_type": kind}, ctranslate2_options)
+    return System(f"ct2-{kind}", "run_ctranslate2", model, "ctranslate2", {"compute_type": kind}, ctranslate2_choices)
 
 
 def vllm_system(dtype: str) -> System:
-    return System(f"vllm-{dtype}", "run_vllm", huggingface, "vllm", {"dtype": dtype}, vllm_options, vllm_variables)
+    return System(f"vllm-{dtype}", "run_vllm", huggingface, "vllm", {"dtype": dtype}, vllm_choices, vllm_variables)
 
 
 def llama_system(kind: str) -> System:
     model = convert("convert_llama_cpp", ".gguf")
-    return System(f"llama-cpp-{kind}", "run_llama_cpp", model, "llama-cpp", {"kind": kind}, llama_options(kind))
+    return System(f"llama-cpp-{kind}", "run_llama_cpp", model, "llama-cpp", {"kind": kind}, llama_choices(kind))
 
 
 SYSTEMS: dict[str, System] = {

@@ -1,7 +1,7 @@
 """The five workloads: seeded token ids, so that every system gets the same prompts, in the same order."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import NormalDist
 
@@ -30,6 +30,19 @@ class Workload:
             f"(median {lengths[len(lengths) // 2]}, {sum(lengths):,} in all){samples}, {t.max_tokens} new tokens each, "
             + (f"temperature {t.temperature:g}, top_k {t.top_k}, top_p {t.top_p:g}" if t.temperature else "greedy")
         )
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Prompts in a static batch that are worth trying, the likeliest first: a prompt may be many rows, or long."""
+        if self.task.n > 1:
+            return 4, 2, 8
+        all_long = min(map(len, self.task.prompts)) - self.task.shared_prefix >= 256
+        return (8, 4, 16) if all_long else (16, 8, 32)
+
+    def slice(self, jobs: int) -> "Workload":
+        """Enough of it to tell settings apart: the largest batch for each of `jobs` cores, 16 tokens a completion."""
+        step = max(1, len(self.task.prompts) // (jobs * max(self.batch_sizes)))
+        return replace(self, name=f"{self.name}-tuning", task=self.task.part(step, 16))
 
 
 def log_normal_lengths(n: int, median: float = 66, sigma: float = 0.82) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +12,14 @@ import pytest
 
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import random_tensors
+from benchmarks import bench
 from benchmarks.bench import HEADER, Row, section
 from benchmarks.breakdown import Clock
 from benchmarks.memory import PeakMemory, proportional_bytes, tree
 from benchmarks.models import huggingface_tensors, write_safetensors
 from benchmarks.peers import run_batchgen
 from benchmarks.peers.protocol import Job, Ready, Task, batches, check, measure
-from benchmarks.systems import MissingError, run_logged
+from benchmarks.systems import MissingError, System, run_logged
 from benchmarks.workloads import KINDS, N_ORDINARY, make_workload
 from tests.models import write_byte_model
 
@@ -112,6 +114,49 @@ def test_a_part_of_a_task_spans_its_lengths():
     assert len(lengths) == 16
     assert max(lengths) - min(lengths) > 500
     assert part.max_tokens == 2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_slice_fills_the_largest_batch_of_every_core(name):
+    workload = make_workload(name)
+    part = workload.slice(2)
+    assert len(part.task.prompts) >= 2 * max(workload.batch_sizes)
+    assert len(part.task.prompts) <= len(workload.task.prompts)
+    assert part.name != workload.name
+
+
+def test_tuning_changes_one_option_after_the_other(tmp_path, monkeypatch):
+    """b is tried beside the best a; what fails is not taken, and nobody waits for what is slower by far."""
+    seconds = {(1, 1): 5.0, (2, 1): 3.0, (3, 1): None, (2, 2): 2.0}
+    limits = []
+
+    def run(system, part, options, jobs, repeat, cache, limit):
+        limits.append(limit)
+        taken = seconds[options["a"], options["b"]]
+        if taken is None:
+            raise MissingError("out of memory")
+        return {"seconds": [taken]}
+
+    monkeypatch.setattr(bench, "run_system", run)
+    system = System("peer", "run_peer", lambda system, cache: cache, choices=lambda *_: {"a": (1, 2, 3), "b": (1, 2)})
+    args = Namespace(jobs=2, tune=True, limit=100.0)
+    best, tried = bench.best_options(system, make_workload("W1", 0.1), args, tmp_path)
+    assert best == {"a": 2, "b": 2}
+    assert list(tried.values()) == [5.0, 3.0, "out of memory", 2.0]
+    assert limits[0] == 100
+    assert all(5 <= limit < 6 for limit in limits[1:])
+    args.tune = False
+    assert bench.best_options(system, make_workload("W1", 0.1), args, tmp_path) == ({"a": 1, "b": 1}, {})
+
+
+def test_tuning_fails_with_the_reason_if_nothing_runs(tmp_path, monkeypatch):
+    def run(*_):
+        raise MissingError("no such library")
+
+    monkeypatch.setattr(bench, "run_system", run)
+    system = System("peer", "run_peer", lambda system, cache: cache, choices=lambda *_: {"a": (1, 2)})
+    with pytest.raises(MissingError, match="no such library"):
+        bench.best_options(system, make_workload("W1", 0.1), Namespace(jobs=1, tune=True, limit=1.0), tmp_path)
 
 
 def test_huggingface_names_cover_every_tensor_once():

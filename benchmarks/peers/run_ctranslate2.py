@@ -11,12 +11,13 @@ from benchmarks.peers.protocol import Completions, Job, Ready, Task, serve
 
 def load(job: Job) -> Ready:
     o = job.options
+    intra_threads = job.jobs // o["inter_threads"]
     generator = ctranslate2.Generator(
         job.model,
         device="cpu",
         compute_type=o["compute_type"],
         inter_threads=o["inter_threads"],
-        intra_threads=o["intra_threads"],
+        intra_threads=intra_threads,
     )
     tokens = json.loads(Path(job.model, "vocabulary.json").read_text(encoding="utf-8"))
 
@@ -34,7 +35,7 @@ def load(job: Job) -> Ready:
         )
         return [ids for result in results for ids in result.sequences_ids]
 
-    settings = f"{o['inter_threads']} x {o['intra_threads']} threads, max_batch_size {o['max_batch_size']}"
+    settings = f"{o['inter_threads']} x {intra_threads} threads, max_batch_size {o['max_batch_size']}"
     return Ready(complete, ctranslate2.__version__, settings + (", static_prompt" if o.get("static_prompt") else ""))
 
 
