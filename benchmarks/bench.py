@@ -6,7 +6,7 @@ all cores in use, without start-up (from process start to the first token), whic
 --repeat runs. Peak memory is that of all the system's processes together, pages that they share counted once.
 "first token" says how many greedy completions begin with batchgen's token: a check that all did the same work.
 
-Needs Linux. Models, environments, logs and results are kept in .bench/.
+Needs Linux. Models, environments, settings found, logs and results are kept in .bench/.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import available_cores, clean_environment, describe, sgemm_peak
-from benchmarks.systems import ROOT, SYSTEMS, MissingError, Options, System, install, run_system
+from benchmarks.machine import available_cores, clean_environment, describe, processor, sgemm_peak
+from benchmarks.systems import ROOT, SYSTEMS, Choices, MissingError, Options, System, install, run_system
 from benchmarks.workloads import KINDS, Workload, make_workload
 
 HEADER = ["system", "tokens/s", "batchgen is", "start-up s", "peak GiB", "first token", "settings"]
@@ -114,13 +114,28 @@ def measure(system: System, workload: Workload, args: argparse.Namespace, cache:
 def best_options(
     system: System, workload: Workload, args: argparse.Namespace, cache: Path
 ) -> tuple[Options, dict[str, float | str]]:
-    """The fastest settings on a slice of the workload, one option after the other, and the seconds of all tried."""
+    """The system's fastest settings for such a workload and the seconds of all tried, as known from an earlier run."""
     choices = system.choices(workload, args.jobs)
+    first = {option: values[0] for option, values in choices.items()}
+    if not args.tune or all(len(values) == 1 for values in choices.values()):
+        return first, {}
+    path = cache / "tuned.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    key = json.dumps([processor(), args.jobs, workload.like, system.name, choices])
+    if key not in known:
+        known[key] = tune(system, workload, choices, args, cache)
+        path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    best, tried = known[key]
+    return best, tried
+
+
+def tune(
+    system: System, workload: Workload, choices: Choices, args: argparse.Namespace, cache: Path
+) -> tuple[Options, dict[str, float | str]]:
+    """One option after the other, on a slice of the workload; what is slower by far is not waited for."""
+    part = workload.slice(args.jobs)
     best = {option: values[0] for option, values in choices.items()}
     changes = [{option: value} for option, values in choices.items() for value in values[1:]]
-    if not changes or not args.tune:
-        return best, {}
-    part = workload.slice(args.jobs)
     tried: dict[str, float | str] = {}
     fastest, limit = float("inf"), args.limit
     for change in [{}, *changes]:
@@ -161,7 +176,10 @@ def remarks(ours: Row | None, one: Row | None, sgemm: float, jobs: int) -> Itera
     if ours and one and ours.tokens_per_s and one.tokens_per_s:
         yield f"{jobs} workers are {ours.tokens_per_s / one.tokens_per_s:.2f}x one."
     if ours and ours.reported:
-        yield f"A worker's start to its first token: {ours.reported['worker_startup_s']:.2f} s."
+        yield (
+            f"A worker's start to its first token: {ours.reported['worker_first_token_s']:.2f} s, "
+            f"to its first part on disk: {ours.reported['worker_first_part_s']:.2f} s."
+        )
     yield f"sgemm just after this workload: {sgemm:,.0f} GF/s."
 
 

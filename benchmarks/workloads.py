@@ -40,9 +40,14 @@ class Workload:
         return (8, 4, 16) if all_long else (16, 8, 32)
 
     def slice(self, jobs: int) -> "Workload":
-        """Enough of it to tell settings apart: the largest batch for each of `jobs` cores, 16 tokens a completion."""
+        """As few prompts as give each of `jobs` cores the largest batch, to choose settings by."""
         step = max(1, len(self.task.prompts) // (jobs * max(self.batch_sizes)))
-        return replace(self, name=f"{self.name}-tuning", task=self.task.part(step, 16))
+        return replace(self, name=f"{self.name}-tuning", task=self.task.part(step, self.task.max_tokens))
+
+    @property
+    def like(self) -> str:
+        """The workload whose settings it has."""
+        return {"W5": "W1"}.get(self.name, self.name)  # the same lengths, and nobody else asks for equal ones once
 
 
 def log_normal_lengths(n: int, median: float = 66, sigma: float = 0.82) -> list[int]:

@@ -145,6 +145,10 @@ def test_tuning_changes_one_option_after_the_other(tmp_path, monkeypatch):
     assert list(tried.values()) == [5.0, 3.0, "out of memory", 2.0]
     assert limits[0] == 100
     assert all(5 <= limit < 6 for limit in limits[1:])
+    assert bench.best_options(system, make_workload("W5", 0.1), args, tmp_path) == (best, tried)
+    assert len(limits) == 4  # W5 is like W1, whose settings are known now
+    bench.best_options(system, make_workload("W2", 0.1), args, tmp_path)
+    assert len(limits) == 8
     args.tune = False
     assert bench.best_options(system, make_workload("W1", 0.1), args, tmp_path) == ({"a": 1, "b": 1}, {})
 
@@ -230,4 +234,5 @@ def test_batchgen_itself_can_be_measured(tmp_path):
     ready = run_batchgen.load(Job(str(model), task, jobs=2, repeat=1, scratch=str(tmp_path)))
     assert ready.warm_up is not None
     check(task, ready.complete(task))
-    assert ready.warm_up()["worker_startup_s"] > 0
+    started = ready.warm_up()
+    assert 0 < started["worker_first_token_s"] < started["worker_first_part_s"]

@@ -489,6 +489,17 @@ def test_closed_streams_and_no_home_are_no_hindrance(here, model):
     assert sorted(os.listdir(here)) == ["out.parquet", "out.parquet.status.json", "p.jsonl"]
 
 
+def test_an_interruption_while_modules_are_imported_leaves_no_traceback(here):
+    (here / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", "from jobs.entry import main; main()", "--version"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGINT
+
+
 def test_a_full_disk_behind_standard_output_is_one_line():
     with open("/dev/full", "w") as full:
         done = run("models", stdout=full, stderr=subprocess.PIPE)

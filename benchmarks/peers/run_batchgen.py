@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from batchgen.run import Job as RunJob
 from batchgen.run import Model, worker_setup
 from batchgen.tokenizer import Tokenizer
 from batchgen.types import Chunk, Receipt, SamplingParams, TokenizedRequest
+from batchgen.worker import read_sightings
 from benchmarks.peers.protocol import Completions, Job, Ready, Task, first_token, serve
 
 
@@ -36,7 +38,7 @@ class Workers:
         }
         columns = {"token_ids": True, "logprobs": False, "prompt_index": False}
         self.setup = worker_setup(RunJob(Path(), Path()), model, plan, columns)
-        self.first_seconds = 0.0  # of the first task: start a worker, map the model, generate
+        self.started: dict[str, float] = {}  # seconds of the first task, one token long
 
     def complete(self, task: Task) -> Completions:
         with tempfile.TemporaryDirectory(dir=self.job.scratch) as attempt:
@@ -47,8 +49,14 @@ class Workers:
 
     def run(self, chunks: Iterator[Chunk], attempt: Path) -> list[Receipt]:
         start = time.perf_counter()
-        receipts = list(Pool(self.setup, attempt, self.job.jobs).receipts(chunks))
-        self.first_seconds = self.first_seconds or time.perf_counter() - start
+        with ThreadPoolExecutor(1) as watcher:
+            first_row = None if self.started else watcher.submit(wait_for_a_row, attempt)
+            receipts = list(Pool(self.setup, attempt, self.job.jobs).receipts(chunks))
+            if first_row:
+                self.started = {
+                    "worker_first_token_s": first_row.result() - start,
+                    "worker_first_part_s": time.perf_counter() - start,
+                }
         return sorted(receipts, key=lambda receipt: receipt.chunk)
 
     def requests(self, task: Task) -> Iterator[TokenizedRequest]:
@@ -65,12 +73,21 @@ class Workers:
 
     def warm_up(self) -> dict[str, float]:
         """One token from every worker, in chunks of one row, until each has had one."""
-        seconds = self.first_seconds
         tiny = Task(first_token(self.job.task).prompts * 2 * self.job.jobs, 1)
         with tempfile.TemporaryDirectory(dir=self.job.scratch) as attempt:
             while len(list(Path(attempt).glob("worker-*"))) < self.job.jobs:
                 self.run(plan_chunks(self.requests(tiny), 1), Path(attempt))
-        return {"worker_startup_s": seconds}
+        return self.started
+
+
+def wait_for_a_row(attempt: Path) -> float:
+    """time.perf_counter() when a worker's marker tells of the first row that has all its tokens."""
+    deadline = time.perf_counter() + 60
+    while not any(sighting.rows for sighting in read_sightings(attempt)):
+        if time.perf_counter() > deadline:
+            raise TimeoutError("no worker has completed a row in 60 s")
+        time.sleep(0.002)
+    return time.perf_counter()
 
 
 def load(job: Job) -> Ready:

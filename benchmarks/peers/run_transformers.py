@@ -1,4 +1,6 @@
-"""Hugging Face transformers: static batches of similar length, padded on the left."""
+"""Hugging Face transformers: static batches of similar length, padded on the left; a shared prefix is read once."""
+
+import copy
 
 import torch
 import transformers
@@ -18,8 +20,9 @@ def load(job: Job) -> Ready:
 
     def complete(task: Task) -> Completions:
         completions: Completions = [[] for _ in range(len(task.prompts) * task.n)]
+        prefix = read_prefix(model, task.prompts[0][: task.shared_prefix])
         for batch in batches(task, size):
-            outputs = generate(model, [task.prompts[i] for i in batch], task)
+            outputs = generate(model, [task.prompts[i] for i in batch], task, prefix)
             for place, ids in enumerate(outputs):
                 completions[batch[place // task.n] * task.n + place % task.n] = ids
         return completions
@@ -28,16 +31,32 @@ def load(job: Job) -> Ready:
     return Ready(complete, version, f"{job.jobs} threads, batch {size}")
 
 
-def generate(model: transformers.PreTrainedModel, prompts: list[list[int]], task: Task) -> Completions:
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+def read_prefix(model: transformers.PreTrainedModel, ids: list[int]) -> transformers.DynamicCache | None:
+    """Its keys and values, of one sequence."""
+    return model(torch.tensor([ids]), use_cache=True, logits_to_keep=1).past_key_values if ids else None
+
+
+def generate(
+    model: transformers.PreTrainedModel,
+    prompts: list[list[int]],
+    task: Task,
+    prefix: transformers.DynamicCache | None,
+) -> Completions:
+    """Padding is between the prefix and what follows it; positions go by the mask."""
+    shared, longest = task.shared_prefix, max(map(len, prompts))
+    gaps = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([p[:shared] + [PAD] * gap + p[shared:] for p, gap in zip(prompts, gaps, strict=True)])
+    mask = torch.tensor([[1] * shared + [0] * gap + [1] * (longest - shared - gap) for gap in gaps])
+    cache = copy.deepcopy(prefix)
+    if cache:
+        cache.batch_repeat_interleave(len(prompts) * task.n)
     sampling = {"do_sample": False}
     if task.temperature:
         sampling = {"do_sample": True, "temperature": task.temperature, "top_k": task.top_k, "top_p": task.top_p}
     output = model.generate(
         ids,
         attention_mask=mask,
+        past_key_values=cache,
         max_new_tokens=task.max_tokens,
         num_return_sequences=task.n,
         pad_token_id=PAD,
