@@ -15,7 +15,8 @@ from batchgen.types import SamplingParams
 def sequence(random: float | None = 0.5, token_ids=(), prompt_ids=(0,), **params) -> Sequence:
     sampling = SamplingParams(**{"max_tokens": 100, "temperature": 0.0 if random is None else 1.0} | params)
     draws = None if random is None else np.full(100, random)
-    return Sequence(Prompt(0, tuple(prompt_ids), sampling, (0,)), 0, 0, draws, token_ids=list(token_ids))
+    prompt = Prompt(0, tuple(prompt_ids), sampling, (0,))
+    return Sequence(prompt, 0, 0, seed=0, token_ids=list(token_ids), random=draws)
 
 
 def allowed(logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
@@ -61,6 +62,17 @@ def test_draws_follow_the_exact_distribution(n_vocab, filters):
     assert not found[expected == 0].any()
 
 
+def test_min_p_reaches_past_the_first_candidates_in_any_company():
+    """Rows whose first candidates differ in number: the shorter ones are filled up, which is not where they end."""
+    flat = np.random.default_rng(1).normal(0, 0.1, (3, 20_000)).astype(np.float32)
+    flat[1, :200] = 1.0  # ties: more candidates than the others'
+    together = [sequence(0.999, min_p=0.01) for _ in flat]
+    tokens = sampler.sample(flat.copy(), together, eos_id=None)
+    for row, token in enumerate(tokens):
+        assert sampler.sample(flat[row : row + 1].copy(), [sequence(0.999, min_p=0.01)], eos_id=None) == [token]
+        assert np.argsort(-flat[row], kind="stable").tolist().index(token) > 10_000  # 0.999 of the way is far down
+
+
 def test_random_draws_pass_a_chi_square_test():
     rng = np.random.default_rng(3)
     logits = rng.normal(0, 1.5, 300).astype(np.float32)
@@ -81,8 +93,8 @@ def test_random_draws_pass_a_chi_square_test():
 @given(st.data())
 def test_a_row_is_sampled_as_if_it_were_alone(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
-    n_vocab = data.draw(st.sampled_from([3, 64, 200, 9000]))
-    n_row = data.draw(st.integers(1, 9))
+    n_vocab = data.draw(st.sampled_from([3, 64, 200, 9000, 20_000]))  # from 16,384 on not all are sorted
+    n_row = data.draw(st.integers(1, 9) | st.just(60))  # 52 are sorted at once
     logits = (rng.normal(0, 3, (n_row, n_vocab)) // data.draw(st.sampled_from([1e-9, 0.5, 3]))).astype(np.float32)
     kind = st.fixed_dictionaries(
         {},

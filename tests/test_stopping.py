@@ -78,7 +78,7 @@ def test_the_text_does_not_depend_on_how_it_was_cut(text, stops, places, min_tok
         max_tokens=len(pieces), min_tokens=min(min_tokens, len(pieces)), stop=tuple(stops), include_stop=include
     )
     tokenizer = Pieces(pieces)
-    sequence = Sequence(Prompt(0, (0,), params, (0,)), 0, 0, None)
+    sequence = Sequence(Prompt(0, (0,), params, (0,)), 0, 0, 0)
     should_stop = StopStrings(tokenizer)
     for token in range(len(pieces)):
         sequence.token_ids.append(token)
@@ -118,7 +118,7 @@ def test_a_completion_never_ends_within_a_character(character):
 
 
 def test_a_sequence_without_stop_strings_is_left_alone():
-    sequence = Sequence(Prompt(0, (0,), SamplingParams(), (0,)), 0, 0, None, token_ids=[1])
+    sequence = Sequence(Prompt(0, (0,), SamplingParams(), (0,)), 0, 0, 0, token_ids=[1])
     should_stop = StopStrings(Pieces([]))
     assert should_stop(sequence) is None
     assert not should_stop._matchers

@@ -18,6 +18,7 @@ Doubles = npt.NDArray[np.float64]
 
 _LANES = 64  # elements that are compared at once in the search for the largest
 _NUCLEUS = 128  # candidates tried first where only top_p or min_p limits them
+_SORTED = 2**20  # logits that are sorted at once, at 56 bytes each meanwhile
 
 
 @dataclass(slots=True)
@@ -30,7 +31,7 @@ class _Filters:
     min_p: Doubles
     random: Doubles
 
-    def of(self, rows: npt.NDArray[np.bool_]) -> "_Filters":
+    def of(self, rows: npt.NDArray[np.bool_] | Ids) -> "_Filters":
         return _Filters(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], self.random[rows])
 
 
@@ -41,6 +42,11 @@ def log_softmax(logits: Array) -> Array:
     return shifted
 
 
+def _is_few(k: int, n_vocab: int) -> bool:
+    """Whether the k largest are found without sorting all."""
+    return n_vocab // _LANES >= 2 * k
+
+
 def candidates(logits: Array, k: int) -> tuple[Ids, Array]:
     """The k largest of each row and all that tie with the k-th: ids and values [n_row, n], largest first.
 
@@ -49,7 +55,7 @@ def candidates(logits: Array, k: int) -> tuple[Ids, Array]:
     """
     n_row, n_vocab = logits.shape
     width = n_vocab // _LANES
-    if width >= 2 * k:
+    if _is_few(k, n_vocab):
         runs = logits[:, : width * _LANES].reshape(n_row, _LANES, width).max(axis=1)  # [n_row, width]
         bound = np.partition(runs, width - k, axis=1)[:, width - k]
         rows, ids = np.divmod(np.flatnonzero(logits >= bound[:, None]), n_vocab)  # np.nonzero is slow in two dimensions
@@ -134,6 +140,10 @@ def _draw_from_all(logits: Array, temperature: Doubles, random: Doubles) -> Ids:
 
 def _draw_filtered(logits: Array, f: _Filters, n_candidate: int) -> Ids:
     """Draw after top_k, then top_p within it, then min_p; the candidates suffice or are taken anew, all of them."""
+    n_row, n_vocab = logits.shape
+    if n_row > (most := max(_SORTED // n_vocab, 1)) and not _is_few(n_candidate, n_vocab):
+        parts = np.array_split(np.arange(n_row), -(-n_row // most))
+        return np.concatenate([_draw_filtered(logits[part], f.of(part), n_candidate) for part in parts])
     ids, values = candidates(logits, n_candidate)
     weights = np.exp((values.astype(np.float64) - values[:, :1]) / f.temperature[:, None])
     limited = f.top_k > 0
@@ -145,29 +155,30 @@ def _draw_filtered(logits: Array, f: _Filters, n_candidate: int) -> Ids:
         shifted = (logits - values[:, :1]) * (1.0 / f.temperature).astype(np.float32)[:, None]
         total = np.where(limited, total, np.exp(shifted).sum(axis=1))
     keep = (cumulative - weights < (f.top_p * total)[:, None]) & (weights >= f.min_p[:, None] * weights[:, :1])
-    short = ~limited & keep[:, -1] & (values.shape[1] < logits.shape[1])  # the nucleus may go on past the candidates
+    all_kept = (keep | np.isneginf(values)).all(axis=1)  # -inf fills up rows of fewer candidates than the others'
+    short = ~limited & all_kept & (values.shape[1] < n_vocab)  # the nucleus may go on past the candidates
     tokens = ids[np.arange(len(ids)), _draw(np.where(keep, weights, 0.0), f.random)]
     if short.any():
-        tokens[short] = _draw_filtered(logits[short], f.of(short), logits.shape[1])
+        tokens[short] = _draw_filtered(logits[short], f.of(short), n_vocab)
     return tokens
 
 
 def _choose(logits: Array, sequences: Seq[Sequence]) -> Ids:
     """[n_row, n_vocab] logits after penalties -> [n_row] token ids."""
     tokens = np.empty(len(sequences), np.intp)
-    greedy = np.array([sequence.random is None for sequence in sequences])
+    greedy = np.array([sequence.params.greedy for sequence in sequences])
     if greedy.any():
         tokens[greedy] = logits.argmax(axis=1) if greedy.all() else logits[greedy].argmax(axis=1)
     if greedy.all():
         return tokens
-    drawn = [sequence for sequence in sequences if sequence.random is not None]
+    drawn = [sequence for sequence in sequences if not sequence.params.greedy]
     n_vocab = logits.shape[1]
     filters = _Filters(
         np.array([s.params.temperature for s in drawn]),
         np.array([s.params.top_k if s.params.top_k < n_vocab else 0 for s in drawn], np.intp),
         np.array([s.params.top_p for s in drawn]),
         np.array([s.params.min_p for s in drawn]),
-        np.array([s.random[len(s.token_ids)] for s in drawn if s.random is not None]),
+        np.array([s.next_random() for s in drawn]),
     )
     rest = logits if not greedy.any() else logits[~greedy]
     ids = np.empty(len(drawn), np.intp)

@@ -66,16 +66,23 @@ class Sequence:
     prompt: Prompt
     sample: int
     order: int  # neighbours in this order share prefixes
-    random: npt.NDArray[np.float64] | None  # None: greedy
+    seed: int
     duplicates: list[tuple[int, int]] = field(default_factory=list)  # (row, sample) of the requests equal to this
     segment: Segment | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    random: npt.NDArray[np.float64] | None = None  # made when the first is drawn: many sequences may be waiting
 
     @property
     def params(self) -> SamplingParams:
         return self.prompt.params
+
+    def next_random(self) -> float:
+        """The number in [0, 1) that draws the next token."""
+        if self.random is None:
+            self.random = uniforms(self.seed, self.params.max_tokens)
+        return float(self.random[len(self.token_ids)])
 
     def ends_in(self, tail: tuple[int, ...]) -> bool:
         """Whether prompt and generated tokens together end in these."""
@@ -122,13 +129,12 @@ def expand(prompts: Seq[Prompt]) -> list[Sequence]:
     for prompt in prompts:
         for sample, seed in enumerate(prompt.seeds, start=prompt.first_sample):
             if not prompt.params.greedy:
-                random = uniforms(seed, prompt.params.max_tokens)
-                sequences.append(Sequence(prompt, sample, 0, random))
+                sequences.append(Sequence(prompt, sample, 0, seed))
                 continue
             key = (prompt.token_ids, prompt.params)
             if key in greedy:
                 greedy[key].duplicates.append((prompt.row, sample))
             else:
-                greedy[key] = Sequence(prompt, sample, 0, None)
+                greedy[key] = Sequence(prompt, sample, 0, seed)
                 sequences.append(greedy[key])
     return sequences

@@ -28,8 +28,8 @@ _SMALL_PRODUCT = 100**3
 
 
 def min_rows(config: GPT2Config) -> int:
-    """How many rows every product has at least: never 1 (another routine), never so few that BLAS calls it small."""
-    smallest = config.n_embd * min(config.n_embd, config.inner_dim)
+    """The fewest rows of a product with weights: never 1 (another routine), never so few that BLAS calls it small."""
+    smallest = config.n_embd * min(config.n_embd, config.inner_dim, config.n_vocab)
     return min(max(2, _SMALL_PRODUCT // smallest + 1), 1024)
 
 
