@@ -1,4 +1,7 @@
-"""A dataset: a folder of Parquet parts in the order of their names, complete when _SUCCESS is there."""
+"""A dataset: a folder of Parquet parts in the order of their names, complete when _SUCCESS is there.
+
+And what a run keeps beside its output, whatever that is.
+"""
 
 import json
 import re
@@ -6,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 SUCCESS = "_SUCCESS"  # readers of Parquet skip names that begin so; it holds the plan that made the parts
+WORK_SUFFIX = ".batchgen"  # of the directories that a run keeps there; see ledger.py
+STATUS_SUFFIX = ".status.json"  # of the file that says how far it is; see status.py
 PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")  # number of the chunk, and start of the part's SHA-256
 
 

@@ -13,17 +13,20 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 import numpy as np
 from joblib.externals.loky import get_reusable_executor
 
 from batchgen.engine.engine import kv_bytes_per_token
+from batchgen.engine.sequence import expand
+from batchgen.errors import BatchgenError
 from batchgen.gpt2.kv_cache import BLOCK
-from batchgen.planner import WORKER_BYTES, fitting_jobs, plan_chunks
-from batchgen.pool import end_workers, no_interrupts_to_workers
+from batchgen.planner import WORKER_BYTES, check_memory, fitting_jobs, plan_chunks
+from batchgen.pool import end_workers, exit_codes, no_interrupts_to_workers
 from batchgen.records.readers import scan_input
-from batchgen.run import Job, columns, find_checked_model, make_plan, validated, worker_setup
+from batchgen.run import Job, columns, make_plan, named_model, validated, worker_setup
 from batchgen.types import Chunk, Rejected, TokenizedRequest
 from batchgen.worker import WorkerSetup, become_worker, loaded, to_prompts
 
@@ -52,7 +55,11 @@ class Pace:
     stop: float  # the probability of a sequence to end at a token
 
     def expected_tokens(self, max_tokens: float) -> float:
-        return max_tokens if self.stop == 0 else -math.expm1(max_tokens * math.log1p(-self.stop)) / self.stop
+        if self.stop == 0:
+            return max_tokens
+        if self.stop >= 1:
+            return 1.0
+        return -math.expm1(max_tokens * math.log1p(-self.stop)) / self.stop
 
     def seconds(self, chunk: ChunkCost, max_batch: int) -> float:
         if not chunk.samples:
@@ -103,7 +110,9 @@ def forecast_job(job: Job, *, measure_time: bool = True) -> Forecast:
 
     Raises the BatchgenError that a run would raise before its first row.
     """
-    model, facts = find_checked_model(job), scan_input(job.input)
+    model = named_model(job)
+    check_memory(job.model, model.manifest.config, model.bytes)
+    facts = scan_input(job.input)
     plan, automatic = make_plan(job, model, facts, facts.rows)
     settled = plan | {key: value for key, value in automatic.items() if plan[key] is None}
     forecast = Forecast(chunk_rows=settled["chunk_rows"], invariant=settled["batch_invariant"])
@@ -181,6 +190,10 @@ def add_time(forecast: Forecast, setup: WorkerSetup, sample: list[TokenizedReque
     try:
         wait(futures)
         paces = [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        end_workers(executor)
+        lack = "perhaps for lack of memory: try fewer --jobs, or --no-time"
+        raise BatchgenError(f"a worker process died when rows were measured{exit_codes(error)}, {lack}") from error
     except BaseException:
         end_workers(executor)
         raise
@@ -205,7 +218,7 @@ def measure(setup: WorkerSetup, requests: list[TokenizedRequest]) -> Pace:
     sequence, step = _line(decode)
     reading = sum(max(s.seconds - s.running * sequence, 0.0) for s in many if s.reading)
     cost = chunk_cost(Chunk(0, tuple(requests)), Forecast(), share=setup.share_prefixes)
-    stops, drawn = sum(s.stops for s in many), sum(s.running for s in many)
+    stops, drawn = sum(s.stops for s in many), sum(s.drawn for s in many)
     return Pace(reading / max(cost.prompt_tokens, 1), step, sequence, stops / max(drawn, 1))
 
 
@@ -227,6 +240,7 @@ class TimedStep:
     reading: bool
     running: int
     seconds: float
+    drawn: int  # tokens, the first ones of sequences among them
     stops: int  # sequences that ended before their max_tokens
 
 
@@ -234,15 +248,14 @@ def timed_steps(setup: WorkerSetup, requests: list[TokenizedRequest]) -> list[Ti
     """Steps until MEASURED_STEPS of them, after the last prompt was read, or until nothing is left."""
     engine, tokenizer = loaded(setup)
     prompts = [prompt for request in requests for prompt in to_prompts(request, tokenizer)]
-    unread = {prompt.row for prompt in prompts}
-    once = {(prompt.token_ids, prompt.params): prompt.row for prompt in reversed(prompts) if prompt.params.greedy}
-    unread -= {p.row for p in prompts if p.params.greedy and once[p.token_ids, p.params] != p.row}
-    running = 0
+    sequences = {(sequence.prompt.row, sequence.sample) for sequence in expand(prompts)}  # without equal ones
+    unread = {row for row, _ in sequences}
+    running = drawn = 0
 
     def on_step(starting: list[int], others: list[int]) -> None:
-        nonlocal running
+        nonlocal running, drawn
         unread.difference_update(starting)
-        running = len(others)
+        running, drawn = len(others), len(starting) + len(others)
 
     result: list[TimedStep] = []
     left = MEASURED_STEPS
@@ -250,8 +263,8 @@ def timed_steps(setup: WorkerSetup, requests: list[TokenizedRequest]) -> list[Ti
     before, reading = time.perf_counter(), True
     for finished, _ in steps:
         now = time.perf_counter()
-        stops = sum(completion.finish_reason == "stop" for completion in finished)
-        result.append(TimedStep(reading, running, now - before, stops))
+        stops = sum(c.finish_reason == "stop" and (c.row, c.sample) in sequences for c in finished)
+        result.append(TimedStep(reading, running, now - before, drawn, stops))
         left -= not reading
         if left <= 0:
             break

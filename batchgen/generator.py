@@ -3,6 +3,7 @@
 For a file of prompts, and for anything that should survive the process, there is run_job.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,6 +57,8 @@ class Generator:
         options are the fields of SamplingParams (max_tokens=40, temperature=0.8, ...), if params is not given.
         Raises UsageError, naming the prompt, for one that a job would reject, before anything is generated.
         """
+        if isinstance(prompts, str):
+            raise UsageError(f"prompts is one string ({prompts[:20]!r}); give a list of them: [prompt]")
         if params is not None and options:
             raise UsageError(f"params and {', '.join(options)} were given; give the one or the others")
         asked = params or SamplingParams(**options)  # type: ignore[arg-type]
@@ -64,8 +67,13 @@ class Generator:
             request = Request(row, f"prompts[{row}]", None, prompt, asked)
             item = validate(request, self.tokenizer, self.config.n_ctx, on_too_long, empty_prompt)
             if isinstance(item, Rejected):
-                raise UsageError(item.error)
+                raise UsageError(_as_argument(item.error))
             items.append(item)
         with threadpool_limits(1, user_api="blas"):  # as in a worker: two threads give other bits
             chunks = plan_chunks(items, CHUNK_PROMPTS)
             return [row for chunk in chunks for row in complete_chunk(chunk, asked, self._engine, self.tokenizer)]
+
+
+def _as_argument(error: str) -> str:
+    """The remedy as Python has it: `--on-too-long truncate-left` is on_too_long="truncate-left"."""
+    return re.sub(r"--([a-z-]+) ([a-z-]+)", lambda option: f'{option[1].replace("-", "_")}="{option[2]}"', error)

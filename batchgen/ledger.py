@@ -30,7 +30,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.dataset import PART, SUCCESS, dataset_plan
+from batchgen.dataset import PART, SUCCESS, WORK_SUFFIX, dataset_plan
 from batchgen.durable import sync_path
 from batchgen.errors import BusyError, OutputError, UsageError
 from batchgen.types import Receipt
@@ -42,7 +42,7 @@ COUNTS = ("input_rows", "rows", "ok", "rejected", "failed", "prompt_tokens", "co
 
 
 def work_directory(out: Path) -> Path:
-    return out.with_name(out.name + ".batchgen")
+    return out.with_name(out.name + WORK_SUFFIX)
 
 
 def run_name(out: Path) -> str | None:

@@ -80,7 +80,11 @@ def stand_in(text: str, work_dir: Path) -> Path:
 
 def parse_address(text: str, *, dataset: bool = False) -> Address:
     """`s3://KEY:SECRET@bucket/path?region=...`, as pyarrow takes it; a dataset is a prefix, which ends in a slash."""
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        scheme = text.partition("://")[0]
+        raise UsageError(f"{scheme}://...: not an address ({error}); write it as s3://bucket/folder/") from error
     scheme, netloc, path = parts.scheme.lower(), parts.netloc, unquote(parts.path)
     keys, _, bucket = netloc.rpartition("@") if scheme in ("s3", "s3a") else ("", "", netloc)
     where = f"{scheme}://{bucket}{path}"

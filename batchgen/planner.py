@@ -78,10 +78,17 @@ def available_memory() -> int:
         return UNKNOWN_MEMORY
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text()))
-    return free
+    return min(free, left_of_cgroup(Path("/sys/fs/cgroup")))
+
+
+def left_of_cgroup(group: Path) -> int:
+    """Bytes up to a cgroup's limit (version 2); files that the kernel keeps in memory give way, and do not count."""
+    limit, used, stat = group / "memory.max", group / "memory.current", group / "memory.stat"
+    if not (limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit()):
+        return UNKNOWN_MEMORY
+    fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    cached = int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
+    return max(int(text) - max(int(used.read_text()) - cached, 0), 0)
 
 
 def cut(rows: Iterable[Row], chunk_rows: int) -> Iterator[tuple[Row, ...]]:

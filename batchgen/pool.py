@@ -296,7 +296,7 @@ class Pool:
             return f"its worker raised {' '.join(str(future.exception()).split())}"
         if sighting and sighting.pid in self.hung:
             return f"its worker took no step for {self.row_timeout:g} s (--row-timeout)"
-        return f"its worker died{_exit_codes(future)}"
+        return f"its worker died{exit_codes(future.exception())}"
 
     def _end_workers(self) -> None:
         """At once, whatever they are doing."""
@@ -324,14 +324,14 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _exit_codes(future: "Future[Any]") -> str:
+def exit_codes(error: BaseException | None) -> str:
     """joblib's text ends in the exit codes: `{SIGKILL(-9)}`."""
-    codes = re.search(r"\{(.*)\}", str(future.exception()))
+    codes = re.search(r"\{(.*)\}", str(error))
     return f" ({codes[1].replace(f'EXIT({OUT_OF_MEMORY})', 'out of memory')})" if codes else ""
 
 
 def _notice(future: "Future[Any]", times: int, where: str) -> str:
-    how = _exit_codes(future) if _is_broken(future) else f" ({future.exception()})"
+    how = exit_codes(future.exception()) if _is_broken(future) else f" ({future.exception()})"
     return (
         f"a worker process died {times} times in a row{where}{how} and no single row is to blame, perhaps for lack "
         "of memory; what is finished is kept: run again to go on, with fewer --jobs if so"

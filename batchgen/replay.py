@@ -95,17 +95,29 @@ def run_params(path: Path, run: dict[str, Any]) -> SamplingParams:
     return read_params(path, run, values)
 
 
-def row_params(path: Path, run: dict[str, Any], row: dict[str, Any]) -> SamplingParams:
-    """The run's parameters, and those that the row has for itself."""
+def asked_for(path: Path, run: dict[str, Any], row: dict[str, Any]) -> tuple[str | tuple[int, ...], SamplingParams]:
+    """The row's prompt, as text or as the token ids that it was given as, and its parameters: the run's and its own."""
+    own = own_parameters(path, row)
+    ids = own.pop("prompt_token_ids", None)
+    if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
+        raise InputError(
+            f"{path}: prompt_token_ids in parameters of row {row['row']} are no token ids; they were changed"
+        )
+    params = read_params(path, run, run["parameters"] | own) if own else run_params(path, run)
+    return tuple(ids) if ids else row["prompt"], params
+
+
+def own_parameters(path: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """What the row's column holds."""
     if row.get("parameters") is None:
-        return run_params(path, run)
+        return {}
     try:
         own = json.loads(row["parameters"])
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: parameters of row {row['row']} are not JSON; they were changed") from error
     if not isinstance(own, dict):
         raise InputError(f"{path}: parameters of row {row['row']} are not an object; they were changed")
-    return read_params(path, run, run["parameters"] | own)
+    return own
 
 
 def read_params(path: Path, run: dict[str, Any], values: dict[str, Any]) -> SamplingParams:
@@ -192,10 +204,11 @@ def requests_again(path: Path, run: dict[str, Any], kept: Iterable[dict[str, Any
         if row["prompt"] is None:
             continue
         if row["sample"] == 0:
-            params = row_params(path, run, row)
-            requests.append(Request(row["row"], f"row {row['row']}", row["id"], row["prompt"], params))
+            prompt, params = asked_for(path, run, row)
+            requests.append(Request(row["row"], f"row {row['row']}", row["id"], prompt, params))
         elif row.get("prompt_index") and requests and row["sample"] % requests[-1].params.n == 0:
-            requests[-1] = replace(requests[-1], others=(*requests[-1].others, row["prompt"]))
+            prompt, _ = asked_for(path, run, row)
+            requests[-1] = replace(requests[-1], others=(*requests[-1].others, prompt))
     return requests
 
 

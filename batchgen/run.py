@@ -42,7 +42,7 @@ from batchgen.records.keep import kept_schema, with_kept
 from batchgen.records.openai import batch_writer
 from batchgen.records.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
 from batchgen.records.schema import output_schema
-from batchgen.records.sources import InputFormat, Inputs, Source, local_paths
+from batchgen.records.sources import InputFormat, Inputs, Source, find_sources, local_paths
 from batchgen.records.writer import (
     METADATA_KEY,
     SUFFIXES,
@@ -155,8 +155,9 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
     """
     until = time.monotonic() + job.time_limit if job.time_limit else None
     job = checked(job)
-    model = find_checked_model(job)
+    model = named_model(job)
     with open_ledger(job.output) as ledger, cluster_of(job) as cluster:
+        check_memory(job.model, model.manifest.config, model.bytes)  # another run may have it, and the output too
         verify_shards(model.directory)
         facts, kept = scan_input(job.input), kept_schema(job.input, job.keep)
         retry = find_failed(job) if job.retry_failed else None
@@ -244,11 +245,9 @@ def cluster_of(job: Job) -> AbstractContextManager[Cluster | None]:
     return nullcontext() if job.backend == "loky" else connected(job.backend, job.address or "auto")
 
 
-def find_checked_model(job: Job) -> Model:
+def named_model(job: Job) -> Model:
     directory = find_model(job.model)
-    model = Model(directory, load_manifest(directory))
-    check_memory(job.model, model.manifest.config, model.bytes)
-    return model
+    return Model(directory, load_manifest(directory))
 
 
 def in_time(chunks: Iterator[Chunk], until: float | None, pool: Pool | ClusterPool) -> Iterator[Chunk]:
@@ -287,8 +286,9 @@ class Retry:
 def find_failed(job: Job) -> Retry:
     if job.dataset or job.output.suffix.lower() != ".parquet":
         raise UsageError(f"{job.output}: --retry-failed wants a finished .parquet file, which says how it was made")
+    manifest = read_manifest(job.output)
     rows, statuses = failed_rows(job.output)
-    return Retry(frozenset(rows), statuses, read_manifest(job.output))
+    return Retry(frozenset(rows), statuses, manifest)
 
 
 def settle(
@@ -297,11 +297,13 @@ def settle(
     """The plan that holds: this run's, or that of the one to go on with. slots are a cluster's."""
     plan, automatic = make_plan(job, model, facts, len(retry.rows) if retry else facts.rows, slots)
     plan["format"] = "dataset" if job.dataset else job.output.suffix.lower().lstrip(".")
+    # A retry is of few rows: it is begun again where one was interrupted, and stands in no other run's way.
+    restart = job.restart or bool((ledger.read_plan() or {}).get("retry"))
     if retry is None:
-        return ledger.settle(plan, automatic, restart=job.restart)
-    refuse_changes(str(job.output), retry.manifest, plan, "give the options that made it")
-    again = (ledger.read_plan() or {}).get("retry")  # few rows: begun again where one was interrupted
-    return ledger.settle(plan | {"retry": True}, automatic, restart=job.restart or bool(again))
+        return ledger.settle(plan, automatic, restart=restart)
+    remedy = "give the options that made it, with its batchgen, NumPy and BLAS"
+    refuse_changes(str(job.output), retry.manifest, plan, remedy)
+    return ledger.settle(plan | {"retry": True}, automatic, restart=restart)
 
 
 def publish(
@@ -365,7 +367,7 @@ def make_plan(
     """What the output depends on, with None where it is automatic; and the automatic values."""
     config = model.manifest.config
     kv_bytes = default_kv_bytes(config)
-    check_limits(config, job.kv_bytes or kv_bytes, job.batch_size or MAX_BATCH)
+    check_limits(config, kv_bytes if job.kv_bytes is None else job.kv_bytes, job.batch_size or MAX_BATCH)
     params = load_params(model.directory, model.manifest)
     with threadpool_limits(1, user_api="blas"):  # as in a worker
         invariant = is_batch_invariant(params, config)
@@ -377,6 +379,7 @@ def make_plan(
     plan = {
         "batchgen": __version__,
         "input": facts.sha256,
+        "input_formats": sorted({source.format for source in find_sources(job.input)}),
         "rows": facts.rows,
         "prompt_column": job.prompt_column,
         "id_column": job.id_column,

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from batchgen.dataset import STATUS_SUFFIX
+
 logger = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -56,7 +58,7 @@ class Progress:
 
 
 def status_path(out: Path) -> Path:
-    return out.with_name(out.name + ".status.json")
+    return out.with_name(out.name + STATUS_SUFFIX)
 
 
 def _now() -> str:

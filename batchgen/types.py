@@ -1,6 +1,7 @@
 """The small records that pass between the floors: what is asked for, and what came of it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -33,6 +34,9 @@ _RANGES: dict[str, tuple[type, float, float, str]] = {
     "logprobs": (int, 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
 }
 
+# field: what it is a list of
+_LISTS = {"stop": "strings", "bad_words": "strings", "stop_token_ids": "token ids", "logit_bias": "pairs"}
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -64,6 +68,8 @@ class SamplingParams:
     stop_loops: bool = False
 
     def __post_init__(self) -> None:
+        for name, what in _LISTS.items():
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name), what))
         for name, (kind, low, high, words) in _RANGES.items():
             value = getattr(self, name)
             if value is None and name == "logprobs":
@@ -77,10 +83,10 @@ class SamplingParams:
             raise UsageError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}; lower it")
         for token, bias in self.logit_bias:
             if not _is_number(bias) or not -100.0 <= bias <= 100.0:
-                raise UsageError(f"logit_bias {_short(bias)} of token {token} is out of range (-100 to 100)")
+                raise UsageError(f"logit_bias {shown(bias)} of token {token} is out of range (-100 to 100)")
         for name in ("ignore_eos", "include_stop", "echo", "stop_loops"):
             if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name} {_short(getattr(self, name))} is out of range (true or false)")
+                raise UsageError(f"{name} {shown(getattr(self, name))} is out of range (true or false)")
         self._check_lists()
 
     def _check_lists(self) -> None:
@@ -94,7 +100,7 @@ class SamplingParams:
                 raise UsageError(f"{name} names {len(tokens)} tokens, which is out of range (up to {most})")
             for token in tokens:
                 if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                    raise UsageError(f"{name} {_short(token)} is out of range (token ids, from 0 on)")
+                    raise UsageError(f"{name} {shown(token)} is out of range (token ids, from 0 on)")
 
     @property
     def greedy(self) -> bool:
@@ -104,9 +110,27 @@ class SamplingParams:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _short(value: object) -> str:
-    """repr, of bounded length: a row of the input may hold anything."""
-    text = repr(value)
+def _as_tuple(name: str, value: object, what: str) -> tuple[Any, ...]:
+    """Lists as people write them: a string for one, a list, a dict of token ids; a tuple can be a key."""
+    if isinstance(value, str) and what == "strings":
+        return (value,)
+    if isinstance(value, Mapping) and what == "pairs":
+        return tuple(value.items())
+    if not isinstance(value, list | tuple):
+        raise UsageError(f"{name} {shown(value)} is out of range (a list of {what})")
+    if what != "pairs":
+        return tuple(value)
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+        raise UsageError(f"{name} {shown(value)} is out of range (a list of pairs of a token id and a bias)")
+    return tuple(map(tuple, value))
+
+
+def shown(value: object) -> str:
+    """repr, of bounded length and all of characters that can be written: a row of the input may hold anything."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"({type(value).__name__}, nested too deeply)"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -119,7 +143,7 @@ def _is_number(value: object) -> bool:
 def _check_range(name: str, value: object, kind: type, low: float, high: float, words: str) -> None:
     number = _is_number(value) and not (kind is int and isinstance(value, float))
     if not number or not low <= value <= high:  # type: ignore[operator]
-        raise UsageError(f"{name} {_short(value)} is out of range ({words})")
+        raise UsageError(f"{name} {shown(value)} is out of range ({words})")
 
 
 def _check_texts(name: str, texts: tuple[str, ...], most: int) -> None:
@@ -127,11 +151,9 @@ def _check_texts(name: str, texts: tuple[str, ...], most: int) -> None:
         raise UsageError(f"{name} has {len(texts)} strings, which is out of range (up to {most})")
     for text in texts:
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-            raise UsageError(
-                f"{name} {_short(text)} is out of range (strings of 1 to {MAX_STOP_CHARACTERS} characters)"
-            )
+            raise UsageError(f"{name} {shown(text)} is out of range (strings of 1 to {MAX_STOP_CHARACTERS} characters)")
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise UsageError(f"{name} {_short(text)} is out of range (half of a surrogate pair is no character)")
+            raise UsageError(f"{name} {shown(text)} is out of range (half of a surrogate pair is no character)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +191,8 @@ class Rejected:
 class TokenizedRequest:
     """A request that fits the model: 1 <= len(prompt_token_ids), and that + max_tokens <= n_ctx.
 
-    So do the `others`, the text and the token ids of each.
+    So do the `others`, the text and the token ids of each. given_as_ids: the text was made of the ids, and may not
+    give them again.
     """
 
     row: int
@@ -179,6 +202,7 @@ class TokenizedRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     others: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    given_as_ids: bool = False
 
     @property
     def prompts(self) -> tuple[tuple[str, tuple[int, ...]], ...]:

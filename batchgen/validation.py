@@ -142,6 +142,7 @@ def validate(
         error = f"{request.place}: {unfit.reason}"
         return Rejected(request.row, request.place, request.id, text, error, unfit.prompt_tokens)
     (text, ids), *others = fitted
-    fitting = TokenizedRequest(request.row, request.place, request.id, text, ids, params, tuple(others))
+    given_as_ids = not isinstance(request.prompt, str)
+    fitting = TokenizedRequest(request.row, request.place, request.id, text, ids, params, tuple(others), given_as_ids)
     room = n_ctx - max(len(ids) for _, ids in fitted)
     return fitting if room >= params.max_tokens else fitting.with_max_tokens(room)

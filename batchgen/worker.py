@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -310,6 +311,7 @@ def ends_in_space(item: TokenizedRequest | Rejected) -> bool:
 
 
 def unfinished_row(item: Rejected) -> OutputRow:
+    """Whatever its error quotes, it can be written: half of a surrogate pair as its number."""
     return OutputRow(
         row=item.row,
         sample=0,
@@ -320,7 +322,7 @@ def unfinished_row(item: Rejected) -> OutputRow:
         completion_tokens=None,
         finish_reason=None,
         status=item.status,
-        error=item.error,
+        error=item.error.encode("utf-8", "backslashreplace").decode(),
         seed=None,
     )
 
@@ -346,23 +348,27 @@ def completed_row(
         seed=None if params.greedy else seed,
         completion_token_ids=completion.token_ids,
         logprobs=completion.logprobs,
-        top_logprobs=_named(completion, tokenizer),
+        top_logprobs=_named(completion, tokenizer) if params.logprobs else None,
         stop_reason=stop_reason,
         prompt_index=prompt_index,
-        parameters=own_parameters(params, run_params),
+        parameters=own_parameters(params, run_params, prompt_token_ids if request.given_as_ids else None),
     )
 
 
-def own_parameters(params: SamplingParams, run_params: SamplingParams) -> str | None:
-    """JSON of a row's parameters that are not the run's; None where there are none."""
-    own = {name: value for name, value in params.as_dict().items() if value != getattr(run_params, name)}
+def own_parameters(
+    params: SamplingParams, run_params: SamplingParams, prompt_token_ids: Sequence[int] | None = None
+) -> str | None:
+    """JSON of a row's parameters that are not the run's, and of a prompt that was given as ids; None without any."""
+    own: dict[str, Any] = {
+        name: value for name, value in params.as_dict().items() if value != getattr(run_params, name)
+    }
+    if prompt_token_ids is not None:
+        own["prompt_token_ids"] = prompt_token_ids
     return json.dumps(own, sort_keys=True) if own else None
 
 
-def _named(completion: Completion, tokenizer: Tokenizer) -> tuple[tuple[tuple[int, str, float], ...], ...] | None:
-    if not completion.top_logprobs or not any(completion.top_logprobs):  # not asked for, or 0 of them
-        return None
+def _named(completion: Completion, tokenizer: Tokenizer) -> tuple[tuple[tuple[int, str, float], ...], ...]:
     return tuple(
         tuple((token, tokenizer.token_text(token), logprob) for token, logprob in top)
-        for top in completion.top_logprobs
+        for top in completion.top_logprobs or ()
     )

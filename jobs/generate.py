@@ -165,9 +165,13 @@ def generate(
     remote = is_address(output)
     if output == str(report.STDOUT) and backend != "loky":
         raise UsageError("-o -: a cluster's nodes write to a folder that all share; name a file there")
+    if output == str(report.STDOUT) and output_format == "dataset":
+        raise UsageError("-o -: a dataset is a folder of files; name one, such as completions/")
     if work_dir and not remote:
         raise UsageError("--work-dir: a local output keeps its work beside it; leave it away, or name s3://bucket/...")
     path = stand_in(output, work_dir or Path()) if remote else Path(output)
+    if not path.name:
+        raise UsageError(f"-o {output!r} is no file's name; name one, such as completions.parquet")
     job = Job(
         input=inputs,
         output=path,

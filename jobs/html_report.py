@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from batchgen.errors import UsageError
 from batchgen.object_store import refuse_address
 from batchgen.report.page import write_report
 from jobs import report as terminal
@@ -24,6 +25,8 @@ def report(
     Example: batchgen report completions.parquet -o report.html
     """
     refuse_address(output, "a report")
+    if not Path(output).name:
+        raise UsageError(f"{output!r} is no file's name; name a Parquet file that batchgen wrote")
     page = page or page_beside(Path(output))
     write_report(Path(output), page)
     with terminal.to_whoever_reads():

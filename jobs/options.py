@@ -68,6 +68,8 @@ def parse_size(text: str | None, option: str) -> int | None:
     match = re.fullmatch(r"(\d{1,15})([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise UsageError(f"{option} {text!r}: not a size; write it as 1536M or 2G")
+    if not int(match[1]):
+        raise UsageError(f"{option} {text!r} is out of range (a byte or more); leave it out: it is automatic then")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 

@@ -113,7 +113,7 @@ def _first_rows(output: Path, n: int) -> list[dict[str, Any]]:
 
 def _rows_of_line(line: dict[str, Any]) -> list[dict[str, Any]]:
     """A line of the output is a row; one of OpenAI's is a row for each of its choices, which do not hold the prompt."""
-    if "custom_id" not in line:
+    if "row" in line:  # OpenAI's have none, and a row may carry a custom_id
         return [line]
     row = {"id": line["custom_id"], "status": "ok", "prompt": "..."}
     if line["response"] is None:

@@ -280,6 +280,26 @@ def test_several_inputs_and_kept_columns_are_carried_by_workers(here, batchgen):
     assert table["lang"].to_pylist() == [None] * 2 + ["en"] * 8 + [None] * 8
 
 
+def test_a_kept_custom_id_is_a_column_as_any_other(here, batchgen):
+    (here / "p.jsonl").write_text('{"prompt": "Once", "custom_id": "a"}\n')
+    code, out, err = batchgen("generate", "p.jsonl", "-o", "out.jsonl", "--keep", "custom_id", "--max-tokens", 2)
+    assert (code, err) == (0, "")
+    assert "Once ->" in out
+    assert json.loads((here / "out.jsonl").read_text())["custom_id"] == "a"
+
+
+def test_the_status_of_a_run_is_no_input_of_the_next(here, batchgen):
+    """Not where a pattern finds it, nor where the shell names it among the others."""
+    for name in ("a.json", "b.json"):
+        (here / name).write_text('{"prompt": "Once"}\n')
+    for _ in range(2):
+        assert batchgen("generate", "*.json", "-o", "out.parquet", "--max-tokens", 2)[0] == 0
+        by_shell = sorted(map(str, here.glob("*.json")))
+        assert batchgen("generate", *by_shell, "-o", "out.parquet", "--max-tokens", 2)[0] == 0
+        assert pq.read_table("out.parquet").num_rows == 2
+    assert (here / "out.parquet.status.json").exists()
+
+
 # ---- a user's mistakes
 
 
@@ -351,6 +371,11 @@ MISTAKES = [
     (["p.jsonl", "-o", "o.parquet", "--batch-size", "1e3"], 2, "--batch-size '1e3': must be"),
     (["p.jsonl", "-o", "o.parquet", "--batch-size", "5000"], 2, "--batch-size 5000 is out of range"),
     (["p.jsonl", "-o", "o.parquet", "--kv-memory", "lots"], 2, "--kv-memory 'lots': not a size; write it as"),
+    (["p.jsonl", "-o", "o.parquet", "--kv-memory", "0"], 2, "--kv-memory '0' is out of range .*; leave it out"),
+    (["p.jsonl", "-o", ""], 2, "-o '' is no file's name; name one, such as"),
+    (["p.jsonl", "-o", "."], 2, "-o '.' is no file's name"),
+    (["p.jsonl", "-o", "-", "--format", "dataset"], 2, "-o -: a dataset is a folder of files; name one"),
+    (["p.jsonl", "-o", "s3://[bucket/x/"], 2, "s3://...: not an address .*; write it as s3://bucket/"),
     (["p.jsonl", "-o", "o.parquet", "--kv-memory", "1K"], 2, "memory budget .* raise --kv-memory to 1M"),
 ]
 

@@ -1,6 +1,7 @@
 """forecast.py: what it counts is what a run does; its time is a sum of what was measured."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchgen.errors import BatchgenError
 from batchgen.forecast import ChunkCost, Forecast, Pace, chunk_cost, forecast_job, measure
 from batchgen.ledger import work_directory
 from batchgen.records.readers import check_input
@@ -98,7 +100,7 @@ def test_time_is_reading_and_steps_and_sequences():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.floats(0, 0.5), st.integers(1, 1000))
+@given(st.floats(0, 1), st.integers(1, 1000))
 def test_the_expected_length_is_that_of_a_geometric_distribution_cut_off(stop, max_tokens):
     expected = sum((1 - stop) ** token for token in range(max_tokens))
     assert replace(PACE, stop=stop).expected_tokens(max_tokens) == pytest.approx(expected, rel=1e-6)
@@ -110,6 +112,26 @@ def test_a_measurement_is_of_positive_times_and_ends_of_text(model):
     assert pace.prompt > 0
     assert pace.step + pace.sequence > 0
     assert pace.stop == 0
+
+
+@pytest.mark.parametrize("params", [{}, {"n": 3}, {"temperature": 1.0}, {"max_tokens": 1}])
+def test_where_every_completion_ends_at_once_so_does_the_forecast(model, params):
+    ending = {"max_tokens": 9, "logit_bias": ((97, 100.0),), "stop_token_ids": (97,)}
+    requests = [request(row, "ab", **ending | params) for row in range(4)]  # equal ones, where they are greedy
+    pace = measure(setup(model), requests)
+    assert pace.stop == 1
+    assert pace.expected_tokens(9) == 1
+    assert 0 < pace.seconds(chunk_cost(Chunk(0, tuple(requests)), Forecast(), share=True), 8) < 100
+
+
+def dies(*_):
+    os._exit(9)
+
+
+def test_a_worker_that_dies_in_a_measurement_is_one_line(job, monkeypatch):
+    monkeypatch.setattr("batchgen.forecast.measure", dies)
+    with pytest.raises(BatchgenError, match=r"^a worker process died when rows were measured \(EXIT\(9\).*--no-time"):
+        forecast_job(job)
 
 
 def test_one_request_can_be_measured_too(model):

@@ -61,12 +61,23 @@ def test_no_prompts_are_no_rows(generator):
         (["a" * 500], {}, r"prompts\[0\]: .*exceed n_ctx 128"),
         (["\ud800"], {}, r"prompts\[0\]: .*surrogate"),
         (["a"], {"max_tokens": 0}, "max_tokens 0 is out of range"),
+        ([""], {}, 'pass empty_prompt="unconditional"'),
+        (["a" * 500], {}, 'pass on_too_long="truncate-left"'),
+        ("abc", {}, r"prompts is one string \('abc'\); give a list of them: \[prompt\]"),
         (["a"], {"params": SamplingParams(), "seed": 1}, "params and seed were given; give the one or the others"),
     ],
 )
 def test_what_a_job_would_reject_is_an_error_that_names_the_prompt(generator, prompts, options, message):
     with pytest.raises(UsageError, match=message):
         generator.generate(prompts, **options)
+
+
+def test_lists_are_written_as_in_python(generator):
+    whole = generator.generate(["abc"], max_tokens=20, ignore_eos=True)[0].completion
+    tuples = generator.generate(["abc"], max_tokens=20, ignore_eos=True, stop=(whole[5],), logit_bias=((1, -5.0),))
+    written = {"stop": whole[5], "logit_bias": {1: -5.0}}
+    assert generator.generate(["abc"], max_tokens=20, ignore_eos=True, **written) == tuples
+    assert len(tuples[0].completion) <= 5
 
 
 def test_an_unknown_option_is_an_error(generator):

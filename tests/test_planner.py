@@ -18,6 +18,7 @@ from batchgen.planner import (
     available_memory,
     default_kv_bytes,
     fitting_jobs,
+    left_of_cgroup,
     n_chunks,
     plan_chunks,
 )
@@ -93,6 +94,20 @@ def test_as_many_jobs_as_memory_holds(monkeypatch):
     assert fitting_jobs(2**30, 500) == 5
     assert fitting_jobs(2**30, 501) == 4
     assert fitting_jobs(2**40, 0) == 1
+
+
+def test_cached_files_are_free_memory_of_a_container(tmp_path):
+    assert left_of_cgroup(tmp_path) == planner.UNKNOWN_MEMORY
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert left_of_cgroup(tmp_path) == planner.UNKNOWN_MEMORY
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert left_of_cgroup(tmp_path) == 100
+    (tmp_path / "memory.stat").write_text("anon 150\nfile 750\ninactive_file 500\nactive_file 200\n")
+    assert left_of_cgroup(tmp_path) == 800
+    (tmp_path / "memory.current").write_text("1100\n")
+    (tmp_path / "memory.stat").write_text("anon 1100\ninactive_file 0\nactive_file 0\n")
+    assert left_of_cgroup(tmp_path) == 0
 
 
 def test_this_machine_has_cores_and_memory(monkeypatch):

@@ -10,10 +10,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import pool
+from batchgen import pool, run
 from batchgen.errors import BatchgenError, OutputError
 from batchgen.ledger import work_directory
 from batchgen.pool import POLL_SECONDS, STALL_SECONDS, _Stall
@@ -241,6 +242,18 @@ def test_retry_failed_makes_what_an_undisturbed_run_makes(job, monkeypatch):
     assert retried.equals(pq.read_table(this.output), check_metadata=True)
 
 
+def test_an_interrupted_retry_stands_in_no_other_runs_way(job, monkeypatch):
+    this = job({17: "raise-first"})
+    run_job(this)
+    cure(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_job(replace(this, retry_failed=True))
+    assert work_directory(this.output).exists()
+    assert (run_job(this).ok, os.listdir(this.output.parent)) == (60, ["out.parquet"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -248,6 +261,8 @@ def test_retry_failed_makes_what_an_undisturbed_run_makes(job, monkeypatch):
         ({"output": Path("other.jsonl")}, "--retry-failed wants a finished .parquet file"),
         ({"output": Path("missing.parquet")}, "no such file; run without --retry-failed first"),
         ({"output": Path("foreign.parquet")}, "has no batchgen metadata"),
+        ({"output": Path("alien.parquet")}, "has no batchgen metadata"),
+        ({"output": Path("selected.parquet")}, "has no column 'status'; take the file as batchgen wrote it"),
         ({"output": Path("torn.parquet")}, "not a whole Parquet file"),
     ],
 )
@@ -256,6 +271,8 @@ def test_only_a_finished_output_of_the_same_options_can_be_retried(job, changes,
     run_job(this)
     out = this.output.parent
     pq.write_table(pq.read_table(this.output).replace_schema_metadata(None), out / "foreign.parquet")
+    pq.write_table(pa.table({"x": [1]}), out / "alien.parquet")
+    pq.write_table(pq.read_table(this.output).drop_columns("status"), out / "selected.parquet")
     (out / "torn.parquet").write_bytes(this.output.read_bytes()[:-10])
     if "output" in changes:
         changes = {"output": out / changes["output"]}

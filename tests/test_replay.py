@@ -262,7 +262,27 @@ def test_rows_with_parameters_of_their_own_come_out_again(tmp_path, model):
     assert (done.compared, done.samples, done.differences) == (5, 7, ())
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"mirostat": 2}', '{"top_p": 7}'])
+def test_prompts_that_were_token_ids_come_out_again(tmp_path, model):
+    """Ids that the tokenizer would not make of their own text, more of them than fit, and several in one line."""
+    prompts = [[256, 97], [97, 32], [255, 254], [97] * 200, [[256], [98, 32]], "text "]
+    lines = [
+        {"custom_id": f"{i}", "method": "POST", "url": "/v1/completions", "body": {"prompt": prompt, "n": 2}}
+        for i, prompt in enumerate(prompts)
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out.parquet"
+    params = SamplingParams(max_tokens=12, temperature=0.9)
+    run_job(Job(tmp_path / "p.jsonl", out, str(model), params, jobs=1, on_too_long="truncate-left", trim=True))
+    rows = pq.read_table(out).to_pylist()
+    assert [row["status"] for row in rows] == ["ok"] * 14
+    assert json.loads(rows[0]["parameters"])["prompt_token_ids"] == [256, 97]
+    done = replay(out, 10)
+    assert (done.compared, done.samples, done.differences) == (6, 14, ())
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"mirostat": 2}', '{"top_p": 7}', '{"prompt_token_ids": []}', '{"prompt_token_ids": ["a"]}']
+)
 def test_parameters_of_a_row_that_no_run_wrote_are_named(output, tmp_path, text):
     with pytest.raises(InputError, match="parameters"):
         replay(rewrite(output, tmp_path, lambda rows: first_ok(rows).update(parameters=text)), 100)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import pool, run
+from batchgen import planner, pool, run
 from batchgen.checkpoint.shards import load_manifest, load_params, model_hash
 from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError, BusyError, InputError, ModelError, OutputError, StoppedError, UsageError
@@ -251,6 +251,18 @@ def write_own(path: Path, rows: Sequence[int]) -> Path:
     return path
 
 
+def test_half_of_a_surrogate_pair_sinks_no_chunk(job, tmp_path):
+    """As JavaScript cuts an emoji: wherever it stands in a line, that line is rejected and the others are done."""
+    bodies = [{"prompt": "a"}, {"prompt": "a", "suffix": "\ud83d"}, {"prompt": "a", "\ud83d": 1}, {"prompt": "b"}]
+    lines = [json.dumps({"custom_id": f"{i}", "url": "/v1/completions", "body": b}) for i, b in enumerate(bodies)]
+    lines += [json.dumps({"custom_id": "x", "url": "\ud83d", "body": {"prompt": "a"}})]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    for suffix in (".parquet", ".jsonl"):
+        summary = run_job(replace(job, input=tmp_path / "p.jsonl", output=tmp_path / f"out{suffix}"))
+        assert (summary.ok, summary.rejected) == (2, 3)
+    assert rows_of(tmp_path / "out.parquet")[1]["error"].startswith(r"p.jsonl:2: suffix '\ud83d' is not supported")
+
+
 def test_rows_have_their_own_parameters(job, tmp_path):
     run_job(replace(job, input=write_own(tmp_path / "own.jsonl", range(len(OWN))), token_ids=True))
     rows = rows_of(job.output)
@@ -458,6 +470,18 @@ def test_other_parameters_are_refused_and_restart_takes_them(job, monkeypatch):
     assert run_job(replace(other, restart=True)).resumed == 0
 
 
+def test_another_format_of_the_input_is_refused(job, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("prompt\n" + "a\n" * 100)
+    job = replace(job, input=tmp_path / "p.txt", input_format="csv")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        with pytest.raises(Interrupted):
+            run_job(job)
+    with pytest.raises(UsageError, match=r"had input_formats \['csv'\], this one has \['tsv'\]"):
+        run_job(replace(job, input_format="tsv"))
+    assert run_job(job).resumed == 32
+
+
 def test_automatic_values_are_those_of_the_first_run(job, monkeypatch):
     job = replace(job, chunk_rows=None)
     monkeypatch.setattr(run, "auto_chunk_rows", lambda *_: 50)
@@ -469,8 +493,13 @@ def test_automatic_values_are_those_of_the_first_run(job, monkeypatch):
     assert run_job(job).resumed == 100
 
 
-def test_a_second_run_is_refused_and_changes_nothing(job):
+def test_a_second_run_is_refused_and_changes_nothing(job, monkeypatch):
+    """Whatever memory the first has left."""
+    monkeypatch.setattr(planner, "available_memory", lambda: 0)
     with open_ledger(job.output), pytest.raises(BusyError):
+        run_job(job)
+    assert os.listdir(job.output.parent) == []
+    with pytest.raises(BatchgenError, match="0.0 GB are free"):
         run_job(job)
     assert os.listdir(job.output.parent) == []
 
@@ -573,6 +602,18 @@ def test_a_dataset_takes_the_place_of_an_older_one_or_an_empty_folder(job):
     assert len(list(this.output.iterdir())) == 3 + 1
     assert len(dataset_rows(this.output)) == 260
     assert os.listdir(job.output.parent) == ["out"]
+
+
+@pytest.mark.parametrize("inputs", ["out/*.parquet", "**/*.parquet", ["p.jsonl", "out"]])
+def test_a_dataset_is_not_made_of_its_own_parts(job, tmp_path, monkeypatch, inputs):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    job = replace(job, output=Path("out"), dataset=True)
+    run_job(replace(job, input=Path("p.jsonl")))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(OutputError, match=r"^out: .*choose another"):
+        run_job(replace(job, input=inputs))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_a_folder_of_anything_else_is_refused_untouched(job):

@@ -134,6 +134,41 @@ def test_every_error_pickles_with_its_text(kind):
     assert str(copy) == "a.jsonl: no such file"
 
 
+def test_what_is_nested_too_deeply_to_be_shown_is_refused_all_the_same():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for name in ("max_tokens", "stop", "stop_token_ids", "echo"):
+        with pytest.raises(UsageError, match=f"{name} .*nested too deeply.* is out of range"):
+            SamplingParams(**{name: [deep] if name.startswith("stop") else deep})
+
+
+def test_lists_become_tuples_that_can_be_keys():
+    params = SamplingParams(stop="ab", bad_words=["a", "b"], stop_token_ids=[1, 2], logit_bias={3: -1.0, 4: 2})
+    assert params.stop == ("ab",)
+    assert params.bad_words == ("a", "b")
+    assert params.stop_token_ids == (1, 2)
+    assert params.logit_bias == ((3, -1.0), (4, 2)) == SamplingParams(logit_bias=[[3, -1.0], [4, 2]]).logit_bias
+    hash(params)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("stop", 5, "strings"),
+        ("bad_words", None, "strings"),
+        ("stop_token_ids", 13, "token ids"),
+        ("stop_token_ids", "13", "token ids"),
+        ("logit_bias", 1.5, "pairs"),
+        ("logit_bias", [1, 2], "pairs of a token id and a bias"),
+        ("logit_bias", [(1, 2, 3)], "pairs of a token id and a bias"),
+    ],
+)
+def test_what_is_no_list_is_refused_by_name(name, value, what):
+    with pytest.raises(UsageError, match=f"{name} .* is out of range \\(a list of {what}\\)"):
+        SamplingParams(**{name: value})
+
+
 def test_exit_codes_tell_kinds_of_failure_apart():
     codes = {kind.__name__: kind.exit_code for kind in ERRORS}
     assert codes == {

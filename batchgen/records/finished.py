@@ -45,6 +45,8 @@ def failed_rows(out: Path) -> tuple[list[int], Counter[str]]:
     rows: list[int] = []
     counts: Counter[str] = Counter()
     with _opened(out) as file:
+        if missing := {"row", "status"} - set(file.schema_arrow.names):
+            raise OutputError(f"{out}: has no column {min(missing)!r}; take the file as batchgen wrote it")
         for batch in file.iter_batches(BATCH_ROWS, columns=["row", "status"], use_threads=False):
             counts.update(batch["status"].to_pylist())
             rows.extend(batch.filter(pc.field("status") == "failed")["row"].to_pylist())

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from batchgen.errors import UsageError
 from batchgen.records.parameters import PARAMETERS, misspelt, row_params
 from batchgen.tokenizer import StreamDecoder, Tokenizer
-from batchgen.types import SamplingParams
+from batchgen.types import SamplingParams, shown
 
 URL = "/v1/completions"
 MAX_CHOICES = 2048  # of one line, OpenAI's limit for its prompts
@@ -64,9 +64,9 @@ def _check_line(fields: dict[str, Any]) -> None:
         raise UsageError("custom_id must be a string of one character or more; write one")
     _check_text("custom_id", custom_id)
     if fields.get("method", "POST") != "POST":
-        raise UsageError(f"method {str(fields['method'])[:40]!r} is not supported; write POST")
+        raise UsageError(f"method {shown(fields['method'])} is not supported; write POST")
     if fields.get("url") != URL:
-        raise UsageError(f"url {str(fields.get('url'))[:40]!r} is not supported; write {URL}")
+        raise UsageError(f"url {shown(fields.get('url'))} is not supported; write {URL}")
     if "body" not in fields:
         raise UsageError('no body; write {"prompt": ...}')
 
@@ -76,7 +76,7 @@ def _check_field(name: str, value: Any) -> None:
         return
     if name in _NEUTRAL:
         if value is not None and not any(value is neutral or value == neutral for neutral in _NEUTRAL[name]):
-            raise UsageError(f"{name} {str(value)[:40]} is not supported; leave it out")
+            raise UsageError(f"{name} {shown(value)} is not supported; leave it out")
         return
     near = misspelt(name)
     raise UsageError(f"{name[:40]!r} is not supported; " + (f"did you mean {near!r}?" if near else "leave it out"))

@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from batchgen.dataset import STATUS_SUFFIX, WORK_SUFFIX
 from batchgen.errors import InputError
 from batchgen.records.words import first_line, nearest
 
@@ -46,7 +47,6 @@ PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 2**20
 REMOTE_BUFFER_BYTES = 8 * 2**20  # a request each
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-WORK_SUFFIX = ".batchgen"  # of the directories that a run keeps beside its output; see ledger.py
 
 # what an unpacking raises on bytes that are damaged, cut off, or not packed at all
 UNPACKING_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, OSError)
@@ -245,10 +245,12 @@ def find_sources(
 
     An input is a path, a glob, a directory, an address that pyarrow reads (`s3://bucket/key`), or `-`: standard
     input, which is copied to a nameless file in the folder `spool`. Sources are passed through, so that what was
-    found once can be given again.
+    found once can be given again. A run's status file is none of several: the shell may have named it, for *.json.
     """
     alone = isinstance(inputs, (str, Path, Source))
-    given: Iterable[Any] = [inputs] if alone else inputs  # type: ignore[assignment]
+    given: list[Any] = [inputs] if alone else list(inputs)  # type: ignore[arg-type]
+    if len(given) > 1:
+        given = [item for item in given if isinstance(item, Source) or not str(item).endswith(STATUS_SUFFIX)]
     sources = [source for item in given for source in _find(item, input_format, spool)]
     if not sources:
         raise InputError("no input; name a file, a directory, a glob, or - for standard input")
@@ -426,7 +428,8 @@ def _list_files(folder: Path, above: frozenset[Path]) -> list[Path]:
 
 def _is_work(parts: Iterable[str]) -> bool:
     """What no input is: hidden files, _SUCCESS and _metadata, and what a run keeps beside its output."""
-    return any(part.startswith((".", "_")) or part.endswith(WORK_SUFFIX) for part in parts if part != "..")
+    beside = (WORK_SUFFIX, STATUS_SUFFIX)
+    return any(part.startswith((".", "_")) or part.endswith(beside) for part in parts if part != "..")
 
 
 def _partition(folders: Iterable[str]) -> Partition:

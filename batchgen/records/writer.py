@@ -295,6 +295,8 @@ def check_output(out: Path, inputs: Sequence[Path], *, dataset: bool = False) ->
         for path in inputs:
             if out.exists() and path.exists() and out.samefile(path):
                 raise OutputError(f"{out}: this is the input {path}; choose another name for the output")
+            if dataset and path.resolve().is_relative_to(out.resolve()):
+                raise OutputError(f"{out}: the input {path} is in it, and would be replaced; choose another name")
     check_folder(out, inputs)
 
 
