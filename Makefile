@@ -24,7 +24,7 @@ endif
 
 .PHONY: test
 test: lint  ## Lint, check types and run the tests.
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadgroup
 
 .PHONY: lint
 lint: .venv/dev  ## Lint, formatting, types, and which module may import which.
@@ -50,9 +50,9 @@ clean:  ## Remove .venv and caches; outputs stay.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find batchgen jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# pip runs only when pyproject.toml has changed since it last did.
+# pip runs only when pyproject.toml has changed since it last did. A .venv that was cut off in its making has no pip.
 .venv/run: pyproject.toml
-	@test -x $(BIN)/python || { echo "Installing into .venv (once) ..."; $(PYTHON) -m venv .venv; }
+	@$(BIN)/python -c 'import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null || { echo "Installing into .venv (once) ..."; $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[report]"
 	@touch $@
 

@@ -9,6 +9,18 @@ from threadpoolctl import threadpool_limits
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Workers and clusters are started here, killed, and looked for: one such test after another.
+PROCESSES = {"test_cluster", "test_faults", "test_pool", "test_run", "test_worker", "test_cli", "test_benchmarks"}
+
+
+def pytest_collection_modifyitems(items):
+    """With `-n 2 --dist loadgroup` (make test): these first, in one of the two, and all others in the other."""
+    for item in items:
+        if item.path.stem in PROCESSES:
+            item.add_marker(pytest.mark.xdist_group("processes"))
+    items.sort(key=lambda item: item.path.stem not in PROCESSES)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_blas_thread():
     with threadpool_limits(1, user_api="blas"):
