@@ -38,7 +38,7 @@ faults: .venv/dev  ## Make every fault happen, many times, and show what came of
 	@$(BIN)/python -m tests.faults $(ARGS)
 
 .PHONY: bench
-bench: .venv/dev  ## Measure against transformers, CTranslate2, vLLM and llama.cpp, each in an environment of its own (three hours).
+bench: .venv/dev  ## Measure against transformers, CTranslate2, vLLM and llama.cpp, each in an environment of its own (two hours and a half).
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 .PHONY: parity
