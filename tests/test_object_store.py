@@ -272,7 +272,7 @@ def test_a_part_that_is_damaged_in_the_store_is_sent_again(
 
     def rule(method: str, path: str) -> int | None:
         parts = store.puts()
-        if method == "GET" and "list-type" in path and len(parts) == N // 4 and not damaged:
+        if method == "GET" and "list-type" in path and len(set(parts)) >= N // 4 and not damaged:  # some sent twice
             damaged.append(parts[3])
             store.rule = lambda method, path: None
             name = f"april/{parts[3]}"
