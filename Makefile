@@ -50,7 +50,7 @@ clean:  ## Remove .venv and caches; outputs stay.
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find batchgen jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# pip runs only when pyproject.toml has changed since it last did. A .venv that was cut off in its making has no pip.
+# pip runs only when pyproject.toml has changed since it last did. A .venv without pip (cut off in its making) is made anew.
 .venv/run: pyproject.toml
 	@$(BIN)/python -c 'import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null || { echo "Installing into .venv (once) ..."; $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[report]"

@@ -126,14 +126,10 @@ def read_params(path: Path, run: dict[str, Any], values: dict[str, Any]) -> Samp
     try:
         if unknown:
             raise UsageError(", ".join(unknown))
-        return SamplingParams(**{name: _tuples(value) for name, value in values.items()})
+        return SamplingParams(**values)
     except (TypeError, UsageError) as error:
         by = f"it was written by batchgen {run.get('batchgen')}, and this is {__version__}: install that one"
         raise InputError(f"{path}: has parameters that are not known here ({error}); {by}") from error
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def find_same_model(path: Path, run: dict[str, Any], model: str | None) -> Path:

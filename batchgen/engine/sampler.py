@@ -18,7 +18,7 @@ Doubles = npt.NDArray[np.float64]
 
 _LANES = 64  # elements that are compared at once in the search for the largest
 _NUCLEUS = 128  # candidates tried first where only top_p or min_p limits them
-_SORTED = 2**20  # logits that are sorted at once, at 56 bytes each meanwhile
+_SORTED = 2**20  # logits that are sorted and summed at once, at some 50 bytes each meanwhile
 
 
 @dataclass(slots=True)
@@ -54,13 +54,13 @@ def candidates(logits: Array, k: int) -> tuple[Ids, Array]:
     50,257 logits, n_vocab is cut into `_LANES` equal runs, whose elementwise maximum bounds the k-th from below.
     """
     n_row, n_vocab = logits.shape
+    if not _is_few(k, n_vocab):
+        order = np.argsort(-logits, axis=1, kind="stable")
+        return order, np.take_along_axis(logits, order, axis=1)
     width = n_vocab // _LANES
-    if _is_few(k, n_vocab):
-        runs = logits[:, : width * _LANES].reshape(n_row, _LANES, width).max(axis=1)  # [n_row, width]
-        bound = np.partition(runs, width - k, axis=1)[:, width - k]
-        rows, ids = np.divmod(np.flatnonzero(logits >= bound[:, None]), n_vocab)  # np.nonzero is slow in two dimensions
-    else:
-        rows, ids = np.divmod(np.arange(n_row * n_vocab), n_vocab)
+    runs = logits[:, : width * _LANES].reshape(n_row, _LANES, width).max(axis=1)  # [n_row, width]
+    bound = np.partition(runs, width - k, axis=1)[:, width - k]
+    rows, ids = np.divmod(np.flatnonzero(logits >= bound[:, None]), n_vocab)  # np.nonzero is slow in two dimensions
     counts = np.bincount(rows, minlength=n_row)
     column = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     values = np.full((n_row, int(counts.max())), -np.inf, np.float32)
