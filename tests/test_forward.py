@@ -158,4 +158,4 @@ def test_products_are_never_of_one_row_nor_small():
     for n_embd in (64, 160, 1600):
         rows = min_rows(GPT2Config(100, 64, n_embd, 1, 1))
         assert rows >= 2
-        assert rows == 1024 or rows * n_embd * min(n_embd, 100) > 100**3
+        assert rows * n_embd * min(n_embd, 100) > 100**3

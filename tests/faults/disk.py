@@ -14,7 +14,7 @@ def error_at_each_call(bench: Bench) -> str:
     """EIO and ENOSPC at every write, fsync, rename and mkdir of the parent, one at a time."""
     calls = calls_of(bench, bench.new_output(), WRITES)
     ends = {0: 0, 1: 0}
-    for i, call in enumerate(chosen(bench, calls, 2)):
+    for i, call in enumerate(chosen(bench, calls, 3)):
         error = ("EIO", "ENOSPC")[i % 2]
         ends[_fail_at(bench, call, error)] += 1
     names = sorted({call.name for call in calls})

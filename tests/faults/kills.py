@@ -171,7 +171,7 @@ def chosen(bench: Bench, calls: list[Call], few: int) -> list[Call]:
 def parent_at_each_change(bench: Bench) -> str:
     """At every rename, fsync, unlink, mkdir and rmdir of a run, and of one that goes on with an interrupted one."""
     calls = calls_of(bench, bench.new_output(), CHANGES)
-    times = _kill_at(bench, chosen(bench, calls, 2), lambda: bench.new_output(PREVIOUS))
+    times = _kill_at(bench, chosen(bench, calls, 3), lambda: bench.new_output(PREVIOUS))
     if bench.full:
         times += _kill_at(bench, _resumed_calls(bench), lambda: _interrupted(bench))
     names = sorted({call.name for call in calls})
