@@ -9,15 +9,15 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
-from batchgen.checkpoint.shards import load_manifest
 from batchgen.engine.engine import MAX_BATCH
 from batchgen.errors import UsageError
-from batchgen.planner import plan_chunks
-from batchgen.tokenizer import Tokenizer
+from batchgen.input.validation import EmptyPrompt, OnTooLong, validate
+from batchgen.models.registry import DEFAULT_MODEL, find_model
+from batchgen.models.shards import load_manifest
+from batchgen.planning import plan_chunks
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import OutputRow, Rejected, Request, SamplingParams
-from batchgen.validation import EmptyPrompt, OnTooLong, validate
-from batchgen.worker import complete_chunk, map_engine
+from batchgen.workers.worker import complete_chunk, map_engine
 
 CHUNK_PROMPTS = 512  # keys and values are taken as they are needed; this bounds what waits for them
 

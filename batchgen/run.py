@@ -16,15 +16,20 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from batchgen import __version__
-from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
-from batchgen.checkpoint.shards import Manifest, load_manifest, load_params, model_hash, verify_shards
-from batchgen.cluster.messages import NodeSetup
-from batchgen.cluster.pool import Cluster, ClusterPool, connected
 from batchgen.engine.engine import MAX_BATCH, check_limits
 from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError, OutputError, StoppedError, UsageError
-from batchgen.ledger import Ledger, open_ledger, refuse_changes, run_name
-from batchgen.object_store import (
+from batchgen.input.kept import kept_schema, with_kept
+from batchgen.input.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
+from batchgen.input.sources import InputFormat, Inputs, Source, find_sources, local_paths
+from batchgen.input.validation import EmptyPrompt, OnTooLong, validate
+from batchgen.models.registry import DEFAULT_MODEL, find_model
+from batchgen.models.shards import Manifest, load_manifest, load_params, model_hash, verify_shards
+from batchgen.output.ledger import Ledger, open_ledger, refuse_changes, run_name
+from batchgen.output.openai import batch_writer
+from batchgen.output.retry import failed_rows, read_manifest, with_rows_replaced
+from batchgen.output.schema import check_keep, output_schema
+from batchgen.output.store import (
     REMEDY,
     Address,
     Store,
@@ -35,15 +40,7 @@ from batchgen.object_store import (
     publish_dataset,
     publish_file,
 )
-from batchgen.planner import auto_chunk_rows, check_memory, cut, default_kv_bytes, fitting_jobs, n_chunks
-from batchgen.pool import Pool, no_interrupts_to_workers
-from batchgen.records.finished import failed_rows, read_manifest, with_rows_replaced
-from batchgen.records.keep import kept_schema, with_kept
-from batchgen.records.openai import batch_writer
-from batchgen.records.readers import DEFAULT_ID_COLUMN, InputFacts, check_input, read_requests, scan_input
-from batchgen.records.schema import output_schema
-from batchgen.records.sources import InputFormat, Inputs, Source, find_sources, local_paths
-from batchgen.records.writer import (
+from batchgen.output.writer import (
     METADATA_KEY,
     SUFFIXES,
     LinesWriter,
@@ -54,11 +51,14 @@ from batchgen.records.writer import (
     write_json_lines,
     write_output,
 )
-from batchgen.status import Progress, StatusFile, WorkerState
-from batchgen.tokenizer import Tokenizer
+from batchgen.planning import auto_chunk_rows, check_memory, cut, default_kv_bytes, fitting_jobs, n_chunks
+from batchgen.progress import Progress, StatusFile, WorkerState
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, Rejected, Request, SamplingParams, TokenizedRequest
-from batchgen.validation import EmptyPrompt, OnTooLong, validate
-from batchgen.worker import WorkerSetup, read_sightings
+from batchgen.workers.cluster.messages import NodeSetup
+from batchgen.workers.cluster.pool import Cluster, ClusterPool, connected
+from batchgen.workers.pool import Pool, no_interrupts_to_workers
+from batchgen.workers.worker import WorkerSetup, read_sightings
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +190,7 @@ def run_job(job: Job, on_progress: OnProgress | None = None) -> Summary:
 def checked(job: Job) -> Job:
     """The job with its input found; refuses, before any work, an input or output that cannot be."""
     check_backend(job)
+    check_keep(job.keep)
     sources = check_input(
         job.input,
         job.prompt_column,

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from batchgen.checkpoint.shards import load_manifest
 from batchgen.errors import UsageError
-from batchgen.stopping import StopStrings, completed_text
-from batchgen.tokenizer import StreamDecoder, Tokenizer
+from batchgen.input.validation import EmptyPrompt, OnTooLong, validate
+from batchgen.models.shards import load_manifest
+from batchgen.text.stopping import StopStrings, completed_text
+from batchgen.text.tokenizer import StreamDecoder, Tokenizer
 from batchgen.types import Rejected, Request, SamplingParams
-from batchgen.validation import EmptyPrompt, OnTooLong, validate
-from batchgen.worker import map_engine, to_prompts
+from batchgen.workers.worker import map_engine, to_prompts
 
 
 def stream_completion(

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from benchmarks.machine import describe
 from benchmarks.memory import tree
-from tests.clusters import DaskCluster, MissingError, RayCluster
-from tests.models import write_byte_model
+from tests.support.clusters import DaskCluster, MissingError, RayCluster
+from tests.support.models import write_byte_model
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("loky", "dask", "ray")
@@ -120,7 +120,18 @@ def cluster(folder: Path, backend: str, workers: int) -> Iterator[list[str]]:
 def run(folder: Path, backend: str, workers: int, *arguments: object) -> Timing:
     """One batchgen generate in a process of its own."""
     out = folder / f"out-{backend}.parquet"
-    command = [sys.executable, "-m", "jobs.cli", "generate", *arguments, "-o", out, "--jobs", workers, "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "batchgen.jobs.cli",
+        "generate",
+        *arguments,
+        "-o",
+        out,
+        "--jobs",
+        workers,
+        "--quiet",
+    ]
     started = time.monotonic()
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -146,7 +157,7 @@ def run(folder: Path, backend: str, workers: int, *arguments: object) -> Timing:
 
 def is_client(pid: int) -> bool:
     try:
-        return b"batchgen.cluster.driver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"batchgen.workers.cluster.driver" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from batchgen.checkpoint.openai import CONFIGS, DATA, INDEX, known_file
-from batchgen.checkpoint.shards import load_manifest, load_params
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import random_tensors
+from batchgen.models.openai import CONFIGS, DATA, INDEX, known_file
+from batchgen.models.shards import load_manifest, load_params
 
-WRITER = Path(__file__).parents[1] / "tests" / "write_tf_checkpoint.py"
+WRITER = Path(__file__).parents[1] / "tests" / "support" / "write_tf_checkpoint.py"
 CONVERT = """
 import pathlib, sys, time
-from batchgen.checkpoint.convert import convert_tf_checkpoint
+from batchgen.models.convert import convert_tf_checkpoint
 started = time.monotonic()
 convert_tf_checkpoint(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), name=sys.argv[3])
 peak = pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 CLIENT = """
 import sys, pathlib
-from batchgen.checkpoint.download import Remote, download
+from batchgen.models.download import Remote, download
 download(Remote(sys.argv[1], int(sys.argv[2]), None), pathlib.Path(sys.argv[3]))
 """
 

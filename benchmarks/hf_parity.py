@@ -22,14 +22,14 @@ from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
-from batchgen.checkpoint.convert import convert_checkpoint
-from batchgen.checkpoint.shards import load_manifest, load_params
 from batchgen.engine.engine import Engine
 from batchgen.engine.sequence import Prompt, sample_seeds
 from batchgen.gpt2.forward import Forward, Prefill
 from batchgen.gpt2.kv_cache import KVArena
+from batchgen.models.convert import convert_checkpoint
+from batchgen.models.shards import load_manifest, load_params
 from batchgen.types import SamplingParams
-from tests.models import write_byte_vocabulary
+from tests.support.models import write_byte_vocabulary
 
 LENGTHS = (1, 7, 33, 96)
 NEW_TOKENS = 24

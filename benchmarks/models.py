@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from batchgen.checkpoint.shards import TOKENIZER_FILES, write_model
 from batchgen.gpt2.config import LAYER_NORM_EPS, GPT2Config
 from batchgen.gpt2.params import Array, random_tensors
-from tests.vocabulary import gpt2_vocabulary_dir
+from batchgen.models.shards import TOKENIZER_FILES, write_model
+from tests.support.vocabulary import gpt2_vocabulary_dir
 
 SIZE_124M = GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12)
 END_OF_TEXT = 50_256

@@ -19,20 +19,20 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from batchgen import pool, worker
-from batchgen.checkpoint.registry import find_model
-from batchgen.checkpoint.shards import load_manifest
-from batchgen.records.schema import output_schema
-from batchgen.records.writer import write_part
-from batchgen.status import status_path
-from batchgen.tokenizer import Tokenizer
+from batchgen.jobs import cli
+from batchgen.models.registry import find_model
+from batchgen.models.shards import load_manifest
+from batchgen.output.schema import output_schema
+from batchgen.output.writer import write_part
+from batchgen.progress import status_path
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, Receipt, SamplingParams, TokenizedRequest
-from batchgen.worker import WorkerSetup, map_engine, to_prompts
+from batchgen.workers import pool, worker
+from batchgen.workers.worker import WorkerSetup, map_engine, to_prompts
 from benchmarks.machine import clean_environment
 from benchmarks.simulate_costs import best
 from benchmarks.simulation import Cluster, simulate
 from benchmarks.systems import ROOT
-from jobs import cli
 
 SHORT, LONG, CHUNK_ROWS = 500, 1500, 100  # of the runs that the simulation is told of
 PROMPTS, CHUNK_SIZES = 2000, (25, 50, 100, 250, 667)  # of those that it foretells
@@ -55,7 +55,7 @@ def real_run(
     with tempfile.TemporaryDirectory(prefix="batchgen-check-") as name:
         path, out, log = Path(name) / "prompts.jsonl", Path(name) / "out", Path(name) / "log"
         path.write_text("\n".join(json.dumps({"prompt": line(row)}) for row in range(prompts)), encoding="utf-8")
-        start = ["-m", "jobs.cli"] if asleep is None else ["-c", f"from {__name__} import sleeping; sleeping()"]
+        start = ["-m", "batchgen"] if asleep is None else ["-c", f"from {__name__} import sleeping; sleeping()"]
         sizes = ["--jobs", str(jobs), "--chunk-rows", str(chunk_rows), "--max-tokens", "40", "--temperature", "0.8"]
         command = [sys.executable, *start, "generate", str(path), "-o", str(out), "--model", "tales", *sizes]
         environment = clean_environment() | {"PYTHONPATH": str(ROOT), SLEEP: str(asleep), LOG: str(log)}

@@ -19,21 +19,21 @@ from pydoc_data.topics import topics
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from batchgen.checkpoint.registry import find_model
-from batchgen.checkpoint.shards import load_manifest
 from batchgen.engine.engine import Engine
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import nest, random_tensors
-from batchgen.ledger import Ledger, open_ledger, with_receipt
-from batchgen.planner import default_kv_bytes
-from batchgen.records.readers import read_requests, scan_input
-from batchgen.records.schema import output_schema
-from batchgen.records.writer import merge_parts, write_part
+from batchgen.input.readers import read_requests, scan_input
+from batchgen.input.validation import validate
+from batchgen.models.registry import find_model
+from batchgen.models.shards import load_manifest
+from batchgen.output.ledger import Ledger, open_ledger, with_receipt
+from batchgen.output.schema import output_schema
+from batchgen.output.writer import merge_parts, write_part
+from batchgen.planning import default_kv_bytes
 from batchgen.run import Job, Model, checked, validated
-from batchgen.tokenizer import Tokenizer
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, Receipt, Request, SamplingParams, TokenizedRequest
-from batchgen.validation import validate
-from batchgen.worker import map_engine, to_prompts
+from batchgen.workers.worker import map_engine, to_prompts
 from benchmarks.models import SIZE_124M
 from benchmarks.workloads import log_normal_lengths
 
@@ -113,7 +113,7 @@ def reading_costs(folder: Path, n: int = 20_000) -> dict[str, float]:
 
 def gpt2_validate_cost(n: int = 10_000) -> float:
     """Seconds to tokenize and validate a row with GPT-2's own vocabulary; its words come up often, as Python's do."""
-    from tests.vocabulary import gpt2_vocabulary_dir
+    from tests.support.vocabulary import gpt2_vocabulary_dir
 
     tokenizer, params = Tokenizer.load(gpt2_vocabulary_dir()), SamplingParams(max_tokens=NEW_TOKENS)
     requests = [Request(row, f"prompts.jsonl:{row}", None, text, params) for row, text in enumerate(prompt_texts(n))]

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import transformers
 
-from batchgen.tokenizer import Tokenizer
-from tests.vocabulary import gpt2_vocabulary_dir, tiktoken_gpt2
+from batchgen.text.tokenizer import Tokenizer
+from tests.support.vocabulary import gpt2_vocabulary_dir, tiktoken_gpt2
 
 Encode = Callable[[str], list[int]]
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from batchgen.tokenizer import Tokenizer
-from tests.vocabulary import gpt2_vocabulary_dir, tiktoken_gpt2
+from batchgen.text.tokenizer import Tokenizer
+from tests.support.vocabulary import gpt2_vocabulary_dir, tiktoken_gpt2
 
 Encode = Callable[[str], list[int]]
 

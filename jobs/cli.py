@@ -11,18 +11,18 @@ import typer
 
 from batchgen import __version__
 from batchgen.errors import BatchgenError
-from jobs.complete import complete
-from jobs.convert import convert
-from jobs.doctor import doctor
-from jobs.fetch import fetch
-from jobs.generate import generate
-from jobs.html_report import report
-from jobs.logs import is_json, log_for_people
-from jobs.models import models
-from jobs.panels import COMMANDS, command_class, panel_of
-from jobs.plan import plan
-from jobs.report import discard_stdout, one_line
-from jobs.verify import verify
+from batchgen.jobs.complete import complete
+from batchgen.jobs.convert import convert
+from batchgen.jobs.doctor import doctor
+from batchgen.jobs.fetch import fetch
+from batchgen.jobs.generate import generate
+from batchgen.jobs.html_report import report
+from batchgen.jobs.logs import is_json, log_for_people
+from batchgen.jobs.models import models
+from batchgen.jobs.panels import COMMANDS, command_class, panel_of
+from batchgen.jobs.plan import plan
+from batchgen.jobs.report import discard_stdout, one_line
+from batchgen.jobs.verify import verify
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
+from batchgen.jobs import options, report
+from batchgen.models.registry import DEFAULT_MODEL, find_model
 from batchgen.stream import stream_completion
 from batchgen.types import SamplingParams
-from jobs import options, report
 
 
 def complete(

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from batchgen.checkpoint.convert import convert_checkpoint
-from batchgen.checkpoint.registry import model_destination
-from jobs.fetch import convert_progress
-from jobs.progress import ProgressStyle
+from batchgen.jobs.fetch import convert_progress
+from batchgen.jobs.progress import ProgressStyle
+from batchgen.models.convert import convert_checkpoint
+from batchgen.models.registry import model_destination
 
 
 def convert(

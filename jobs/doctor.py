@@ -4,8 +4,8 @@ import sys
 
 import typer
 
-from batchgen.doctor import examine
-from jobs import report
+from batchgen.jobs import report
+from batchgen.review.doctor import examine
 
 
 def doctor() -> None:

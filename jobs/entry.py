@@ -7,6 +7,6 @@ def main() -> None:
     """Import and run the command line, which then heeds signals itself; Ctrl-C that is ignored (nohup) stays so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from jobs.cli import main as command_line
+    from batchgen.jobs.cli import main as command_line
 
     command_line()

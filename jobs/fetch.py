@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
-from batchgen.checkpoint.openai import FetchProgress
-from batchgen.checkpoint.registry import OPENAI_MODELS, find_model
 from batchgen.errors import ModelError
-from jobs.progress import PLAIN_SECONDS, ProgressStyle, style_here
+from batchgen.jobs.progress import PLAIN_SECONDS, ProgressStyle, style_here
+from batchgen.models.openai import FetchProgress
+from batchgen.models.registry import OPENAI_MODELS, find_model
 
 OnFetch = Callable[[FetchProgress], None]
 
@@ -60,7 +60,7 @@ def fetch_shown(
     keep_download: bool = False,
 ) -> Path:
     """Fetch a model while showing how far it is on standard error."""
-    from batchgen.checkpoint.fetch import fetch_model  # here: it imports requests
+    from batchgen.models.fetch import fetch_model  # here: it imports requests
 
     typer.echo(f"batchgen: fetching {size}", err=True)
     with fetch_progress(size, progress) as show:

@@ -8,19 +8,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from batchgen.checkpoint.registry import DEFAULT_MODEL
 from batchgen.errors import UsageError
-from batchgen.object_store import is_address, stand_in
-from batchgen.records.readers import DEFAULT_ID_COLUMN
-from batchgen.report.page import check_page, write_report
+from batchgen.input.readers import DEFAULT_ID_COLUMN
+from batchgen.jobs import options, report
+from batchgen.jobs.fetch import fetch_shown, is_to_be_fetched
+from batchgen.jobs.html_report import page_beside
+from batchgen.jobs.logs import log_as_json
+from batchgen.jobs.progress import ProgressStyle, showing_progress
+from batchgen.models.registry import DEFAULT_MODEL
+from batchgen.output.store import is_address, stand_in
+from batchgen.progress import status_path
+from batchgen.review.report.page import check_page, write_report
 from batchgen.run import Backend, Job, Summary, checked, run_job
-from batchgen.status import status_path
 from batchgen.types import SamplingParams
-from jobs import options, report
-from jobs.fetch import fetch_shown, is_to_be_fetched
-from jobs.html_report import page_beside
-from jobs.logs import log_as_json
-from jobs.progress import ProgressStyle, showing_progress
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from batchgen.errors import UsageError
-from batchgen.object_store import refuse_address
-from batchgen.report.page import write_report
-from jobs import report as terminal
+from batchgen.jobs import report as terminal
+from batchgen.output.store import refuse_address
+from batchgen.review.report.page import write_report
 
 
 def report(

@@ -2,7 +2,7 @@
 
 import typer
 
-from batchgen.checkpoint.registry import OPENAI_MODELS, ModelInfo, list_models
+from batchgen.models.registry import OPENAI_MODELS, ModelInfo, list_models
 
 HEADER = ("NAME", "PARAMETERS", "CONTEXT", "SIZE", "SOURCE", "VERIFIED", "WHERE")
 

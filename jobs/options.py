@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from batchgen.checkpoint.registry import list_models
 from batchgen.errors import UsageError
-from batchgen.records.sources import InputFormat
-from batchgen.validation import EmptyPrompt, OnTooLong
+from batchgen.input.sources import InputFormat
+from batchgen.input.validation import EmptyPrompt, OnTooLong
+from batchgen.models.registry import list_models
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from batchgen.checkpoint.registry import DEFAULT_MODEL
-from batchgen.forecast import Forecast, forecast_job
-from batchgen.records.readers import DEFAULT_ID_COLUMN, check_input
+from batchgen.input.readers import DEFAULT_ID_COLUMN, check_input
+from batchgen.jobs import options, report
+from batchgen.models.registry import DEFAULT_MODEL
+from batchgen.review.forecast import Forecast, forecast_job
 from batchgen.run import Job
 from batchgen.types import SamplingParams
-from jobs import options, report
 
 BINS = 12
 BAR = 40  # characters of the longest

@@ -16,9 +16,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from batchgen.jobs.logs import is_json
+from batchgen.progress import Progress
 from batchgen.run import OnProgress
-from batchgen.status import Progress
-from jobs.logs import is_json
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from batchgen.checkpoint.registry import find_model
-from batchgen.checkpoint.shards import load_manifest
-from batchgen.checkpoint.verify import record_verified, verify_model
-from batchgen.object_store import refuse_address
-from batchgen.records.writer import SUFFIXES
-from batchgen.replay import CLOSE, Replay, replay
-from jobs import report
+from batchgen.jobs import report
+from batchgen.models.registry import find_model
+from batchgen.models.shards import load_manifest
+from batchgen.models.verify import record_verified, verify_model
+from batchgen.output.store import refuse_address
+from batchgen.output.writer import SUFFIXES
+from batchgen.review.replay import CLOSE, Replay, replay
 
 SHOWN = 20  # differences
 

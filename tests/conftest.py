@@ -9,16 +9,15 @@ from threadpoolctl import threadpool_limits
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Workers and clusters are started here, killed, and looked for: one such test after another.
-PROCESSES = {"test_cluster", "test_faults", "test_pool", "test_run", "test_worker", "test_cli", "test_benchmarks"}
-
-
 def pytest_collection_modifyitems(items):
-    """With `-n 2 --dist loadgroup` (make test): these first, in one of the two, and all others in the other."""
+    """With `-n 2 --dist loadgroup` (make test): tests marked `processes` first, one after another; all others beside.
+
+    They start workers and clusters, kill them and look for them, so no two of them may run at once.
+    """
     for item in items:
-        if item.path.stem in PROCESSES:
+        if item.get_closest_marker("processes"):
             item.add_marker(pytest.mark.xdist_group("processes"))
-    items.sort(key=lambda item: item.path.stem not in PROCESSES)
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
 
 
 @pytest.fixture(autouse=True, scope="session")

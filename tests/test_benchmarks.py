@@ -21,7 +21,9 @@ from benchmarks.peers import run_batchgen
 from benchmarks.peers.protocol import Job, Ready, Task, batches, check, measure
 from benchmarks.systems import MissingError, System, run_logged
 from benchmarks.workloads import KINDS, N_ORDINARY, make_workload
-from tests.models import write_byte_model
+from tests.support.models import write_byte_model
+
+pytestmark = pytest.mark.processes
 
 CONFIG = GPT2Config(n_vocab=20, n_ctx=8, n_embd=4, n_head=2, n_layer=2)
 

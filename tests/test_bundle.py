@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.checkpoint.bundle import check_index
 from batchgen.errors import ModelError
-from tests.fuzz_formats import CRC32C, masked
+from batchgen.models.bundle import check_index
+from tests.support.fuzz_formats import CRC32C, masked
 
 DATA_BYTES = 4 * 50 * 8
 

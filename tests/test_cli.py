@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 
 from batchgen import __version__
 from batchgen.errors import UsageError
+from batchgen.jobs import cli, options
+from batchgen.jobs.report import harmless, one_line
 from batchgen.stream import stream_completion
 from batchgen.types import SamplingParams
-from jobs import cli, options
-from jobs.report import harmless, one_line
-from tests.models import write_byte_model
+from tests.support.models import write_byte_model
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +71,7 @@ def names(folder: Path) -> dict[str, bytes | None]:
 def run(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
     """`batchgen` in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | kwargs.pop("env", {})
-    command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "batchgen", *map(str, arguments)]
     return subprocess.run(command, env=environment, timeout=120, check=False, **kwargs)
 
 
@@ -238,7 +240,7 @@ def test_a_run_over_standard_input_is_resumed_with_the_same_bytes(here, batchgen
 
 def test_whoever_reads_standard_output_may_stop(here, model):
     (here / "many.jsonl").write_text('{"prompt": "Once"}\n' * 3000)
-    command = f"'{sys.executable}' -m jobs.cli generate many.jsonl -o - --max-tokens 1 --model '{model}' | head -1"
+    command = f"'{sys.executable}' -m batchgen generate many.jsonl -o - --max-tokens 1 --model '{model}' | head -1"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, env=environment, timeout=120, check=False
@@ -506,7 +508,7 @@ def test_a_finished_job_does_not_mind_that_nobody_reads(here, model):
 
 
 def test_closed_streams_and_no_home_are_no_hindrance(here, model):
-    script = 'exec "$0" -m jobs.cli generate p.jsonl -o out.parquet --model "$1" -j 2 --chunk-rows 1 <&- >&- 2>&-'
+    script = 'exec "$0" -m batchgen generate p.jsonl -o out.parquet --model "$1" -j 2 --chunk-rows 1 <&- >&- 2>&-'
     environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(["sh", "-c", script, sys.executable, model], env=environment, timeout=120, check=False)
     assert done.returncode == 0
@@ -517,7 +519,7 @@ def test_closed_streams_and_no_home_are_no_hindrance(here, model):
 def test_an_interruption_while_modules_are_imported_leaves_no_traceback(here):
     (here / "typer.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-c", "from jobs.entry import main; main()", "--version"]
+    command = [sys.executable, "-c", "from batchgen.jobs.entry import main; main()", "--version"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"importing\n"
         process.send_signal(signal.SIGINT)
@@ -562,7 +564,7 @@ def test_a_dataset_can_be_shown_like_a_file(here, batchgen):
 
 
 def test_a_second_signal_quits_at_once_and_an_ignored_one_stays_ignored(here, model):
-    code = "import signal, sys, time; from jobs import cli; cli._heed_signals(); "
+    code = "import signal, sys, time; from batchgen.jobs import cli; cli._heed_signals(); "
     waits = "try:\n print(flush=True); time.sleep(60)\nfinally:\n print(flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", code + "exec(sys.argv[1])", waits],
@@ -579,5 +581,5 @@ def test_a_second_signal_quits_at_once_and_an_ignored_one_stays_ignored(here, mo
     assert process.communicate()[1] == "batchgen: interrupted; run the same command again to go on\n"
     heeds = "signal.signal(signal.SIGINT, signal.SIG_IGN); cli._heed_signals(); "
     heeds += "sys.exit(signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)"
-    command = [sys.executable, "-c", "import signal, sys; from jobs import cli; " + heeds]
+    command = [sys.executable, "-c", "import signal, sys; from batchgen.jobs import cli; " + heeds]
     assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False).returncode == 0

@@ -19,19 +19,22 @@ from queue import SimpleQueue
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.cluster import driver, lease, pool
-from batchgen.cluster.messages import Event, NodeSetup, Order, Reply
 from batchgen.errors import BatchgenError, StoppedError, UsageError
 from batchgen.gpt2.config import GPT2Config
-from batchgen.ledger import work_directory
-from batchgen.pool import MAX_LOSSES
+from batchgen.output.ledger import work_directory
 from batchgen.run import Job, run_job
 from batchgen.types import Chunk, Receipt, Rejected, SamplingParams
-from batchgen.worker import WorkerSetup
-from tests.clusters import ROOT, Cluster, DaskCluster, MissingError, RayCluster, free_port, kill, wait_for
-from tests.models import write_byte_model
+from batchgen.workers.cluster import driver, lease, pool
+from batchgen.workers.cluster.messages import Event, NodeSetup, Order, Reply
+from batchgen.workers.pool import MAX_LOSSES
+from batchgen.workers.worker import WorkerSetup
+from tests.support.clusters import ROOT, Cluster, DaskCluster, MissingError, RayCluster, free_port, kill, wait_for
+from tests.support.models import write_byte_model
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc"),
+]
 
 SLOW = GPT2Config(n_vocab=257, n_ctx=128, n_embd=256, n_head=8, n_layer=4)
 PARAMS = SamplingParams(max_tokens=16, temperature=0.7)
@@ -95,7 +98,17 @@ class Run:
     def __init__(self, cluster: Cluster, prepared: tuple, out: Path) -> None:
         model, prompts = prepared[:2]
         options = ["--model", model, "--chunk-rows", CHUNK_ROWS, "--jobs", 2, "--max-tokens", 16, "--temperature", 0.7]
-        command = [sys.executable, "-m", "jobs.cli", "generate", prompts, "-o", out, *options, *cluster.options]
+        command = [
+            sys.executable,
+            "-m",
+            "batchgen.jobs.cli",
+            "generate",
+            prompts,
+            "-o",
+            out,
+            *options,
+            *cluster.options,
+        ]
         self.out = out
         self.process = subprocess.Popen(
             [str(word) for word in [*command, "--show", 0, "--progress", "none"]],
@@ -313,7 +326,7 @@ def test_rows_that_kill_hang_or_break_their_worker_are_set_aside(cluster, prepar
 
 def refused(prepared: tuple, folder: Path, *options: object, code: int) -> str:
     """The one line that a command says."""
-    command = [sys.executable, "-m", "jobs.cli", "generate", prepared[1], "-o", folder / "out.parquet"]
+    command = [sys.executable, "-m", "batchgen", "generate", prepared[1], "-o", folder / "out.parquet"]
     done = subprocess.run(
         [str(word) for word in [*command, "--model", prepared[0], *options]],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -376,8 +389,8 @@ def setup(prepared, tmp_path) -> NodeSetup:
     """What a node is told of a run that lives."""
     from importlib.metadata import version
 
-    from batchgen.checkpoint.shards import load_manifest, model_hash
     from batchgen.engine.probe import blas_info
+    from batchgen.models.shards import load_manifest, model_hash
 
     attempt = tmp_path / "attempt"
     attempt.mkdir()
@@ -402,7 +415,7 @@ def rejected_chunk(index: int, rows: int = 2) -> Chunk:
 def asked(setup: NodeSetup, *chunks: Chunk, version: str | None = None) -> list[Reply]:
     """What the engine's worker gets from a node process for chunks, one after the other."""
     from batchgen import __version__
-    from batchgen.cluster.task import _idle, do_chunk
+    from batchgen.workers.cluster.task import _idle, do_chunk
 
     with lease.held_lease(Path(setup.attempt)) if Path(setup.attempt).exists() else contextmanager(lambda: (yield))():
         replies = [
@@ -494,9 +507,9 @@ def test_a_lease_changes_while_it_is_held_and_goes_with_the_run(tmp_path, monkey
 
 def test_a_node_process_ends_with_its_run_whatever_its_worker_does(setup, tmp_path):
     from batchgen import __version__
-    from batchgen.cluster.messages import send
+    from batchgen.workers.cluster.messages import send
 
-    command = [sys.executable, "-m", "batchgen.cluster.node", __version__, str(os.getpid())]
+    command = [sys.executable, "-m", "batchgen.workers.cluster.node", __version__, str(os.getpid())]
     with lease.held_lease(Path(setup.attempt)):
         node = subprocess.Popen(
             command,

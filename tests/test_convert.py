@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchgen.checkpoint import convert
-from batchgen.checkpoint.convert import convert_tf_checkpoint, load_gpt2_params_from_tf_ckpt, read_tf_tensors
-from batchgen.checkpoint.shards import load_manifest, load_params, model_hash, verify_shards
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import random_tensors
+from batchgen.models import convert
+from batchgen.models.convert import convert_tf_checkpoint, load_gpt2_params_from_tf_ckpt, read_tf_tensors
+from batchgen.models.shards import load_manifest, load_params, model_hash, verify_shards
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"n_vocab": 50, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
@@ -115,7 +115,7 @@ def test_picogpts_loader_returns_picogpts_dict(src: Path) -> None:
 @needs_tensorflow
 def test_converting_is_silent_and_warns_of_nothing(src: Path, tmp_path: Path) -> None:
     code = (
-        "import os, sys, pathlib; from batchgen.checkpoint.convert import convert_tf_checkpoint\n"
+        "import os, sys, pathlib; from batchgen.models.convert import convert_tf_checkpoint\n"
         "before = dict(os.environ)\n"
         "convert_tf_checkpoint(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), name='tiny')\n"
         "assert dict(os.environ) == before"
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_124ms_true_shape_converts_bit_for_bit(tmp_path: Path) -
         assert (src / DATA).stat().st_size == 497_759_232  # as OpenAI's
         assert (src / INDEX).stat().st_size == 5_215
         code = (
-            "import sys, pathlib; from batchgen.checkpoint.convert import convert_tf_checkpoint\n"
+            "import sys, pathlib; from batchgen.models.convert import convert_tf_checkpoint\n"
             "convert_tf_checkpoint(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), name='124M')\n"
             "print(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
         )

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import typer
 
-from jobs.cli import app
-from jobs.panels import COMMANDS
+from batchgen.jobs.cli import app
+from batchgen.jobs.panels import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "data/models/tales/README.md"])

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from batchgen import doctor
-from batchgen.doctor import (
+from batchgen.engine.probe import Blas
+from batchgen.errors import ModelError
+from batchgen.jobs.cli import app
+from batchgen.review import doctor
+from batchgen.review.doctor import (
     examine,
     examine_blas,
     examine_cores,
@@ -18,10 +21,7 @@ from batchgen.doctor import (
     examine_rows,
     read_processor,
 )
-from batchgen.engine.probe import Blas
-from batchgen.errors import ModelError
-from jobs.cli import app
-from tests.models import write_byte_model
+from tests.support.models import write_byte_model
 
 SKYLAKE, HASWELL = (Blas("openblas", "0.3.31", kind, 2) for kind in ("SkylakeX", "Haswell"))
 AVX2, AVX512 = frozenset({"avx", "avx2", "fma"}), frozenset({"avx", "avx2", "fma", "avx512f", "avx512vl"})

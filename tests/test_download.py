@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from batchgen.checkpoint import download as module
-from batchgen.checkpoint.download import Patience, Remote, Stopped, download, shown
 from batchgen.errors import ModelError
-from tests.fault_server import (
+from batchgen.models import download as module
+from batchgen.models.download import Patience, Remote, Stopped, download, shown
+from tests.support.fault_server import (
     Fault,
     FaultServer,
     both,

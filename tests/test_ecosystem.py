@@ -13,7 +13,7 @@ import pytest
 
 from batchgen.run import Job, run_job
 from batchgen.types import SamplingParams
-from tests.models import write_byte_model
+from tests.support.models import write_byte_model
 
 COLUMNS = [
     "row",

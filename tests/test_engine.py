@@ -19,7 +19,7 @@ from batchgen.errors import UsageError
 from batchgen.gpt2 import pico
 from batchgen.gpt2.kv_cache import BLOCK
 from batchgen.types import FinishReason, SamplingParams
-from tests.models import TINY, has_avx512, sharp_params
+from tests.support.models import TINY, has_avx512, sharp_params
 
 EOS = TINY.n_vocab - 1
 PER_TOKEN = kv_bytes_per_token(TINY)

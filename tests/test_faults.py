@@ -8,7 +8,10 @@ import pytest
 from tests.faults.bench import Bench, Skipped
 from tests.faults.matrix import CASES, Case
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from batchgen.checkpoint import fetch, openai
-from batchgen.checkpoint.convert import read_hparams
-from batchgen.checkpoint.download import Patience
-from batchgen.checkpoint.fetch import base_url, download_gpt2_files, fetch_model, load_encoder_hparams_and_params
-from batchgen.checkpoint.openai import DATA, FILES, INDEX, FetchProgress
-from batchgen.checkpoint.records import Records
-from batchgen.checkpoint.registry import list_models
-from batchgen.checkpoint.shards import load_manifest, load_params, verify_shards, write_model
 from batchgen.errors import ModelError, UsageError
 from batchgen.gpt2.params import random_tensors
-from jobs.cli import app
-from tests.fault_server import FaultServer, both, claim, drop, stall, status
-from tests.models import BYTES, sharp_tensors, write_byte_vocabulary
+from batchgen.jobs.cli import app
+from batchgen.models import fetch, openai
+from batchgen.models.convert import read_hparams
+from batchgen.models.download import Patience
+from batchgen.models.fetch import base_url, download_gpt2_files, fetch_model, load_encoder_hparams_and_params
+from batchgen.models.openai import DATA, FILES, INDEX, FetchProgress
+from batchgen.models.records import Records
+from batchgen.models.registry import list_models
+from batchgen.models.shards import load_manifest, load_params, verify_shards, write_model
+from tests.support.fault_server import FaultServer, both, claim, drop, stall, status
+from tests.support.models import BYTES, sharp_tensors, write_byte_vocabulary
 from tests.test_convert import REPOSITORY, needs_tensorflow
 
 QUICK = Patience(connect=5, read=5, tries=3, first_wait=0.001, longest_wait=0.01)
@@ -331,7 +331,7 @@ def test_an_interrupt_ends_a_fetch_at_once_and_what_has_come_is_kept(models: Pat
         for name in FILES:
             server.always[f"/124M/{name}"] = both(claim(497_759_232), stall(50_000)) if name == DATA else stall(0)
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "BATCHGEN_MODELS": str(models)}
-        command = [sys.executable, "-m", "jobs.cli", "fetch", "124M", "--mirror", server.url()]
+        command = [sys.executable, "-m", "batchgen", "fetch", "124M", "--mirror", server.url()]
         child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         part = models / ".downloads" / "124M" / f"{DATA}.part"
         while child.poll() is None and not (part.exists() and part.stat().st_size == 50_000):
@@ -364,7 +364,7 @@ def test_a_model_that_is_not_openais_is_never_fetched(server: FaultServer, model
 
 def test_the_commands_import_no_network_and_no_framework_before_they_need_it() -> None:
     code = (
-        "import sys, jobs.cli, batchgen.run\n"
+        "import sys, batchgen.jobs.cli, batchgen.run\n"
         "found = {'requests', 'urllib3', 'tensorflow', 'safetensors', 'torch'} & set(sys.modules)\n"
         "assert not found, found"
     )
@@ -380,7 +380,7 @@ def test_the_commands_import_no_network_and_no_framework_before_they_need_it() -
 def test_from_nothing_to_shards_through_tensorflow(
     tmp_path: Path, models: Path, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from batchgen.checkpoint.convert import convert_tf_checkpoint
+    from batchgen.models.convert import convert_tf_checkpoint
     from tests.test_convert import CONFIG, TINY, _write_checkpoint
 
     monkeypatch.setattr(fetch, "convert_tf_checkpoint", convert_tf_checkpoint)

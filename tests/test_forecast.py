@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import BatchgenError
-from batchgen.forecast import ChunkCost, Forecast, Pace, chunk_cost, forecast_job, measure
-from batchgen.ledger import work_directory
-from batchgen.records.readers import check_input
+from batchgen.input.readers import check_input
+from batchgen.output.ledger import work_directory
+from batchgen.review.forecast import ChunkCost, Forecast, Pace, chunk_cost, forecast_job, measure
 from batchgen.run import Job, run_job
 from batchgen.types import Chunk, SamplingParams, TokenizedRequest
-from tests.models import write_byte_model
+from tests.support.models import write_byte_model
 from tests.test_worker import setup
 
 PACE = Pace(prompt=0.001, step=0.1, sequence=0.01, stop=0.0)
@@ -129,7 +129,7 @@ def dies(*_):
 
 
 def test_a_worker_that_dies_in_a_measurement_is_one_line(job, monkeypatch):
-    monkeypatch.setattr("batchgen.forecast.measure", dies)
+    monkeypatch.setattr("batchgen.review.forecast.measure", dies)
     with pytest.raises(BatchgenError, match=r"^a worker process died when rows were measured \(EXIT\(9\).*--no-time"):
         forecast_job(job)
 

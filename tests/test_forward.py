@@ -10,8 +10,8 @@ from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.forward import Forward, Prefill, gelu, gpt2, min_rows
 from batchgen.gpt2.kv_cache import BLOCK, KVArena
 from batchgen.gpt2.params import nest, random_tensors
-from tests import reference
-from tests.models import TINY, sharp_params, sharp_tensors
+from tests.support import reference
+from tests.support.models import TINY, sharp_params, sharp_tensors
 
 # the four sizes' widths, heads and vocabulary at one layer, and shapes that nobody published
 SHAPES = [

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from tests.fuzz_formats import KINDS
+from tests.support.fuzz_formats import KINDS
 from tests.test_convert import REPOSITORY, needs_tensorflow
 
-N = 300  # of each; with 10,000 it was run once: python -m tests.fuzz_formats
+N = 300  # of each; with 10,000 it was run once: python -m tests.support.fuzz_formats
 OF_TENSORFLOW = [kind for kind in KINDS if kind.startswith("bundle")]
 
 
@@ -24,7 +24,7 @@ def test_a_damaged_checkpoint_is_refused_or_loads_as_it_was() -> None:
 def fuzz_in_a_process(*kinds: str) -> None:
     """A crash would take the tests with it."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "tests.fuzz_formats", str(N), *kinds]
+    command = [sys.executable, "-m", "tests.support.fuzz_formats", str(N), *kinds]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("loaded as before") == len(kinds)

@@ -11,7 +11,7 @@ import batchgen
 from batchgen import Generator, Job, SamplingParams, run_job
 from batchgen.engine.probe import is_batch_invariant
 from batchgen.errors import ModelError, UsageError
-from tests.models import BYTES, sharp_params, write_byte_model
+from tests.support.models import BYTES, sharp_params, write_byte_model
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from batchgen.checkpoint.convert import convert_checkpoint
-from batchgen.checkpoint.huggingface import hf_names, read_hf_config
-from batchgen.checkpoint.shards import load_manifest, load_params, model_hash, verify_shards
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.forward import Forward, Prefill, gpt2
 from batchgen.gpt2.kv_cache import KVArena
-from batchgen.tokenizer import Tokenizer
-from tests.hf_checkpoint import hf_config, hf_tensors, write_hf_model, write_safetensors
-from tests.models import BYTES, sharp_tensors, write_byte_model
+from batchgen.models.convert import convert_checkpoint
+from batchgen.models.huggingface import hf_names, read_hf_config
+from batchgen.models.shards import load_manifest, load_params, model_hash, verify_shards
+from batchgen.text.tokenizer import Tokenizer
+from tests.support.hf_checkpoint import hf_config, hf_tensors, write_hf_model, write_safetensors
+from tests.support.models import BYTES, sharp_tensors, write_byte_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

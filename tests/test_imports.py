@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import write_byte_model
+from tests.support.models import write_byte_model
 
 ROOT = Path(__file__).parents[1]
 LOADED = "import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
@@ -28,7 +28,7 @@ def test_generating_loads_neither_tensorflow_nor_requests(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
     script = """
 import sys
-from jobs.cli import app
+from batchgen.jobs.cli import app
 try:
     app(["generate", sys.argv[1], "-o", sys.argv[2], "--model", sys.argv[3], "--max-tokens", "2"])
 except SystemExit as end:

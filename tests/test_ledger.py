@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchgen import ledger as ledger_module
 from batchgen.errors import BusyError, OutputError, UsageError
-from batchgen.ledger import COUNTS, Ledger, open_ledger, with_receipt, work_directory
-from batchgen.records.schema import output_schema
-from batchgen.records.writer import write_part
+from batchgen.output import ledger as ledger_module
+from batchgen.output.ledger import COUNTS, Ledger, open_ledger, with_receipt, work_directory
+from batchgen.output.schema import output_schema
+from batchgen.output.writer import write_part
 from batchgen.types import OutputRow, Receipt
 
 PLAN = {"input": "abc", "rows": 12, "parameters": {"n": 1, "stop_token_ids": (1, 2)}, "chunk_rows": None}
@@ -332,7 +332,7 @@ FORKING = """
 import os, sys
 from pathlib import Path
 from batchgen.errors import BusyError
-from batchgen.ledger import open_ledger
+from batchgen.output.ledger import open_ledger
 
 out, n = Path(sys.argv[1]), int(sys.argv[2])
 go, closed = os.pipe()

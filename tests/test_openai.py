@@ -16,12 +16,13 @@ from pydantic import TypeAdapter
 
 from batchgen import run
 from batchgen.errors import InputError, UsageError
-from batchgen.records.openai import MAX_CHOICES, batch_line, read_batch_line
-from batchgen.records.readers import check_input, is_openai_batch, read_requests, scan_input
+from batchgen.input.openai import MAX_CHOICES, read_batch_line
+from batchgen.input.readers import check_input, is_openai_batch, read_requests, scan_input
+from batchgen.output.openai import batch_line
 from batchgen.run import Job, run_job
-from batchgen.tokenizer import Tokenizer
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Rejected, Request, SamplingParams
-from tests.models import write_byte_model, write_byte_vocabulary
+from tests.support.models import write_byte_model, write_byte_vocabulary
 
 BASE = SamplingParams(max_tokens=5)
 

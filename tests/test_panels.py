@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from jobs import panels
-from jobs.cli import app
-from tests.models import write_byte_model
+from batchgen.jobs import panels
+from batchgen.jobs.cli import app
+from tests.support.models import write_byte_model
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = get_command(app).commands
@@ -50,7 +50,7 @@ def test_every_command_has_an_example_that_it_takes(command):
 def completed(*words: str, **environment: str) -> list[str]:
     """What a shell would offer for the last of the words."""
     asked = {"_BATCHGEN_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
-    script = "import sys; sys.argv[0] = 'batchgen'; from jobs.cli import main; main()"
+    script = "import sys; sys.argv[0] = 'batchgen'; from batchgen.jobs.cli import main; main()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | asked | environment
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -67,7 +67,7 @@ def test_a_shell_is_offered_commands_options_and_models(tmp_path):
 
 
 def test_completion_is_installed_for_a_shell(tmp_path):
-    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'batchgen'; from jobs.cli import main; main()"]
+    command = [sys.executable, "-c", "import sys; sys.argv[0] = 'batchgen'; from batchgen.jobs.cli import main; main()"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     done = subprocess.run(
         [*command, "--install-completion", "bash"], env=environment, capture_output=True, timeout=60, check=False

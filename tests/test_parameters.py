@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.errors import UsageError
-from batchgen.records.parameters import ALIASES, PARAMETERS, misspelt, parameter_names, row_params
+from batchgen.input.parameters import ALIASES, PARAMETERS, misspelt, parameter_names, row_params
 from batchgen.types import _RANGES, MAX_STOPS, SamplingParams
 
 BASE = SamplingParams(max_tokens=9, temperature=0.5, seed=7, stop=("x",), logprobs=1)

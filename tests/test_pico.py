@@ -4,8 +4,8 @@ import numpy as np
 
 from batchgen.gpt2 import pico
 from batchgen.gpt2.forward import gpt2
-from tests import reference
-from tests.models import TINY, sharp_params, sharp_tensors
+from tests.support import reference
+from tests.support.models import TINY, sharp_params, sharp_tensors
 
 
 def test_pico_equals_the_float64_reference():

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from jobs.cli import app
-from jobs.plan import duration, length_lines, median
-from tests.models import write_byte_model
+from batchgen.jobs.cli import app
+from batchgen.jobs.plan import duration, length_lines, median
+from tests.support.models import write_byte_model
 
 
 @pytest.fixture(scope="module")

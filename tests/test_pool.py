@@ -14,15 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import pool, run
+from batchgen import run
 from batchgen.errors import BatchgenError, OutputError
-from batchgen.ledger import work_directory
-from batchgen.pool import POLL_SECONDS, STALL_SECONDS, _Stall
+from batchgen.output.ledger import work_directory
 from batchgen.run import Job, run_job
 from batchgen.types import SamplingParams
-from batchgen.worker import Sighting, read_sightings
-from tests import poison
-from tests.models import write_byte_model
+from batchgen.workers import pool
+from batchgen.workers.pool import POLL_SECONDS, STALL_SECONDS, _Stall
+from batchgen.workers.worker import Sighting, read_sightings
+from tests.support import poison
+from tests.support.models import write_byte_model
+
+pytestmark = pytest.mark.processes
 
 PARAMS = SamplingParams(max_tokens=10, temperature=0.8, ignore_eos=True)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from batchgen.engine.probe import blas_info
-from tests.models import has_avx512
+from tests.support.models import has_avx512
 
 
 @pytest.mark.parametrize(("core_type", "invariant"), [("SKYLAKEX", True), ("HASWELL", False)])
@@ -17,7 +17,7 @@ def test_the_probe_tells_the_kernels_apart(core_type, invariant):
     if blas_info().name != "openblas":
         pytest.skip(f"NumPy here uses {blas_info().name}, which has no OPENBLAS_CORETYPE")
     code = (
-        "from batchgen.engine.probe import *; from tests.models import *;"
+        "from batchgen.engine.probe import *; from tests.support.models import *;"
         "print(blas_info().core_type, is_batch_invariant(sharp_params(TINY), TINY))"
     )
     environment = os.environ | {"OPENBLAS_CORETYPE": core_type, "OPENBLAS_NUM_THREADS": "1"}

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 from typer.testing import CliRunner
 
-from batchgen.status import Progress, WorkerState
-from jobs import progress
-from jobs.cli import app
-from jobs.progress import MOST_WORKERS, showing_progress, style_here, worker_lines
-from tests.models import write_byte_model
+from batchgen.jobs import progress
+from batchgen.jobs.cli import app
+from batchgen.jobs.progress import MOST_WORKERS, showing_progress, style_here, worker_lines
+from batchgen.progress import Progress, WorkerState
+from tests.support.models import write_byte_model
 
 
 def now(rows: int, seconds: float, workers: int = 0) -> Progress:

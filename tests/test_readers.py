@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import InputError
-from batchgen.records import readers
-from batchgen.records.readers import InputFacts, check_input, read_requests, scan_input
+from batchgen.input import readers
+from batchgen.input.readers import InputFacts, check_input, read_requests, scan_input
 from batchgen.types import Rejected, Request, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=8)
@@ -454,7 +454,7 @@ def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
         ('{"prompt": "a"}'.encode("utf-16-le"), "UTF-16"),
         ('{"prompt": "a"}'.encode("utf-16-be"), "UTF-16"),
         (b"PAR1....", "a Parquet file, not JSON lines; name it .parquet"),
-        (gzip.compress(GOOD), "a gzip file"),
+        (gzip.compress(GOOD, mtime=0), "a gzip file"),
         (b"PK\x03\x04....", "a zip file"),
         (bytes(range(256)) * 10, "none of the first 11 rows is a JSON object"),
         (b"id,prompt\n1,Once\n", "none of the first 2 rows is a JSON object with a key; p.jsonl:1: not JSON"),

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.checkpoint import registry
-from batchgen.checkpoint.registry import find_model, list_models, model_destination, model_roots, models_dir
-from batchgen.checkpoint.shards import load_manifest, model_hash, write_model
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import random_tensors
+from batchgen.models import registry
+from batchgen.models.registry import find_model, list_models, model_destination, model_roots, models_dir
+from batchgen.models.shards import load_manifest, model_hash, write_model
 
 CONFIG = GPT2Config(n_vocab=50, n_ctx=16, n_embd=8, n_head=2, n_layer=2)
 

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import InputError
-from batchgen.records.keep import kept_schema, read_kept
-from batchgen.records.readers import check_input, read_requests, scan_input
-from batchgen.records.sources import find_sources
+from batchgen.input.kept import kept_schema, read_kept
+from batchgen.input.readers import check_input, read_requests, scan_input
+from batchgen.input.sources import find_sources
 from batchgen.run import Job, run_job
 from batchgen.types import SamplingParams
-from tests.models import write_byte_model
+from tests.support.models import write_byte_model
 
 moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install '.[dev]')")
 boto3 = pytest.importorskip("boto3", reason="boto3, which moto needs, is not installed")

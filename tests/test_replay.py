@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from batchgen import replay as module
 from batchgen.engine.probe import is_batch_invariant
 from batchgen.errors import BatchgenError, InputError, ModelError
-from batchgen.replay import replay
+from batchgen.jobs.cli import app
+from batchgen.review import replay as module
+from batchgen.review.replay import replay
 from batchgen.run import Job, run_job
 from batchgen.types import SamplingParams
-from jobs.cli import app
-from tests.models import BYTES, sharp_params, write_byte_model
+from tests.support.models import BYTES, sharp_params, write_byte_model
 
 INVARIANT = is_batch_invariant(sharp_params(BYTES), BYTES)
 LINES = [json.dumps({"id": f"r{i}", "prompt": "the prompt "[: 1 + i % 11] * (1 + i % 9)}) for i in range(30)]

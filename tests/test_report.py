@@ -19,15 +19,15 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from batchgen.errors import BatchgenError, InputError, OutputError, UsageError
-from batchgen.records.schema import output_schema
-from batchgen.report import counts, page, plots
-from batchgen.report.counts import SHOWN_REJECTS, SHOWN_SAMPLES, count_output, read_timeline, reason_of
-from batchgen.report.markup import Markup, element, join, visible
-from batchgen.report.page import generate_command, render, write_report
+from batchgen.jobs.cli import app
+from batchgen.output.schema import output_schema
+from batchgen.review.report import counts, page, plots
+from batchgen.review.report.counts import SHOWN_REJECTS, SHOWN_SAMPLES, count_output, read_timeline, reason_of
+from batchgen.review.report.markup import Markup, element, join, visible
+from batchgen.review.report.page import generate_command, render, write_report
 from batchgen.run import Job, run_job
 from batchgen.types import SamplingParams
-from jobs.cli import app
-from tests.models import write_byte_model
+from tests.support.models import write_byte_model
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -15,18 +15,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import planner, pool, run
-from batchgen.checkpoint.shards import load_manifest, load_params, model_hash
+from batchgen import planning as planner
+from batchgen import run
 from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError, BusyError, InputError, ModelError, OutputError, StoppedError, UsageError
 from batchgen.gpt2.config import GPT2Config
-from batchgen.ledger import Ledger, open_ledger, work_directory
-from batchgen.records.schema import output_schema
+from batchgen.models.shards import load_manifest, load_params, model_hash
+from batchgen.output.ledger import Ledger, open_ledger, work_directory
+from batchgen.output.schema import output_schema
 from batchgen.run import Job, Progress, run_job
-from batchgen.stopping import whole_characters
+from batchgen.text.stopping import whole_characters
 from batchgen.types import Rejected, SamplingParams
-from batchgen.worker import WorkerSetup
-from tests.models import BYTES, sharp_params, write_byte_model
+from batchgen.workers import pool
+from batchgen.workers.worker import WorkerSetup
+from tests.support.models import BYTES, sharp_params, write_byte_model
+
+pytestmark = pytest.mark.processes
 
 INVARIANT = is_batch_invariant(sharp_params(BYTES), BYTES)
 needs_invariance = pytest.mark.skipif(not INVARIANT, reason=f"{blas_info()} rounds a row differently in company")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli import app
+from batchgen.jobs.cli import app
 
 JOBS = Path(__file__).parents[1] / "jobs"
 SUCCESSES = {0, 3, 75}

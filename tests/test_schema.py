@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from batchgen.records.schema import output_schema, rows_to_table
+from batchgen.output.schema import output_schema, rows_to_table
 from batchgen.types import OutputRow
 
 ROWS = [

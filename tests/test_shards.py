@@ -16,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchgen.checkpoint import shards
-from batchgen.checkpoint.shards import load_manifest, load_params, model_hash, shard_shapes, verify_shards, write_model
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import Array, nest, random_tensors
+from batchgen.models import shards
+from batchgen.models.shards import load_manifest, load_params, model_hash, shard_shapes, verify_shards, write_model
 
 CONFIG = GPT2Config(n_vocab=50, n_ctx=16, n_embd=8, n_head=2, n_layer=2)
 TENSORS = random_tensors(CONFIG)
@@ -634,7 +634,7 @@ def test_any_bytes_for_a_shards_header_load_rightly_or_are_refused(edits: list[A
 
 def test_reading_models_imports_neither_tensorflow_nor_requests() -> None:
     code = (
-        "import sys, batchgen.checkpoint.shards, batchgen.checkpoint.registry, batchgen.checkpoint.convert;"
+        "import sys, batchgen.models.shards, batchgen.models.registry, batchgen.models.convert;"
         "print(sorted({'tensorflow', 'requests', 'pyarrow', 'joblib'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import InputError, OutputError
-from batchgen.records.readers import check_input, read_requests, scan_input
-from batchgen.records.sources import Source, find_sources, local_paths
-from batchgen.records.writer import check_output
+from batchgen.input.readers import check_input, read_requests, scan_input
+from batchgen.input.sources import Source, find_sources, local_paths
+from batchgen.output.writer import check_output
 from batchgen.types import Rejected, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=8)

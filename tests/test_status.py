@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from batchgen import status as status_module
-from batchgen.status import MAX_POINTS, Progress, StatusFile, status_path
+from batchgen import progress as status_module
+from batchgen.progress import MAX_POINTS, Progress, StatusFile, status_path
 
 COUNTS = Counter(ok=5, rejected=2, failed=1)
 

@@ -5,11 +5,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchgen.engine.sequence import Prompt, Sequence
-from batchgen.stopping import StopMatcher, StopStrings, bad_word_ids, completed_text, first_stop, whole_characters
-from batchgen.tokenizer import Tokenizer
+from batchgen.text.stopping import StopMatcher, StopStrings, bad_word_ids, completed_text, first_stop, whole_characters
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import SamplingParams
-from tests.models import write_byte_vocabulary
-from tests.vocabulary import gpt2_vocabulary_dir
+from tests.support.models import write_byte_vocabulary
+from tests.support.vocabulary import gpt2_vocabulary_dir
 
 ALPHABET = "ab\né☃🦊"
 TEXTS = st.text(ALPHABET, max_size=24)

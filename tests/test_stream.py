@@ -11,7 +11,7 @@ from batchgen.errors import UsageError
 from batchgen.run import Job, run_job
 from batchgen.stream import stream_completion
 from batchgen.types import SamplingParams
-from tests.models import BYTES, sharp_params, write_byte_model
+from tests.support.models import BYTES, sharp_params, write_byte_model
 
 INVARIANT = is_batch_invariant(sharp_params(BYTES), BYTES)
 COMPANY = ["abc", "the second", "x" * 90] if INVARIANT else []

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from batchgen.checkpoint.registry import DEFAULT_MODEL, find_model
-from batchgen.checkpoint.shards import load_manifest, load_params, verify_shards
 from batchgen.gpt2.forward import gpt2
-from batchgen.tokenizer import Tokenizer
+from batchgen.models.registry import DEFAULT_MODEL, find_model
+from batchgen.models.shards import load_manifest, load_params, verify_shards
+from batchgen.text.tokenizer import Tokenizer
 
 TALES = Path(__file__).parents[1] / "data" / "models" / "tales"
 

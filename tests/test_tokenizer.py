@@ -11,10 +11,10 @@ import regex  # type: ignore[import-untyped]  # it ships no types
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen import tokenizer as module
 from batchgen.errors import InputError, ModelError
-from batchgen.tokenizer import PIECES, RUNS, StreamDecoder, Tokenizer, get_encoder, merge_long, merge_short
-from tests.vocabulary import gpt2_vocabulary_dir, tiktoken_gpt2
+from batchgen.text import tokenizer as module
+from batchgen.text.tokenizer import PIECES, RUNS, StreamDecoder, Tokenizer, get_encoder, merge_long, merge_short
+from tests.support.vocabulary import gpt2_vocabulary_dir, tiktoken_gpt2
 
 if TYPE_CHECKING:
     import tiktoken

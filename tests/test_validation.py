@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.errors import InputError
+from batchgen.input.validation import OnTooLong, validate
 from batchgen.types import Rejected, Request, SamplingParams, TokenizedRequest
-from batchgen.validation import OnTooLong, validate
 
 N_CTX = 1024
 

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from batchgen import planner
-from batchgen.checkpoint import verify
-from batchgen.checkpoint.openai import CONFIGS, KNOWN_COMPLETIONS, KNOWN_LOGITS, Completion, Logits
-from batchgen.checkpoint.registry import list_models
-from batchgen.checkpoint.shards import file_sha256, load_manifest, load_params
-from batchgen.checkpoint.verify import openai_size, verify_model
+from batchgen import planning as planner
 from batchgen.errors import BatchgenError, ModelError
 from batchgen.gpt2.forward import gpt2
 from batchgen.gpt2.pico import generate
-from batchgen.planner import check_memory
-from batchgen.tokenizer import Tokenizer
-from jobs.cli import app
-from tests.models import BYTES, write_byte_model
-from tests.vocabulary import gpt2_vocabulary_dir
+from batchgen.jobs.cli import app
+from batchgen.models import verify
+from batchgen.models.openai import CONFIGS, KNOWN_COMPLETIONS, KNOWN_LOGITS, Completion, Logits
+from batchgen.models.registry import list_models
+from batchgen.models.shards import file_sha256, load_manifest, load_params
+from batchgen.models.verify import openai_size, verify_model
+from batchgen.planning import check_memory
+from batchgen.text.tokenizer import Tokenizer
+from tests.support.models import BYTES, write_byte_model
+from tests.support.vocabulary import gpt2_vocabulary_dir
 
 
 @pytest.fixture

@@ -12,14 +12,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import worker
 from batchgen.engine.engine import LARGEST_BATCH
 from batchgen.gpt2.config import GPT2Config
-from batchgen.ledger import work_directory
-from batchgen.planner import default_kv_bytes
+from batchgen.output.ledger import work_directory
+from batchgen.planning import default_kv_bytes
 from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
-from batchgen.worker import ChunkError, Marker, WorkerSetup, read_sightings, run_chunk
-from tests.models import BYTES, write_byte_model
+from batchgen.workers import worker
+from batchgen.workers.worker import ChunkError, Marker, WorkerSetup, read_sightings, run_chunk
+from tests.support.models import BYTES, write_byte_model
+
+pytestmark = pytest.mark.processes
 
 SLOW = GPT2Config(n_vocab=257, n_ctx=128, n_embd=256, n_head=8, n_layer=4)
 ROOT = Path(__file__).parents[1]
@@ -216,7 +218,18 @@ class Run:
     def __init__(self, model: Path, prompts: Path, out: Path) -> None:
         self.out = out
         options = ["--model", model, "--chunk-rows", 8, "--jobs", 2, "--max-tokens", 16, "--temperature", 0.7]
-        self.command = [sys.executable, "-m", "jobs.cli", "generate", prompts, "-o", out, *options, "--show", 0]
+        self.command = [
+            sys.executable,
+            "-m",
+            "batchgen.jobs.cli",
+            "generate",
+            prompts,
+            "-o",
+            out,
+            *options,
+            "--show",
+            0,
+        ]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             list(map(str, self.command)),
@@ -262,8 +275,8 @@ def test_only_markers_are_sightings(attempt):
 
 def test_a_worker_is_not_retired_for_what_it_maps():
     code = (
-        "import os; from joblib.externals.loky import process_executor as loky; import batchgen.worker;"
-        "loky._USE_PSUTIL = True; batchgen.worker.become_worker(os.getppid()); print(loky._USE_PSUTIL)"
+        "import os; from joblib.externals.loky import process_executor as loky; import batchgen.workers.worker;"
+        "loky._USE_PSUTIL = True; batchgen.workers.worker.become_worker(os.getppid()); print(loky._USE_PSUTIL)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import OutputError, UsageError
-from batchgen.records import writer
-from batchgen.records.schema import output_schema, rows_to_table
-from batchgen.records.writer import check_output, merge_parts, write_part
+from batchgen.output import writer
+from batchgen.output.schema import output_schema, rows_to_table
+from batchgen.output.writer import check_output, merge_parts, write_part
 from batchgen.types import OutputRow
 
 SCHEMA = output_schema()

@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from batchgen import __version__
-from batchgen.checkpoint.shards import load_manifest
 from batchgen.engine.engine import MAX_BATCH
 from batchgen.engine.probe import blas_info
-from batchgen.planner import auto_chunk_rows, default_kv_bytes, plan_chunks
-from batchgen.pool import Pool
+from batchgen.models.shards import load_manifest
+from batchgen.planning import auto_chunk_rows, default_kv_bytes, plan_chunks
 from batchgen.run import Job as RunJob
 from batchgen.run import Model, worker_setup
-from batchgen.tokenizer import Tokenizer
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, Receipt, SamplingParams, TokenizedRequest
-from batchgen.worker import read_sightings
+from batchgen.workers.pool import Pool
+from batchgen.workers.worker import read_sightings
 from benchmarks.peers.protocol import Completions, Job, Ready, Task, first_token, serve
 
 

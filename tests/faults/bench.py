@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from batchgen.gpt2.config import GPT2Config
-from batchgen.ledger import work_directory
-from tests.models import write_byte_model
+from batchgen.output.ledger import work_directory
+from tests.support.models import write_byte_model
 
 ROOT = Path(__file__).parents[2]
 SMALL = GPT2Config(n_vocab=257, n_ctx=128, n_embd=64, n_head=2, n_layer=2)
@@ -171,7 +171,7 @@ class Bench:
         self, out: Path, *more: str | Path, jobs: int = 2, prompts: Path | None = None, driver: str = ""
     ) -> list[str | Path]:
         """A command line; options in `more` win over the usual ones. A driver is a function of drivers.py."""
-        start = ["-c", f"from tests.faults import drivers; drivers.{driver}()"] if driver else ["-m", "jobs.cli"]
+        start = ["-c", f"from tests.faults import drivers; drivers.{driver}()"] if driver else ["-m", "batchgen"]
         usual = [*OPTIONS, "--model", self.model, "--jobs", str(jobs)]
         return [sys.executable, *start, "generate", prompts or self.prompts, "-o", out, *usual, *more]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.clusters import Cluster, DaskCluster, MissingError, RayCluster, free_port, kill
 from tests.faults.bench import Bench, Run, Skipped, need, parts, wait_for
+from tests.support.clusters import Cluster, DaskCluster, MissingError, RayCluster, free_port, kill
 
 KILL_SECONDS = 10.0
 SLOWDOWN = 1.5

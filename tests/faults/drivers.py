@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from batchgen import pool, worker
 from batchgen.engine.engine import Engine
+from batchgen.jobs import cli
 from batchgen.types import Chunk, OutputRow, Receipt, Rejected
-from batchgen.worker import WorkerSetup
-from jobs import cli
+from batchgen.workers import pool, worker
+from batchgen.workers.worker import WorkerSetup
 
 POISON = "FAULTS_POISON"  # what rows do: `3:kill 17:hang 40:raise@4 50:kill-once`, @4 at their fourth step
 FOLDER = "FAULTS_FOLDER"  # a file `3-...` in it for every time that row 3 did it; `released` ends those that hold

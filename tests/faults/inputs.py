@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.records.schema import output_schema
+from batchgen.output.schema import output_schema
 from tests.faults.bench import ROOT, Bench, Run
 
 

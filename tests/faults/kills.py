@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.ledger import work_directory
+from batchgen.output.ledger import work_directory
 from tests.faults.bench import PATIENCE, PREVIOUS, Bench, Skipped, need, parts, wait_for
 
 ORPHAN_SECONDS = 2.0

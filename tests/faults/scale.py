@@ -9,19 +9,19 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
-from batchgen.checkpoint.registry import find_model
-from batchgen.checkpoint.shards import load_manifest
 from batchgen.engine.engine import Engine
-from batchgen.ledger import open_ledger, work_directory
-from batchgen.planner import plan_chunks
-from batchgen.records.readers import scan_input
-from batchgen.records.schema import output_schema
-from batchgen.records.writer import merge_parts, write_part
+from batchgen.input.readers import scan_input
+from batchgen.models.registry import find_model
+from batchgen.models.shards import load_manifest
+from batchgen.output.ledger import open_ledger, work_directory
+from batchgen.output.schema import output_schema
+from batchgen.output.writer import merge_parts, write_part
+from batchgen.planning import plan_chunks
+from batchgen.progress import StatusFile, status_path
 from batchgen.run import Job, Model, columns, make_plan, reporting, run_metadata, validated, worker_setup
-from batchgen.status import StatusFile, status_path
-from batchgen.tokenizer import Tokenizer
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, SamplingParams, TokenizedRequest
-from batchgen.worker import completed_row, loaded, run_chunk, to_prompts
+from batchgen.workers.worker import completed_row, loaded, run_chunk, to_prompts
 from tests.faults.bench import Bench, Run
 
 GROWTH_BYTES = 64 * 2**20

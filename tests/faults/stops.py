@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
-from batchgen.ledger import work_directory
+from batchgen.output.ledger import work_directory
 from tests.faults.bench import PATIENCE, PREVIOUS, ROWS, Bench, Run, parts, wait_for
 from tests.faults.poison import Poison
 

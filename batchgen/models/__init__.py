@@ -1,0 +1,1 @@
+"""Models: found, downloaded, converted to shards, checked."""

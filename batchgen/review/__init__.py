@@ -1,0 +1,1 @@
+"""Looking at runs: forecast (plan), replay (verify), report and doctor."""

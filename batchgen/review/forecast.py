@@ -1,0 +1,273 @@
+"""What a run would do, without doing it: rows, rejects, chunks, memory, and how long it would take.
+
+The time is a sum over chunks of what was measured on this machine with rows of the input itself:
+
+    seconds = prompt * (prompt tokens read) + step * (decode steps) + sequence * (tokens generated)
+
+A decode step costs `step` for reading the weights once, however many sequences it serves, and `sequence` for each.
+"""
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+import numpy as np
+from joblib.externals.loky import get_reusable_executor
+
+from batchgen.engine.engine import kv_bytes_per_token
+from batchgen.engine.sequence import expand
+from batchgen.errors import BatchgenError
+from batchgen.gpt2.kv_cache import BLOCK
+from batchgen.input.readers import scan_input
+from batchgen.planning import WORKER_BYTES, check_memory, fitting_jobs, plan_chunks
+from batchgen.run import Job, columns, make_plan, named_model, validated, worker_setup
+from batchgen.types import Chunk, Rejected, TokenizedRequest
+from batchgen.workers.pool import end_workers, exit_codes, no_interrupts_to_workers
+from batchgen.workers.worker import WorkerSetup, become_worker, loaded, to_prompts
+
+SAMPLE_ROWS = 256  # evenly spread over the input
+PLACES_SHOWN = 8
+MEASURED_STEPS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCost:
+    """What a chunk asks of its worker."""
+
+    prompt_tokens: int  # that are read: shared ones once
+    samples: int
+    max_tokens: int  # of the longest
+    sum_max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds, measured in one of `jobs` workers at work at once."""
+
+    prompt: float  # a prompt token
+    step: float  # a decode step
+    sequence: float  # a sequence in a decode step
+    stop: float  # the probability of a sequence to end at a token
+
+    def expected_tokens(self, max_tokens: float) -> float:
+        if self.stop == 0:
+            return max_tokens
+        if self.stop >= 1:
+            return 1.0
+        return -math.expm1(max_tokens * math.log1p(-self.stop)) / self.stop
+
+    def seconds(self, chunk: ChunkCost, max_batch: int) -> float:
+        if not chunk.samples:
+            return 0.0
+        mean = chunk.sum_max_tokens / chunk.samples
+        generated = chunk.samples * self.expected_tokens(mean)
+        longest = chunk.max_tokens if self.stop == 0 else min(chunk.max_tokens, math.log(chunk.samples + 1) / self.stop)
+        steps = max(longest, generated / max_batch)
+        return self.prompt * chunk.prompt_tokens + self.step * steps + self.sequence * generated
+
+
+@dataclass(slots=True)
+class Reject:
+    """Rows that are rejected for one reason."""
+
+    example: str
+    rows: int = 0
+    places: list[str] = field(default_factory=list)  # the first of them
+
+
+@dataclass(slots=True)
+class Forecast:
+    """What `batchgen plan` tells."""
+
+    rows: int = 0
+    rejects: dict[str, Reject] = field(default_factory=dict)  # by what they have in common
+    lengths: Counter[int] = field(default_factory=Counter)  # prompt tokens -> rows
+    prompt_tokens_read: int = 0
+    shared_tokens: int = 0
+    duplicates: int = 0
+    chunks: list[ChunkCost] = field(default_factory=list)
+    chunk_rows: int = 0
+    jobs: int = 0
+    max_batch: int = 0
+    memory: int = 0  # bytes, at most
+    seconds: float | None = None
+    completion_tokens: float = 0.0
+    measured_in: float = 0.0
+    invariant: bool = False
+
+    @property
+    def ok(self) -> int:
+        return self.lengths.total()
+
+
+def forecast_job(job: Job, *, measure_time: bool = True) -> Forecast:
+    """Read the whole input (job.input was checked) as a run would, and measure a few of its rows; writes nothing.
+
+    Raises the BatchgenError that a run would raise before its first row.
+    """
+    model = named_model(job)
+    check_memory(job.model, model.manifest.config, model.bytes)
+    facts = scan_input(job.input)
+    plan, automatic = make_plan(job, model, facts, facts.rows)
+    settled = plan | {key: value for key, value in automatic.items() if plan[key] is None}
+    forecast = Forecast(chunk_rows=settled["chunk_rows"], invariant=settled["batch_invariant"])
+    sample: list[TokenizedRequest] = []
+    every = max(facts.rows // SAMPLE_ROWS, 1)
+    for chunk in plan_chunks(watched(validated(job, model), forecast, sample, every), settled["chunk_rows"]):
+        forecast.chunks.append(chunk_cost(chunk, forecast, share=job.share_prefixes))
+    mean = sum(length * n for length, n in forecast.lengths.items()) / max(forecast.ok, 1) + job.params.max_tokens
+    fitting = settled["kv_bytes"] // int(kv_bytes_per_token(model.manifest.config) * mean)
+    forecast.max_batch = max(min(settled["batch_size"], fitting), 1)
+    forecast.jobs = max(min(job.jobs or fitting_jobs(settled["kv_bytes"], model.bytes), len(forecast.chunks)), 1)
+    in_flight = min(forecast.max_batch, max((c.samples for c in forecast.chunks), default=0))
+    kv_bytes = min(settled["kv_bytes"], int(in_flight * mean * kv_bytes_per_token(model.manifest.config)))
+    forecast.memory = model.bytes + forecast.jobs * (WORKER_BYTES + kv_bytes) + WORKER_BYTES
+    if measure_time and sample:
+        add_time(forecast, worker_setup(job, model, settled, columns(job, facts)), sample)
+    return forecast
+
+
+def watched(
+    items: Iterable[TokenizedRequest | Rejected], forecast: Forecast, sample: list[TokenizedRequest], every: int
+) -> Iterator[TokenizedRequest | Rejected]:
+    """Count the rows as they go by, and keep some."""
+    for item in items:
+        forecast.rows += 1
+        if isinstance(item, Rejected):
+            reason = item.error.removeprefix(f"{item.place}: ")
+            kind = re.sub(r"'.*'|\".*\"|\d+", "...", reason)  # equal but for what they quote
+            places = forecast.rejects.setdefault(kind, Reject(reason))
+            places.rows += 1
+            if len(places.places) < PLACES_SHOWN:
+                places.places.append(item.place)
+        else:
+            forecast.lengths[len(item.prompt_token_ids)] += 1
+            if item.row % every == 0 and len(sample) < SAMPLE_ROWS:
+                sample.append(item)
+        yield item
+
+
+def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool) -> ChunkCost:
+    """What the engine would make of the chunk: equal greedy requests once, shared blocks of prompts once."""
+    seen: set[tuple[int, ...]] = set()
+    once: set[object] = set()
+    read = samples = longest = total = 0
+    for request in chunk.items:
+        if not isinstance(request, TokenizedRequest):
+            continue
+        params = request.params
+        for _, ids in request.prompts:
+            if params.greedy and (ids, params) in once:
+                forecast.duplicates += params.n
+                continue
+            once.add((ids, params))
+            shared = 0
+            while share and shared + BLOCK < len(ids) and ids[: shared + BLOCK] in seen:
+                shared += BLOCK
+            seen.update(ids[:end] for end in range(shared + BLOCK, len(ids), BLOCK))
+            forecast.shared_tokens += shared
+            n = 1 if params.greedy else params.n
+            read, samples, total = read + len(ids) - shared, samples + n, total + n * params.max_tokens
+            longest = max(longest, params.max_tokens)
+    forecast.prompt_tokens_read += read
+    return ChunkCost(read, samples, longest, total)
+
+
+# ---- time
+
+
+def add_time(forecast: Forecast, setup: WorkerSetup, sample: list[TokenizedRequest]) -> None:
+    started = time.monotonic()
+    with no_interrupts_to_workers():
+        executor = get_reusable_executor(forecast.jobs, initializer=become_worker, initargs=(setup.parent,))
+        in_flight = max(min(forecast.max_batch, max(c.samples for c in forecast.chunks), len(sample)), 1)
+        futures = [executor.submit(measure, setup, sample[:in_flight]) for _ in range(forecast.jobs)]
+    try:
+        wait(futures)
+        paces = [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        end_workers(executor)
+        lack = "perhaps for lack of memory: try fewer --jobs, or --no-time"
+        raise BatchgenError(f"a worker process died when rows were measured{exit_codes(error)}, {lack}") from error
+    except BaseException:
+        end_workers(executor)
+        raise
+    pace = Pace(*(float(np.mean([getattr(p, name) for p in paces])) for name in Pace.__slots__))
+    forecast.measured_in = time.monotonic() - started
+    free = [0.0] * forecast.jobs  # when each worker is done
+    for chunk in forecast.chunks:
+        first = free.index(min(free))
+        free[first] += pace.seconds(chunk, forecast.max_batch)
+        if chunk.samples:
+            mean = chunk.sum_max_tokens / chunk.samples
+            forecast.completion_tokens += chunk.samples * pace.expected_tokens(mean)
+    forecast.seconds = max(free)
+
+
+def measure(setup: WorkerSetup, requests: list[TokenizedRequest]) -> Pace:
+    """In a worker: read the prompts and generate a few tokens of each, all at once and then a quarter of them."""
+    timed_steps(setup, requests[:2])  # what only the first pass does
+    many = timed_steps(setup, requests)
+    few = timed_steps(setup, requests[: max(len(requests) // 4, 1)])
+    decode = [(step.running, step.seconds) for step in (*many, *few) if not step.reading]
+    sequence, step = _line(decode)
+    reading = sum(max(s.seconds - s.running * sequence, 0.0) for s in many if s.reading)
+    cost = chunk_cost(Chunk(0, tuple(requests)), Forecast(), share=setup.share_prefixes)
+    stops, drawn = sum(s.stops for s in many), sum(s.drawn for s in many)
+    return Pace(reading / max(cost.prompt_tokens, 1), step, sequence, stops / max(drawn, 1))
+
+
+def _line(decode: list[tuple[int, float]]) -> tuple[float, float]:
+    """Seconds for each running sequence, and for the step itself: a line through (sequences, seconds)."""
+    if not decode:  # rows of one token, which the reading of the prompt gives
+        return 0.0, 0.0
+    counts, times = (np.array(values, float) for values in zip(*decode, strict=True))
+    if len(set(counts)) == 1:
+        return 0.0, float(times.mean())
+    sequence, step = np.polyfit(counts, times, 1)
+    return max(float(sequence), 0.0), max(float(step), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStep:
+    """One step of the engine; `reading` if prompts were read in it too."""
+
+    reading: bool
+    running: int
+    seconds: float
+    drawn: int  # tokens, the first ones of sequences among them
+    stops: int  # sequences that ended before their max_tokens
+
+
+def timed_steps(setup: WorkerSetup, requests: list[TokenizedRequest]) -> list[TimedStep]:
+    """Steps until MEASURED_STEPS of them, after the last prompt was read, or until nothing is left."""
+    engine, tokenizer = loaded(setup)
+    prompts = [prompt for request in requests for prompt in to_prompts(request, tokenizer)]
+    sequences = {(sequence.prompt.row, sequence.sample) for sequence in expand(prompts)}  # without equal ones
+    unread = {row for row, _ in sequences}
+    running = drawn = 0
+
+    def on_step(starting: list[int], others: list[int]) -> None:
+        nonlocal running, drawn
+        unread.difference_update(starting)
+        running, drawn = len(others), len(starting) + len(others)
+
+    result: list[TimedStep] = []
+    left = MEASURED_STEPS
+    steps = engine.steps(prompts, on_step)
+    before, reading = time.perf_counter(), True
+    for finished, _ in steps:
+        now = time.perf_counter()
+        stops = sum(c.finish_reason == "stop" and (c.row, c.sample) in sequences for c in finished)
+        result.append(TimedStep(reading, running, now - before, drawn, stops))
+        left -= not reading
+        if left <= 0:
+            break
+        before, reading = time.perf_counter(), bool(unread)
+    steps.close()  # type: ignore[attr-defined]
+    return result

@@ -1,0 +1,1 @@
+"""Text and tokens: the byte-level BPE, and where a completion's text ends."""

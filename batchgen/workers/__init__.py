@@ -1,0 +1,1 @@
+"""Who does the chunks: worker processes of this machine, or a cluster's."""

@@ -1,0 +1,1 @@
+"""Helpers of the tests: models, servers, clusters, references; no test is here."""

@@ -1,0 +1,62 @@
+"""A worker with poison: prompts that kill, hang or break their worker. Takes the place of pool.run_chunk.
+
+Workers import it by name, so it must be a module. The first word of a prompt says what happens, and when:
+at its first step, in the middle of its decoding, or when it is written down; once only, or every time.
+"""
+
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+from batchgen.types import Chunk, Receipt
+from batchgen.workers import worker
+
+DEATHS = "deaths"  # a file beside the model: a line for each
+
+
+def run_chunk(setup: worker.WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
+    words = {item.row: (item.prompt or "").partition(" ")[0] for item in chunk.items}
+    seen: dict[int, int] = {}
+    on = _MARKER_ON
+
+    def poisoned_on(self: worker.Marker, suspects: list[int], running: list[int] = ()) -> None:  # type: ignore[assignment]
+        on(self, suspects, running)
+        for row in (*suspects, *running):
+            seen[row] = seen.get(row, 0) + 1
+            when = "first" if seen[row] == 1 else "middle" if row in running and seen[row] == 5 else "last"
+            if when == "last" and (row in running or len(suspects) > 1):
+                continue
+            act(words.get(row, ""), when, partial(record, Path(setup.model).parent / DEATHS, words.get(row, "")))
+
+    worker.Marker.on = poisoned_on  # type: ignore[method-assign]
+    return worker.run_chunk(setup, chunk, attempt)
+
+
+_MARKER_ON = worker.Marker.on
+
+
+def act(word: str, when: str, record) -> None:
+    what, _, moment = word.partition("-")
+    moment, _, once = moment.partition("-")
+    if moment != when or what not in ("kill", "hang", "raise", "memory", "exit") or (not record() and once):
+        return
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "exit":
+        os._exit(7)
+    elif what == "hang":
+        time.sleep(1000)
+    elif what == "memory":
+        raise MemoryError
+    else:
+        raise ValueError(f"no good: {word}")
+
+
+def record(path: Path, word: str) -> bool:
+    """Count a death; whether it is the first of this word."""
+    first = not path.exists() or word not in path.read_text().split()
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{word}\n")
+    return first

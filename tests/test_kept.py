@@ -1,0 +1,385 @@
+"""keep.py: what is kept comes out as it went in, beside the rows that it came in with."""
+
+import datetime
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from batchgen.errors import InputError, UsageError
+from batchgen.input import kept as keep
+from batchgen.input import readers
+from batchgen.input.kept import kept_columns, kept_schema, read_kept, with_kept
+from batchgen.input.readers import check_input, read_requests
+from batchgen.output.ledger import Ledger
+from batchgen.run import Job, run_job
+from batchgen.types import Chunk, OutputRow, Receipt, SamplingParams
+from tests.support.models import write_byte_model
+
+PARAMS = SamplingParams(max_tokens=3)
+
+
+def kept(inputs: Any, *columns: str) -> pa.Table:
+    """The kept columns as they are read, after every check that a run makes."""
+    sources = check_input(inputs, keep=columns)
+    schema = kept_schema(sources, columns)
+    table = pa.Table.from_batches(read_kept(sources, schema), schema)
+    assert len(table) == sum(1 for _ in read_requests(sources, params=PARAMS))
+    return table
+
+
+def jsonl(path: Path, *values: Any, key: str = "k") -> Path:
+    path.write_text("".join(json.dumps({"prompt": "a", key: value}) + "\n" for value in values))
+    return path
+
+
+def parquet(path: Path, **columns: Any) -> Path:
+    length = len(next(iter(columns.values())))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"prompt": ["a"] * length} | columns), path)
+    return path
+
+
+# ---- JSON: one type for all values, or text of JSON
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, None, -(2**63), 2**63 - 1], pa.int64()),
+        ([1, 2.5], pa.float64()),
+        ([2**53, 0.5], pa.float64()),
+        ([True, None], pa.bool_()),
+        (["x", "", "7"], pa.string()),
+        ([None, None], pa.string()),
+        ([[1, 2], [], None, [None]], pa.list_(pa.int64())),
+        ([[], []], pa.list_(pa.string())),
+        ([{"a": 1, "b": None}, {"b": "x", "a": 2.5}], pa.struct([("a", pa.float64()), ("b", pa.string())])),
+        ([[{"a": [1]}], [{"a": None}]], pa.list_(pa.struct([("a", pa.list_(pa.int64()))]))),
+    ],
+)
+def test_values_that_one_type_holds_have_that_type(tmp_path: Path, values: list[Any], kind: pa.DataType) -> None:
+    table = kept(jsonl(tmp_path / "p.jsonl", *values), "k")
+    assert table.schema.field("k").type == kind
+    assert table["k"].to_pylist() == values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, "1"],
+        [True, 1],
+        [2**63, 1],
+        [2**53 + 1, 0.5],
+        [{"a": 1}, {"b": 1}],
+        [{"a": 1}, {}],
+        [{"": 1}],
+        [[1], 1],
+        [[1, "x"]],
+        [{"a": [1]}, {"a": ["x"]}],
+        ["x", "\ud800"],
+        [{"a": "\udfff"}],
+        [eval("[" * 40 + "]" * 40)],
+    ],
+    ids=lambda values: str(values)[:30].encode("ascii", "replace").decode(),
+)
+def test_values_that_no_one_type_holds_are_text_of_json(tmp_path: Path, values: list[Any]) -> None:
+    table = kept(jsonl(tmp_path / "p.jsonl", *values, None), "k")
+    assert table.schema.field("k").type == pa.string()
+    *texts, last = table["k"].to_pylist()
+    assert last is None
+    assert [json.loads(text) for text in texts] == values
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(values=st.lists(json_values, min_size=1, max_size=6))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_json_comes_out_as_it_went_in(tmp_path: Path, values: list[Any]) -> None:
+    lines = [json.dumps({"prompt": "a", "k": value}) for value in values]
+    values = [json.loads(line, parse_constant=lambda _: None)["k"] for line in lines]  # Infinity is a rejected row
+    lines = ["nonsense" if "Infinity" in line else line for line in lines]
+    values = [None if line == "nonsense" else value for line, value in zip(lines, values, strict=True)]
+    (tmp_path / "p.jsonl").write_text("\n".join([*lines, '{"prompt": "a", "k": null}']))
+    table = kept(tmp_path / "p.jsonl", "k")
+    found = table["k"].to_pylist()[:-1]
+    if table.schema.field("k").metadata:
+        found = [value if value is None else json.loads(value) for value in found]
+    assert found == values
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert pq.read_table(tmp_path / "t.parquet").equals(table)
+
+
+def test_a_row_that_is_none_or_lacks_the_key_has_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": 1, "k": 5}\nnonsense\n\n{"prompt": "a"}\n{"k": "' + b"x" * 200 + b'"}\n{"k": 6}')
+    assert kept(path, "k")["k"].to_pylist() == [5, None, None, None, 6]
+
+
+def test_the_type_is_that_of_all_rows_of_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keep, "BATCH_ROWS", 3)
+    a, b = jsonl(tmp_path / "a.jsonl", *range(10)), jsonl(tmp_path / "b.jsonl", 0.5)
+    assert kept([a, b], "k")["k"].to_pylist() == [*map(float, range(10)), 0.5]
+    assert kept(a, "k").schema.field("k").type == pa.int64()
+
+
+# ---- CSV: strings
+
+
+def test_csv_is_kept_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text('prompt,k,x\na,007,\nb\nc," 1.0 ",y\n')
+    assert kept(path, "x", "k").to_pydict() == {"x": ["", None, "y"], "k": ["007", None, " 1.0 "]}
+
+
+# ---- Parquet: any type
+
+NANO = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
+COLUMNS = {
+    "bool": pa.array([True, None]),
+    "int8": pa.array([-1, 2], pa.int8()),
+    "uint64": pa.array([2**64 - 1, None], pa.uint64()),
+    "float16": pa.array([1.5, None], pa.float32()).cast(pa.float16()),
+    "float32": pa.array([math.pi, math.nan], pa.float32()),
+    "double": pa.array([math.inf, -0.0]),
+    "decimal": pa.array([Decimal("1.23456789012345678901"), None]),
+    "date32": pa.array([0, None], pa.date32()),
+    "time64": pa.array([1, None], pa.time64("ns")),
+    "timestamp_ns": pa.array([1, None], pa.timestamp("ns", "Europe/Berlin")),
+    "timestamp_us": pa.array([1, None], pa.timestamp("us")),
+    "duration": pa.array([1, None], pa.duration("ms")),
+    "binary": pa.array([b"\xff\0", None]),
+    "fixed": pa.array([b"ab", None], pa.binary(2)),
+    "large_binary": pa.array([b"\xff", None], pa.large_binary()),
+    "string": pa.array(["é", ""]),
+    "large_string": pa.array(["é", None], pa.large_string()),
+    "string_view": pa.array(["a string that is longer than twelve", None], pa.string_view()),
+    "dictionary": pa.array(["x", None]).dictionary_encode(),
+    "list": pa.array([[1, None], []], pa.list_(pa.int16())),
+    "large_list": pa.array([["x"], None], pa.large_list(pa.string())),
+    "fixed_list": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2)),
+    "struct": pa.array([{"a": 1, "b": [{"c": b"x"}]}, None]),
+    "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
+    "uuid": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"\0" * 16, None], pa.binary(16))),
+    "null": pa.nulls(2),
+    "nested_time": pa.array([[datetime.timedelta(1)], None]),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_byte_model(tmp_path_factory.mktemp("keep") / "bytes")
+
+
+def test_every_arrow_type_is_carried_through_a_job_unchanged(tmp_path: Path, model: Path) -> None:
+    source = parquet(tmp_path / "p.parquet", **COLUMNS)
+    job = Job(source, tmp_path / "o.parquet", str(model), replace(PARAMS, n=2), keep=tuple(COLUMNS), jobs=1)
+    run_job(job)
+    expected = pq.read_table(source, columns=list(COLUMNS))
+    expected = pa.concat_tables([expected.slice(row, 1) for row in (0, 0, 1, 1)])
+    found = pq.read_table(job.output)
+    for name in COLUMNS:
+        if name != "null":
+            assert found.schema.field(name).type == expected.schema.field(name).type
+            assert found[name].combine_chunks().equals(expected[name].combine_chunks()) or name == "float32"
+    assert str(found["float32"].to_pylist()) == str(expected["float32"].to_pylist())  # NaN equals nothing
+    assert found["null"].null_count == 4
+
+
+def test_every_arrow_type_can_be_written_as_json_lines(tmp_path: Path, model: Path) -> None:
+    source = parquet(tmp_path / "p.parquet", **COLUMNS)
+    job = Job(source, tmp_path / "o.jsonl", str(model), PARAMS, keep=tuple(COLUMNS), jobs=1)
+    run_job(job)
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(name)
+
+    rows = [json.loads(line, parse_constant=no_constant) for line in job.output.read_text().splitlines()]
+    first = {name: rows[0][name] for name in COLUMNS}
+    assert first["double"] is None
+    assert rows[1]["float32"] is None
+    assert (first["binary"], first["decimal"]) == ("/wA=", "1.23456789012345678901")
+    assert first["timestamp_ns"].startswith("1970-01-01 01:00:00.000000001")
+    assert (first["date32"], first["struct"]) == ("1970-01-01", {"a": 1, "b": [{"c": "eA=="}]})
+    assert (first["map"], first["fixed_list"], first["float16"]) == ([["k", 1]], [1.0, 2.0], 1.5)
+
+
+def test_text_that_is_not_utf8_is_kept_in_parquet_and_refused_in_json(tmp_path: Path, model: Path) -> None:
+    source = parquet(tmp_path / "p.parquet", k=pa.array([b"\xff"]).cast(pa.string(), safe=False))
+    job = Job(source, tmp_path / "o.parquet", str(model), PARAMS, keep=("k",), jobs=1)
+    run_job(job)
+    assert pq.read_table(job.output)["k"].cast(pa.binary()).to_pylist() == [b"\xff"]
+    with pytest.raises(Exception, match="column 'k' of type string has values that JSON cannot hold .* name the"):
+        run_job(replace(job, output=tmp_path / "o.jsonl"))
+
+
+# ---- files that differ
+
+
+def test_where_a_file_lacks_a_column_it_is_null(tmp_path: Path) -> None:
+    a = parquet(tmp_path / "a.parquet", k=pa.array([1], pa.int16()), x=["x"])
+    b = parquet(tmp_path / "b.parquet", other=[True])
+    c = parquet(tmp_path / "c.parquet", k=pa.nulls(1))
+    d = tmp_path / "d.jsonl"
+    d.write_text('{"prompt": "a"}\n')
+    e = tmp_path / "e.csv"
+    e.write_text("prompt,x\na,y\n")
+    table = kept([b, a, c, d, e], "k", "x")
+    assert table.to_pydict() == {"k": [None, 1, None, None, None], "x": [None, "x", None, None, "y"]}
+    assert table.schema.types == [pa.int16(), pa.string()]
+
+
+def test_files_that_disagree_about_a_type_are_named(tmp_path: Path) -> None:
+    a = parquet(tmp_path / "a.parquet", k=pa.array([1], pa.int32()))
+    b = parquet(tmp_path / "b.parquet", k=[1])
+    with pytest.raises(InputError) as caught:
+        kept([a, b], "k")
+    assert str(caught.value) == (
+        f"{b}: column 'k' is of type int64, and in {a} of type int32; cast one of them, or run them apart"
+    )
+    with pytest.raises(InputError, match="is of type JSON of several types, and in .* of type string"):
+        kept([parquet(tmp_path / "c.parquet", k=["x"]), jsonl(tmp_path / "d.jsonl", 1, "x")], "k")
+    assert kept([b, jsonl(tmp_path / "d.jsonl", 7)], "k")["k"].to_pylist() == [1, 7]
+
+
+def test_a_column_that_no_file_has_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    a = parquet(tmp_path / "a.parquet", label=["x"])
+    with pytest.raises(
+        InputError, match=r"a\.parquet: no column 'lable'; .*; did you mean 'label'\? pass it as --keep"
+    ):
+        kept(a, "lable")
+    with pytest.raises(InputError, match=r"a\.jsonl and 1 more: no column 'lable'; the columns are 'prompt', 'k'"):
+        kept([jsonl(tmp_path / "a.jsonl", 1), jsonl(tmp_path / "b.jsonl", 1)], "lable")
+    path = tmp_path / "twice.parquet"
+    pq.write_table(pa.table([["a"], [1], [2]], names=["prompt", "k", "k"]), path)
+    with pytest.raises(InputError, match="2 columns are called 'k'; rename all but one"):
+        kept(path, "k")
+    (tmp_path / "twice.csv").write_text("prompt,k,k\na,b,c\n")
+    with pytest.raises(InputError, match="2 columns are called 'k'; rename all but one"):
+        kept(tmp_path / "twice.csv", "k")
+
+
+@pytest.mark.parametrize("name", ["prompt", "id", "row", "completion", "logprobs", "completion_token_ids"])
+def test_a_name_of_the_outputs_own_columns_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=rf"--keep '{name}': the output has a column of its own by that name; rename"):
+        kept(parquet(tmp_path / "a.parquet", k=[1]), name)
+    with pytest.raises(UsageError, match="--keep 'k': named 2 times; name it once"):
+        kept(parquet(tmp_path / "a.parquet", k=[1]), "k", "k")
+
+
+# ---- what folders say
+
+
+def test_folders_are_columns(tmp_path: Path) -> None:
+    for folder, value in [("lang=en/year=2023", 1), ("lang=__HIVE_DEFAULT_PARTITION__/year=2024", 2)]:
+        parquet(tmp_path / "d" / folder / "part-0.parquet", k=[value, value])
+    table = kept(tmp_path / "d", "year", "lang", "k")
+    assert table.schema.types == [pa.int64(), pa.string(), pa.int64()]
+    assert table.to_pylist()[1:3] == [
+        {"year": 2024, "lang": None, "k": 2},
+        {"year": 2023, "lang": "en", "k": 1},
+    ]
+
+
+def test_numbers_that_would_not_come_back_are_strings(tmp_path: Path) -> None:
+    for value in ("007", "8"):
+        parquet(tmp_path / "d" / f"n={value}" / "p.parquet", k=[1])
+    assert kept(tmp_path / "d", "n")["n"].to_pylist() == ["007", "8"]
+
+
+def test_a_column_of_the_file_goes_before_its_folder(tmp_path: Path) -> None:
+    parquet(tmp_path / "d" / "k=7" / "p.parquet", k=["own"])
+    assert kept(tmp_path / "d", "k")["k"].to_pylist() == ["own"]
+    (tmp_path / "e" / "k=7").mkdir(parents=True)
+    (tmp_path / "e" / "k=7" / "p.csv").write_text("prompt,k\na,own\nb\n")
+    assert kept(tmp_path / "e", "k")["k"].to_pylist() == ["own", None]
+    jsonl(tmp_path / "e" / "k=7" / "p.csv", "own").rename(tmp_path / "e" / "k=7" / "p.jsonl")
+    assert kept(tmp_path / "e", "k")["k"].to_pylist() == [7]
+
+
+# ---- beside the right rows
+
+
+@given(
+    chunks=st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=6),
+    batch=st.integers(1, 9),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_each_chunk_gets_the_values_of_its_rows(tmp_path: Path, chunks: list[list[bool]], batch: int) -> None:
+    """Rows of False are in no chunk: whatever is cut away or left out, a row keeps its own values."""
+    rows = sum(map(len, chunks))
+    path = parquet(tmp_path / "p.parquet", k=list(range(100, 100 + rows)), d=pa.array(["x"] * rows).dictionary_encode())
+    schema = kept_schema(path, ["k", "d"])
+
+    def cut() -> Iterator[Chunk]:
+        items = list(read_requests(path, params=PARAMS))
+        for index, present in enumerate(chunks):
+            wanted = tuple(item for item, there in zip(items, present, strict=False) if there)
+            items = items[len(present) :]
+            if wanted:
+                yield Chunk(index, wanted)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BATCH_ROWS", batch)
+        for chunk in with_kept(cut(), path, schema):
+            numbers = [item.row for item in chunk.items for _ in range(2)]
+            out = [OutputRow(row, 0, None, None, None, None, None, None, "ok", None, None) for row in numbers]
+            table = kept_columns(chunk, out)
+            assert table["k"].to_pylist() == [100 + row for row in numbers]
+            assert table.schema.equals(schema)
+
+
+def test_where_nothing_is_kept_chunks_are_as_they_were(tmp_path: Path) -> None:
+    chunk = Chunk(0, tuple(read_requests(parquet(tmp_path / "p.parquet", k=[1]), params=PARAMS)))  # type: ignore[arg-type]
+    assert list(with_kept(iter([chunk]), tmp_path / "p.parquet", kept_schema(tmp_path / "p.parquet", []))) == [chunk]
+    assert kept_columns(chunk, []).column_names == []
+
+
+def test_kept_columns_are_the_same_after_an_interruption(tmp_path: Path, model: Path) -> None:
+    values = list(range(20))
+    path = jsonl(tmp_path / "p.jsonl", *values)
+    job = Job(path, tmp_path / "o.parquet", str(model), PARAMS, keep=("k",), jobs=1, chunk_rows=4)
+
+    class Stop(Exception):
+        pass
+
+    commit, done = Ledger.commit, []
+
+    def stopping(ledger: Ledger, receipt: Receipt) -> None:
+        if len(done) == 2:
+            raise Stop
+        done.append(receipt)
+        commit(ledger, receipt)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "commit", stopping)
+        with pytest.raises(Stop):
+            run_job(job)
+    with pytest.raises(UsageError, match="had keep"):
+        run_job(replace(job, keep=()))
+    run_job(job)
+    table = pq.read_table(job.output)
+    assert table["k"].to_pylist() == values
+    assert table.column_names[-1] == "k"
+
+
+def test_the_parts_of_a_dataset_have_the_kept_columns(tmp_path: Path, model: Path) -> None:
+    path = jsonl(tmp_path / "p.jsonl", *range(10))
+    run_job(Job(path, tmp_path / "o", str(model), PARAMS, keep=("k",), jobs=1, chunk_rows=4, dataset=True))
+    parts = sorted((tmp_path / "o").glob("*.parquet"))
+    assert [pq.read_table(part)["k"].to_pylist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

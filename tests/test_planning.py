@@ -1,0 +1,117 @@
+"""planner.py: every row is in exactly one chunk, every worker has work, and memory bounds their number."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen import planning as planner
+from batchgen.engine.engine import Engine, kv_bytes_per_token
+from batchgen.gpt2.config import GPT2Config
+from batchgen.planning import (
+    FULL_BATCH_ROWS,
+    MAX_CHUNK_ROWS,
+    MIN_CHUNK_ROWS,
+    auto_chunk_rows,
+    available_jobs,
+    available_memory,
+    default_kv_bytes,
+    fitting_jobs,
+    left_of_cgroup,
+    n_chunks,
+    plan_chunks,
+)
+from batchgen.types import Rejected
+from tests.support.models import BYTES, TINY, sharp_params
+
+SIZES = [BYTES, TINY, GPT2Config(50257, 1024, 768, 12, 12), GPT2Config(50257, 1024, 1600, 25, 48)]
+
+
+def rows(n: int) -> list[Rejected]:
+    return [Rejected(row, f"p.jsonl:{row + 1}", None, None, "no") for row in range(n)]
+
+
+@given(st.integers(0, 200), st.integers(1, 250))
+def test_chunks_are_contiguous_complete_and_in_order(n, chunk_rows):
+    chunks = list(plan_chunks(iter(rows(n)), chunk_rows))
+    assert [item for chunk in chunks for item in chunk.items] == rows(n)
+    assert [chunk.index for chunk in chunks] == list(range(n_chunks(n, chunk_rows)))
+    assert [chunk.first_row for chunk in chunks] == list(range(0, n, chunk_rows))
+    assert all(len(chunk.items) == chunk_rows for chunk in chunks[:-1])
+
+
+def test_chunks_are_cut_as_they_are_asked_for():
+    taken = []
+    items = (taken.append(item.row) or item for item in rows(100))
+    chunks = plan_chunks(items, 10)
+    assert taken == []
+    next(chunks)
+    assert taken == list(range(10))
+
+
+def test_the_examples_in_the_docstring_hold():
+    examples = re.findall(r"rows=([\d_]+), jobs=(\d+)(?:, n=(\d+))? -> (\d+)", auto_chunk_rows.__doc__)
+    assert len(examples) == 5
+    for n_rows, jobs, n, expected in examples:
+        assert auto_chunk_rows(int(n_rows), int(jobs), int(n or 1)) == int(expected)
+
+
+@given(st.integers(0, 10**7), st.integers(1, 256))
+def test_every_worker_gets_a_share_of_chunks_of_bounded_size(n, jobs):
+    chunk_rows = auto_chunk_rows(n, jobs)
+    assert min(MIN_CHUNK_ROWS, max(n, 1)) <= chunk_rows <= MAX_CHUNK_ROWS
+    if n >= jobs * FULL_BATCH_ROWS:  # below it a chunk of less work than its process costs would be no gain
+        assert n_chunks(n, chunk_rows) >= jobs
+
+
+@given(st.integers(0, 10**6), st.integers(1, 64), st.integers(1, 1024))
+def test_chunks_are_bounded_in_samples_as_they_are_in_rows(n_rows, jobs, n):
+    chunk_rows = auto_chunk_rows(n_rows, jobs, n)
+    assert chunk_rows == 1 or 1 <= chunk_rows * n <= MAX_CHUNK_ROWS
+    assert auto_chunk_rows(n_rows, jobs, 1) == auto_chunk_rows(n_rows, jobs)
+
+
+@pytest.mark.parametrize("config", SIZES, ids=lambda config: f"{config.n_layer}x{config.n_embd}")
+def test_the_default_memory_holds_four_sequences_of_full_length(config):
+    assert default_kv_bytes(config) >= 4 * config.n_ctx * kv_bytes_per_token(config)
+
+
+def test_the_default_memory_suffices_an_engine():
+    Engine(sharp_params(TINY), TINY, eos_id=0, kv_bytes=default_kv_bytes(TINY))
+
+
+def test_at_least_one_job_fits_whatever_the_memory(monkeypatch):
+    for free in (0, -(10**9), 10**6, 10**13):
+        monkeypatch.setattr(planner, "available_memory", lambda free=free: free)
+        assert 1 <= fitting_jobs(2**30, 10**9) <= available_jobs()
+
+
+def test_as_many_jobs_as_memory_holds(monkeypatch):
+    monkeypatch.setattr(planner, "available_jobs", lambda: 64)
+    monkeypatch.setattr(planner, "available_memory", lambda: 5 * (2**30 + planner.WORKER_BYTES) + 500)
+    assert fitting_jobs(2**30, 0) == 5
+    assert fitting_jobs(2**30, 500) == 5
+    assert fitting_jobs(2**30, 501) == 4
+    assert fitting_jobs(2**40, 0) == 1
+
+
+def test_cached_files_are_free_memory_of_a_container(tmp_path):
+    assert left_of_cgroup(tmp_path) == planner.UNKNOWN_MEMORY
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert left_of_cgroup(tmp_path) == planner.UNKNOWN_MEMORY
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert left_of_cgroup(tmp_path) == 100
+    (tmp_path / "memory.stat").write_text("anon 150\nfile 750\ninactive_file 500\nactive_file 200\n")
+    assert left_of_cgroup(tmp_path) == 800
+    (tmp_path / "memory.current").write_text("1100\n")
+    (tmp_path / "memory.stat").write_text("anon 1100\ninactive_file 0\nactive_file 0\n")
+    assert left_of_cgroup(tmp_path) == 0
+
+
+def test_this_machine_has_cores_and_memory(monkeypatch):
+    assert available_jobs() >= 1
+    assert available_memory() > 0
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert available_jobs() == 1

@@ -1,0 +1,535 @@
+"""object_store.py: in a store an output is whole or not there, whatever dies; the store is a local one, of moto's."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import pytest
+
+from batchgen import run
+from batchgen.errors import BatchgenError, BusyError, OutputError, UsageError
+from batchgen.jobs import cli
+from batchgen.output import store as object_store
+from batchgen.output.store import parse_address, stand_in
+from batchgen.run import Job, run_job
+from batchgen.types import SamplingParams
+from tests.support.models import write_byte_model
+
+pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install '.[dev]')")
+pytest.importorskip("obstore", reason="obstore is not installed (pip install '.[store]')")
+
+from tests.support.store_server import Proxy, serving
+
+ROOT = Path(__file__).parents[1]
+N = 40  # rows, in chunks of 4
+PIECE = 2**20  # the least that a piece of an upload can be in a test
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    lines = [json.dumps({"prompt": f"p{n}", "id": n}) for n in range(N - 1)] + ["no JSON"]
+    (folder / "p.jsonl").write_text("\n".join(lines))
+    write_byte_model(folder / "bytes")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Proxy]:
+    with serving() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def store(servers: Proxy) -> Iterator[Proxy]:
+    """The server, with no object in it."""
+    servers.reset()
+    yield servers
+    servers.reset()
+    servers.clear()
+
+
+@pytest.fixture
+def job(folder: Path, tmp_path: Path) -> Job:
+    params = SamplingParams(max_tokens=5, temperature=0.8)
+    address = "s3://out/april/"
+    out = stand_in(address, tmp_path)
+    return Job(folder / "p.jsonl", out, str(folder / "bytes"), params, jobs=1, chunk_rows=4, destination=address)
+
+
+def to_file(job: Job, name: str) -> Job:
+    return replace(job, destination=f"s3://out/{name}", output=stand_in(f"s3://out/{name}", job.output.parent))
+
+
+def locally(job: Job, name: str) -> Path:
+    """The same run with an output here."""
+    run_job(replace(job, destination=None, output=job.output.with_name(name), dataset="." not in name))
+    return job.output.with_name(name)
+
+
+def command(job: Job) -> subprocess.Popen[str]:
+    """The same run as a command."""
+    arguments = ["generate", job.input, "-o", job.destination, "--work-dir", job.output.parent, "--model", job.model]
+    arguments += ["--max-tokens", 5, "--temperature", 0.8, "--jobs", 1, "--chunk-rows", 4, "--show", 0]
+    line = [sys.executable, "-m", "batchgen", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def held_at(store: Proxy, number: int, ending: str = ".parquet") -> threading.Event:
+    """Have the store keep the put of this number waiting, and all after it; the event is set when it is there."""
+    reached = threading.Event()
+
+    def rule(method: str, path: str) -> int | None:
+        if (
+            method == "PUT"
+            and ending in path
+            and len([p for m, p in store.seen if m == "PUT" and ending in p]) >= number
+        ):
+            reached.set()
+            time.sleep(2)
+            return 0
+        return None
+
+    store.rule = rule
+    return reached
+
+
+# ---- what is written
+
+
+def test_a_dataset_is_that_of_a_local_run_and_its_manifest_lists_it(job: Job, store: Proxy, tmp_path: Path) -> None:
+    local = locally(job, "local")
+    summary = run_job(job)
+    found = store.objects("april/")
+    assert (summary.rows, summary.exit_code, summary.output) == (N, 3, "s3://out/april/")
+    success = json.loads(found.pop("_SUCCESS"))
+    assert found == {path.name: path.read_bytes() for path in local.glob("*.parquet")}
+    plan = json.loads((local / "_SUCCESS").read_bytes())
+    assert {key: success[key] for key in plan} == plan
+    assert [(part["name"], part["rows"], part["bytes"]) for part in success["parts"]] == [
+        (name, 4, len(found[name])) for name in sorted(found)
+    ]
+    assert all(part["sha256"].startswith(part["name"][9:25]) for part in success["parts"])
+    assert store.puts("")[-1] == "_SUCCESS"
+    assert sorted(os.listdir(tmp_path)) == ["local"]
+
+
+def test_a_dataset_is_read_as_one_table(job: Job, store: Proxy, tmp_path: Path) -> None:
+    run_job(job)
+    rows = ds.dataset("s3://out/april/").to_table().sort_by("row")
+    assert rows.equals(ds.dataset(locally(job, "local")).to_table().sort_by("row"))
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x y.jsonl"])
+def test_one_object_has_the_bytes_of_a_local_file(job: Job, store: Proxy, name: str) -> None:
+    local = locally(job, f"local-{name}").read_bytes()
+    store.put(f"deep/{name}", b"previous")
+    run_job(to_file(job, f"deep/{name}".replace(" ", "%20")))
+    assert store.objects() == {f"deep/{name}": local}
+
+
+def test_an_object_of_several_pieces_is_whole(
+    job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(object_store, "PIECE_BYTES", 6 * PIECE)  # S3 takes none of less than 5 MiB but the last
+    (tmp_path / "big").write_bytes(os.urandom(20 * PIECE))
+    there = object_store.open_store(parse_address("s3://out/big"))
+    object_store.publish_file(there, tmp_path / "big")
+    assert store.objects()["big"] == (tmp_path / "big").read_bytes()
+
+
+# ---- whatever dies in between
+
+
+def test_a_run_killed_while_it_uploads_sends_no_part_twice(job: Job, store: Proxy, tmp_path: Path) -> None:
+    reached = held_at(store, 4)
+    run = command(job)
+    assert reached.wait(60)
+    time.sleep(0.3)  # so that it has noted what is there
+    run.kill()
+    run.communicate()
+    there = store.objects("april/")
+    assert "_SUCCESS" not in there
+    there.pop("_RUN")
+    assert 0 < len(there) < N // 4
+    store.reset()
+    again = command(job)
+    _, err = again.communicate(timeout=120)
+    assert (again.returncode, err) == (3, "")
+    assert not set(store.puts()) & there.keys()
+    found = store.objects("april/")
+    found.pop("_SUCCESS")
+    assert found == {path.name: path.read_bytes() for path in locally(job, "local").glob("*.parquet")}
+    assert sorted(os.listdir(tmp_path)) == ["april.status.json", "local"]
+
+
+def test_a_run_killed_at_its_manifest_completes_it(job: Job, store: Proxy) -> None:
+    reached = held_at(store, 0, "_SUCCESS")
+    run = command(job)
+    assert reached.wait(60)
+    run.kill()
+    run.communicate()
+    store.reset()
+    there = store.objects("april/")
+    assert "_SUCCESS" not in there
+    run_job(job)
+    assert store.puts() == []
+    assert store.objects("april/").keys() == there.keys() - {"_RUN"} | {"_SUCCESS"}
+
+
+def test_a_run_that_was_killed_after_its_manifest_finds_it(
+    job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(object_store.Store, "delete", lambda self, names: names == ["_RUN"] and dies())
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job)
+    before = store.objects("april/")
+    assert {"_RUN", "_SUCCESS"} <= before.keys()
+    store.reset()
+    assert run_job(job).resumed == N
+    assert store.objects("april/") == {name: before[name] for name in before if name[0] == "0" or name == "_SUCCESS"}
+    assert store.puts() == []
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
+def test_one_object_is_never_there_in_part(job: Job, store: Proxy, name: str) -> None:
+    store.put(name, b"previous")
+    reached = held_at(store, 0, f"/{name}")
+    run = command(to_file(job, name))
+    assert reached.wait(60)
+    assert store.objects() == {name: b"previous"}
+    run.kill()
+    run.communicate()
+    assert store.objects() == {name: b"previous"}
+    store.reset()
+    run_job(to_file(job, name))
+    assert store.objects()[name] == locally(job, f"local-{name}").read_bytes()
+
+
+@pytest.mark.parametrize("status", [0, 503])
+def test_an_upload_that_fails_in_the_middle_is_never_seen(
+    job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int
+) -> None:
+    monkeypatch.setattr(object_store, "PIECE_BYTES", 6 * PIECE)
+    (tmp_path / "big").write_bytes(os.urandom(20 * PIECE))
+    store.put("big", b"previous")
+    store.rule = lambda method, path: status if "partNumber=3" in path else None
+    there = object_store.open_store(parse_address("s3://out/big"), retries=1)
+    with pytest.raises(OutputError, match=r"^s3://out/big: "):
+        object_store.publish_file(there, tmp_path / "big")
+    assert store.objects() == {"big": b"previous"}
+    assert any(method == "DELETE" and "uploadId=" in path for method, path in store.seen)  # given up there too
+
+
+def test_a_signal_does_not_wait_for_the_store(job: Job, store: Proxy) -> None:
+    reached = held_at(store, 2)
+    run = command(job)
+    assert reached.wait(60)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=10)
+    assert (run.returncode, err.splitlines()[0]) == (143, "batchgen: terminated; run the same command again to go on")
+    store.reset()
+    assert run_job(job).resumed == N
+
+
+@pytest.mark.parametrize("status", [0, 503])
+def test_a_store_that_fails_for_a_while_is_asked_again(job: Job, store: Proxy, status: int) -> None:
+    store.rule = lambda method, path: status if len(store.seen) % 3 == 0 else None
+    run_job(job)
+    assert len(store.objects("april/")) == N // 4 + 1
+
+
+def test_a_store_that_fails_for_good_costs_no_work(job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store.open_store, "__kwdefaults__", {"retries": 1})
+    store.rule = lambda method, path: 503 if method == "PUT" and path.endswith(".parquet") else None
+    with pytest.raises(OutputError) as caught:
+        run_job(job)
+    text = str(caught.value)
+    assert "s3://out/april/: the test says so (SlowDown); what is finished is kept in" in text
+    assert text.endswith("april.batchgen: run the same command again to go on")
+    assert "\n" not in text
+    store.reset()
+    assert run_job(job).resumed == N
+
+
+def test_a_part_that_is_damaged_in_the_store_is_sent_again(
+    job: Job, store: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged: list[str] = []
+
+    def rule(method: str, path: str) -> int | None:
+        parts = store.puts()
+        if method == "GET" and "list-type" in path and len(set(parts)) >= N // 4 and not damaged:  # some sent twice
+            damaged.append(parts[3])
+            store.rule = lambda method, path: None
+            name = f"april/{parts[3]}"
+            store.put(name, b"x" * len(store.objects()[name]))
+        return None
+
+    store.rule = rule
+    run_job(job)
+    assert store.puts().count(damaged[0]) >= 2
+    assert "1 parts are not as they were sent" in caplog.text
+    assert store.objects("april/")[damaged[0]][:4] == b"PAR1"
+
+
+def test_what_another_begun_run_left_is_not_in_the_dataset(
+    job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(object_store.Store, "create", lambda self, name, data: dies() if name == "_SUCCESS" else data)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job)
+    before = store.objects("april/")
+    run_job(replace(job, restart=True, params=replace(job.params, seed=9)))
+    after = store.objects("april/")
+    assert len(after) == N // 4 + 1
+    assert len(before.keys() & after.keys()) <= 1  # at most the part that holds nothing drawn
+
+
+def test_work_for_one_address_is_not_gone_on_with_for_another(job: Job, store: Proxy, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "publish", lambda *_: (_ for _ in ()).throw(BatchgenError("stopped")))
+        with pytest.raises(BatchgenError, match="stopped"):
+            run_job(job)
+    elsewhere = "s3://out/other/april/"
+    assert stand_in(elsewhere, job.output.parent) == job.output
+    with pytest.raises(UsageError, match="the work there is for s3://out/april/; go on with that"):
+        run_job(replace(job, destination=elsewhere))
+    run_job(job)
+
+
+# ---- two runs
+
+
+def test_of_two_runs_the_second_is_told_before_it_works(job: Job, store: Proxy, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = replace(job, output=stand_in(str(job.destination), tmp_path / "other"))
+    reached = held_at(store, 2)
+    run = command(job)
+    assert reached.wait(60)
+    with pytest.raises(BusyError, match=r"^s3://out/april/: another run writes there \(.*/april.batchgen on "):
+        run_job(replace(other, model="no such model"))
+    run.kill()
+    run.communicate()
+    store.reset()
+    with pytest.raises(BusyError, match="go on with that one, or, if it is gone for good, delete what is below"):
+        run_job(other)
+    run_job(job)
+    with pytest.raises(OutputError, match="a complete dataset is there, which is never replaced"):
+        run_job(other)
+    assert os.listdir(tmp_path / "other") == []
+
+
+def test_of_two_that_begin_at_once_one_has_the_prefix(job: Job, store: Proxy, tmp_path: Path) -> None:
+    both = threading.Barrier(2)
+
+    def rule(method: str, path: str) -> int | None:
+        if (method, path) == ("PUT", "/out/april/_RUN") and store.puts("_RUN") == [] and not both.broken:
+            both.wait(30)
+            both.abort()
+        return None
+
+    store.rule = rule
+    (tmp_path / "other").mkdir()
+    other = replace(job, output=stand_in(str(job.destination), tmp_path / "other"))
+    runs = [command(job), command(other)]
+    errors = [run.communicate(timeout=120)[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [3, 75]
+    (line,) = [error for error in errors if error]
+    assert line.startswith("batchgen: s3://out/april/: another run writes there (")
+    assert len(store.objects("april/")) == N // 4 + 1
+
+
+def test_a_manifest_that_another_put_first_stands(job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = json.dumps({"run": "theirs", "parts": []}).encode()
+    was = object_store.send_parts
+
+    def slowly(*arguments: Any) -> Any:
+        sent = was(*arguments)
+        store.put("april/_SUCCESS", theirs)
+        return sent
+
+    monkeypatch.setattr(object_store, "send_parts", slowly)
+    with pytest.raises(OutputError, match="another run has completed a dataset there first"):
+        run_job(job)
+    found = store.objects("april/")
+    assert found.pop("_SUCCESS") == theirs
+    assert found.keys() == {"_RUN"}  # ours would be read with theirs
+
+
+@pytest.mark.parametrize("how", ["ignored", "refused", "switched off"])
+def test_a_store_without_conditions_is_looked_at_first(
+    job: Job, store: Proxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    monkeypatch.setattr(object_store.open_store, "__kwdefaults__", {"retries": 0})
+    if how == "ignored":
+        store.drop = "if-none-match"
+    elif how == "refused":
+        store.refuse = "if-none-match"
+    else:
+        monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
+    run_job(job)
+    assert "this store has no conditional put: no other run may write there meanwhile" in caplog.text
+    assert len(store.objects("april/")) == N // 4 + 1
+    other = replace(job, output=stand_in(str(job.destination), tmp_path / "other"))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(OutputError, match="a complete dataset is there"):
+        run_job(other)
+
+
+# ---- before the run
+
+
+def refused(job: Job) -> str:
+    with pytest.raises((OutputError, UsageError, BusyError)) as caught:
+        run_job(replace(job, model="no such model"))  # which is looked for later
+    assert "\n" not in str(caught.value)
+    assert not list(job.output.parent.glob("*.batchgen"))
+    return str(caught.value)
+
+
+def test_what_is_there_and_no_dataset_is_left_alone(job: Job, store: Proxy) -> None:
+    store.put("april/notes.txt", b"mine")
+    assert "something else than a dataset of batchgen is there (notes.txt); choose another prefix" in refused(job)
+    store.put("april2/00000000-0123456789abcdef.parquet", b"mine")
+    assert "1 parts of a run that did not end are there" in refused(replace(job, destination="s3://out/april2/"))
+    assert store.objects() == {"april/notes.txt": b"mine", "april2/00000000-0123456789abcdef.parquet": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["april/", "x.parquet"])
+def test_a_bucket_that_is_not_there_is_one_line(job: Job, store: Proxy, name: str) -> None:
+    line = refused(replace(job, destination=f"s3://nowhere/{name}"))
+    assert line == f"s3://nowhere/{name}: there is no such bucket; create it or check its name"
+
+
+@pytest.mark.parametrize("method", ["PUT", "GET", "POST"])  # POST deletes
+def test_a_missing_permission_is_one_line(job: Job, store: Proxy, method: str) -> None:
+    store.rule = lambda m, path: 403 if m == method else None
+    assert refused(job) == (
+        "s3://out/april/: not permitted: the test says so (AccessDenied); to list, get, put and delete there is needed"
+    )
+
+
+def test_no_keys_are_one_line(job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    assert "no credentials were found; set AWS_ACCESS_KEY_ID" in refused(job)
+
+
+def test_keys_of_a_profile_are_used(job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "keys").write_text("[default]\naws_access_key_id = test\naws_secret_access_key = test\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "keys"))
+    assert run_job(job).rows == N
+
+
+def test_a_store_that_does_not_answer_is_one_line(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    assert "the store does not answer; check AWS_ENDPOINT_URL and the network" in refused(job)
+
+
+@pytest.mark.parametrize(
+    ("address", "line"),
+    [
+        ("s3://out/april", "neither a file nor a dataset: a file ends in .parquet or .jsonl, and a dataset in /"),
+        ("s3:///april/", "not an address that can be written"),
+        ("hdfs://out/april/", "not an address that can be written; use s3://bucket/"),
+        ("s3://out/april/?colour=red", "'colour' is no option of an address"),
+        ("abfs://container/april/", "Account must be specified; check the address"),
+    ],
+)
+def test_what_is_no_address_is_one_line(job: Job, address: str, line: str) -> None:
+    assert line in refused(replace(job, destination=address))
+
+
+def test_options_that_a_store_has_no_place_for_are_refused(job: Job, store: Proxy) -> None:
+    assert "--retry-failed is for an output that is a local file" in refused(
+        replace(to_file(job, "x.parquet"), retry_failed=True)
+    )
+    store.put("p.jsonl", b'{"prompt": "a"}\n')
+    assert "this is the input" in refused(replace(to_file(job, "p.jsonl"), input="s3://out/p.jsonl"))
+    assert not store.puts("x.parquet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (["report", "s3://k:s@out/x.parquet"], 2, "s3://out/x.parquet: a report is of a local file; download it first"),
+        (["verify", "s3://out/april/"], 2, "s3://out/april/: a verification is of a local file; download it first"),
+        (["generate", "p.jsonl", "-o", "x.parquet", "--work-dir", "."], 2, "--work-dir: a local output keeps its work"),
+        (["generate", "p.jsonl", "-o", "s3://out/x.parquet", "--report"], 2, "--report: a report is about one output"),
+    ],
+)
+def test_commands_for_local_files_say_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, line: str
+) -> None:
+    monkeypatch.setattr(cli, "_heed_signals", lambda: None)
+    monkeypatch.setattr(cli, "log_for_people", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["batchgen", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == code
+    assert capsys.readouterr().err.startswith(f"batchgen: {line}")
+
+
+def test_without_obstore_the_line_says_how_to_have_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    assert refused(job).endswith(
+        "needs obstore, which is not installed; install it with: pip install 'batchgen[store]'"
+    )
+
+
+# ---- addresses
+
+
+def test_keys_in_an_address_are_used_and_not_shown(
+    job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    options = f"region=eu-central-1&scheme=http&endpoint_override={store.url.removeprefix('http://')}"
+    status = tmp_path / "status.json"
+    keyed = replace(job, destination=f"s3://me:hi%2Fdden@out/april/?{options}", status=status)
+    assert run_job(keyed).output == "s3://out/april/"
+    assert "dden" not in status.read_text()
+    assert "me:" not in refused(replace(keyed, destination=f"s3://me:hidden@nowhere/x.parquet?{options}"))
+
+
+@pytest.mark.parametrize(
+    ("address", "dataset", "url", "name", "last"),
+    [
+        ("s3://b/x/y/", False, "s3://b/x/y", "", "y"),
+        ("s3://b/x/y.parquet", False, "s3://b/x", "y.parquet", "y.parquet"),
+        ("s3://b/x/y.parquet", True, "s3://b/x/y.parquet", "", "y.parquet"),
+        ("S3://b/", False, "s3://b/", "", "b"),
+        ("s3://b", False, "s3://b/", "", "b"),
+        ("s3://b/a%20b.jsonl", False, "s3://b/", "a b.jsonl", "a b.jsonl"),
+        ("gs://b/x/", False, "gs://b/x", "", "x"),
+        ("abfs://c@a.dfs.core.windows.net/x/", False, "abfs://c@a.dfs.core.windows.net/x", "", "x"),
+    ],
+)
+def test_an_address_is_a_prefix_or_a_name_in_one(address: str, dataset: bool, url: str, name: str, last: str) -> None:
+    found = parse_address(address, dataset=dataset)
+    assert (found.url, found.name, found.last) == (url, name, last)
