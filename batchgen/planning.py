@@ -1,35 +1,45 @@
-"""How the work is cut: contiguous rows of the input into chunks, and how many workers at once."""
+"""Makes a plan: rows per chunk, workers that fit into memory, and the arithmetic of this machine."""
 
+import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import joblib
+from threadpoolctl import threadpool_limits
 
-from batchgen.engine.engine import kv_bytes_per_token
+from batchgen import __version__
+from batchgen.engine.engine import MAX_BATCH, check_limits, kv_bytes_per_token
+from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError
 from batchgen.gpt2.config import GPT2Config
+from batchgen.input.prompts import Facts
+from batchgen.job import Job
+from batchgen.models.model import Model
+from batchgen.options import say
+from batchgen.plan import Plan
 from batchgen.types import Chunk, Rejected, TokenizedRequest
 
-MIN_CHUNK_ROWS = 16  # starting a process costs more than so few rows
-MAX_CHUNK_ROWS = 512  # a lost worker costs at most this much work; more in flight gain nothing
-FULL_BATCH_ROWS = 192  # chunks of fewer rows leave the matrix products short of work
-ROUNDS = 4  # chunks a worker, where there is enough: long rows in one chunk then do not leave the others idle
+MIN_CHUNK_ROWS = 16  # starting a process costs more than generating so few rows
+MAX_CHUNK_ROWS = 512  # a lost worker costs at most this much work; longer chunks gain nothing
+FULL_BATCH_ROWS = 192  # in smaller chunks the matrix products have too few rows to run at full speed
+ROUNDS = 4  # chunks per worker, if there are enough rows: a chunk of long rows then does not leave the others idle
+NOMINAL_JOBS = 4  # cuts the input if a row's bits depend on its batch, so that --jobs does not change them
 KV_BYTES = 1536 * 2**20
 WORKER_BYTES = 400 * 2**20  # a worker's interpreter, libraries and work buffers
-UNKNOWN_MEMORY = 2**40  # where the system does not tell, memory is not what limits the number of workers
+UNKNOWN_MEMORY = 2**40  # on a system that does not report its memory, the number of workers is not limited by it
 
 Row = TypeVar("Row")
 
 
-def available_jobs() -> int:
-    """The cores that this process may use: affinity and cgroup counted (joblib)."""
-    return int(joblib.cpu_count())
+# ---- chunks
 
 
 def auto_chunk_rows(rows: int, jobs: int, n: int = 1) -> int:
-    """Rows a chunk so that all workers end together; the work of a row is its n samples.
+    """Rows per chunk so that all workers end together; the work of a row is its n samples.
 
     rows=12, jobs=2 -> 12; rows=192, jobs=2 -> 96; rows=1_000, jobs=2 -> 250; rows=100_000, jobs=2 -> 511;
     rows=12, jobs=2, n=100 -> 2
@@ -45,22 +55,39 @@ def n_chunks(rows: int, chunk_rows: int) -> int:
     return -(-rows // chunk_rows)
 
 
-def default_kv_bytes(config: GPT2Config) -> int:
-    """Keys and values that one worker may hold: a fixed amount, so that a plan does not depend on the machine.
+def plan_chunks(items: Iterable[TokenizedRequest | Rejected], chunk_rows: int) -> Iterator[Chunk]:
+    """Cut the rows, in order, into chunks of chunk_rows; the last may be shorter."""
+    rows = iter(items)
+    index = 0
+    while members := tuple(islice(rows, chunk_rows)):
+        yield Chunk(index, members)
+        index += 1
 
-    About 130 sequences of 124M at 150 tokens each; never less than four sequences of full length.
+
+# ---- cores and memory
+
+
+def available_jobs() -> int:
+    """The cores that this process may use, counting affinity and cgroups (joblib)."""
+    return int(joblib.cpu_count())
+
+
+def default_kv_bytes(config: GPT2Config) -> int:
+    """Memory for the keys and values of one worker: a fixed amount, so that a plan does not depend on the machine.
+
+    It holds about 130 sequences of 124M at 150 tokens each, and never less than four sequences of full length.
     """
     return max(KV_BYTES, 4 * (config.n_ctx + 64) * kv_bytes_per_token(config))
 
 
 def fitting_jobs(kv_bytes: int, model_bytes: int) -> int:
-    """The cores that this process may use, or as many workers as fit into the memory that is free."""
+    """The cores that this process may use, or fewer if only fewer workers fit into the free memory."""
     free = available_memory() - model_bytes
     return max(1, min(available_jobs(), free // (kv_bytes + WORKER_BYTES)))
 
 
 def check_memory(name: str, config: GPT2Config, model_bytes: int) -> None:
-    """Refuse a model that cannot work in the memory that is free, were it with one worker and one sequence."""
+    """Refuse a model that does not fit into the free memory even with one worker and one sequence."""
     sequence = (config.n_ctx + 64) * kv_bytes_per_token(config)
     needed, free = model_bytes + WORKER_BYTES + sequence, available_memory()
     if needed > free:
@@ -72,7 +99,7 @@ def check_memory(name: str, config: GPT2Config, model_bytes: int) -> None:
 
 
 def available_memory() -> int:
-    """Bytes that can still be had without swapping: MemAvailable, or what is left of a cgroup's limit."""
+    """Bytes that are free without swapping: MemAvailable, or less if a cgroup limits this process."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return UNKNOWN_MEMORY
@@ -82,7 +109,7 @@ def available_memory() -> int:
 
 
 def left_of_cgroup(group: Path) -> int:
-    """Bytes up to a cgroup's limit (version 2); files that the kernel keeps in memory give way, and do not count."""
+    """Bytes up to a cgroup's limit (version 2); the kernel frees cached files on demand, so they do not count."""
     limit, used, stat = group / "memory.max", group / "memory.current", group / "memory.stat"
     if not (limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit()):
         return UNKNOWN_MEMORY
@@ -91,13 +118,73 @@ def left_of_cgroup(group: Path) -> int:
     return max(int(text) - max(int(used.read_text()) - cached, 0), 0)
 
 
-def cut(rows: Iterable[Row], chunk_rows: int) -> Iterator[tuple[Row, ...]]:
-    """chunk_rows of them at a time, in order; the last may be fewer."""
-    rows = iter(rows)
-    while members := tuple(islice(rows, chunk_rows)):
-        yield members
+# ---- the plan
 
 
-def plan_chunks(items: Iterable[TokenizedRequest | Rejected], chunk_rows: int) -> Iterator[Chunk]:
-    """Cut the rows, in order, into chunks of chunk_rows; the last may be shorter."""
-    return (Chunk(index, members) for index, members in enumerate(cut(items, chunk_rows)))
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What decides the last bits of a row on this machine."""
+
+    numpy: str
+    blas: str
+    batch_invariant: bool
+
+
+def probe_arithmetic(model: Model, *, require_invariant: bool = False) -> Arithmetic:
+    """Run the model's first layer alone and in batches; BatchgenError if bits differ and require_invariant is set."""
+    with threadpool_limits(1, user_api="blas"):  # as in a worker
+        invariant = is_batch_invariant(model.load_params(), model.config)
+    blas = blas_info()
+    if require_invariant and not invariant:
+        variable = "OPENBLAS_CORETYPE"
+        remedy = f"unset {variable}" if variable in os.environ else "use a machine with AVX-512, or do without"
+        raise BatchgenError(f"{say('require_invariant')}: with {blas} the bits of a row depend on its batch; {remedy}")
+    return Arithmetic(version("numpy"), blas.kernels, invariant)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a plan depends on besides the job, its input and its model."""
+
+    arithmetic: Arithmetic
+    rows: int  # to generate: fewer than the input's in a retry
+    slots: int  # chunks that can be done at once; 0: not known yet
+    format: str  # of the output: parquet, jsonl or dataset
+
+
+def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[Plan, frozenset[str]]:
+    """The plan of a job, and the names of its fields that nobody asked for.
+
+    Raises UsageError if not even one sequence fits into kv_bytes.
+    """
+    work, arithmetic = job.work, setting.arithmetic
+    jobs = work.jobs or setting.slots or NOMINAL_JOBS if arithmetic.batch_invariant else NOMINAL_JOBS
+    chunk_rows = work.chunk_rows or auto_chunk_rows(setting.rows, jobs, job.sampling.n)
+    batch_size, kv_bytes = work.batch_size or MAX_BATCH, work.kv_bytes or default_kv_bytes(model.config)
+    check_limits(model.config, kv_bytes, batch_size)
+    plan = Plan(
+        batchgen=__version__,
+        numpy=arithmetic.numpy,
+        blas=arithmetic.blas,
+        batch_invariant=arithmetic.batch_invariant,
+        input=facts.sha256,
+        input_formats=facts.formats,
+        rows=facts.rows,
+        prompt_column=job.input.prompt_column,
+        id_column=job.input.id_column,
+        keep=job.input.keep,
+        row_params=job.input.row_params,
+        model=model.name,
+        model_hash=model.hash,
+        parameters=job.sampling,
+        on_too_long=job.policy.on_too_long,
+        empty_prompt=job.policy.empty_prompt,
+        trim=job.policy.trim,
+        format=setting.format,
+        token_ids=job.output.token_ids,
+        share_prefixes=work.share_prefixes,
+        chunk_rows=chunk_rows,
+        batch_size=batch_size,
+        kv_bytes=kv_bytes,
+    )
+    return plan, frozenset(name for name in ("chunk_rows", "batch_size", "kv_bytes") if getattr(work, name) is None)

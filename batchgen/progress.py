@@ -1,36 +1,41 @@
-"""How far a run is, for people and for machines: Progress, and the status file beside the output.
+"""How far a run is, for people and for machines: progress, the status file beside the output, and the summary.
 
-completions.parquet.status.json is one JSON object, replaced as a whole, so that a reader never sees half of it. It
-is rewritten about every second while the run lives, and says at the end how it ended; one that says `running` and is
-older than a few seconds is of a run that was killed.
+completions.parquet.status.json is one JSON object, replaced as a whole, so that a reader never sees half of it. It is
+rewritten about every second while the run lives, and at the end it has the state in which the run ended. If it says
+`running` and is older than a few seconds, the run was killed.
 """
 
 import errno
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol
 
-from batchgen.files import STATUS_SUFFIX
+from batchgen.files import STATUS_SUFFIX, replace_file
 
 logger = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "stopped", "failed"]
 
-INTERVAL_SECONDS = 1.0
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # of which the run itself will tell
+LOOK_SECONDS = 0.25  # between two looks at the workers
+INTERVAL_SECONDS = 1.0  # between two writings of the status file
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # reported by the run itself
 MAX_POINTS = 200  # of the timeline
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
-    """What a worker is on: a chunk (None: idle), rows of it that are done, samples in flight."""
+    """One worker: its chunk (None: idle), the rows of it that are done, the samples in flight."""
 
     pid: int
     chunk: int | None
@@ -40,21 +45,96 @@ class WorkerState:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is: rows of the input in all, tokens and seconds of this run alone."""
+    """How far a run is: rows of the input in all, tokens and seconds of this attempt alone."""
 
     rows: int
     rows_in_all: int
     prompt_tokens: int
     completion_tokens: int
     seconds: float
-    resumed_rows: int = 0  # of rows, those of earlier runs
+    resumed_rows: int = 0  # of rows, those of earlier attempts
     workers: tuple[WorkerState, ...] = ()
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds still to go at this run's pace."""
+        """Seconds left at this attempt's pace."""
         new = self.rows - self.resumed_rows
         return (self.rows_in_all - self.rows) * self.seconds / new if new else None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Sighting(Protocol):
+    """What is asked of a worker's marker; see workers/marker.py."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def chunk(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def completion_tokens(self) -> int: ...
+
+    @property
+    def in_flight(self) -> tuple[int, ...]: ...
+
+
+def add_progress(
+    done: Counter[str], resumed: Counter[str], sightings: Sequence[Sighting], committed: Container[int], rows: int
+) -> Progress:
+    """What is committed (`done`, of it `resumed` by earlier attempts) and what workers report of other chunks."""
+    now = [sighting for sighting in sightings if sighting.chunk not in committed]
+    new = done - resumed
+    return Progress(
+        rows=min(done["input_rows"] + sum(s.rows for s in now), rows),
+        rows_in_all=rows,
+        prompt_tokens=new["prompt_tokens"] + sum(s.prompt_tokens for s in now),
+        completion_tokens=new["completion_tokens"] + sum(s.completion_tokens for s in now),
+        seconds=0.0,
+        resumed_rows=resumed["input_rows"],
+        workers=tuple(WorkerState(s.pid, s.chunk, s.rows, len(s.in_flight)) for s in sightings),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The outcome of a finished run; counts are of output rows, tokens and seconds of this attempt alone."""
+
+    output: Path | str  # a str is an address
+    input_rows: int
+    ok: int
+    rejected: int
+    failed: int
+    resumed: int  # output rows of earlier attempts
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    jobs: int
+    blas: str
+    space_ends: int = 0  # input rows whose prompt ends in a space
+
+    @property
+    def rows(self) -> int:
+        return self.ok + self.rejected + self.failed
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        return {"ok": self.ok, "rejected": self.rejected, "failed": self.failed}
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.rows == self.ok else 3
+
+
+# ---- the status file
 
 
 def status_path(out: Path) -> Path:
@@ -67,7 +147,7 @@ def _now() -> str:
 
 @dataclass(slots=True)
 class StatusFile:
-    """Writes one run's status. Where it cannot be written, that is logged once and the run goes on."""
+    """Writes one run's status. If it cannot be written, that is logged once and the run goes on."""
 
     path: Path | None  # None: nowhere
     output: str
@@ -78,40 +158,38 @@ class StatusFile:
     _last: Progress = Progress(0, 0, 0, 0, 0.0)
 
     def update(self, now: Progress, counts: Counter[str]) -> None:
-        """Take note of how far the run is, and write it when it is time."""
+        """Record how far the run is, and write it if the interval has passed."""
         self._last = now
         if not self.timeline or now.seconds - self.timeline[-1][0] >= self._step:
             self.timeline.append((round(now.seconds, 3), now.rows, now.completion_tokens))
         if len(self.timeline) > MAX_POINTS:
             self.timeline, self._step = self.timeline[::2], 2 * self._step
         if time.monotonic() - self._written >= INTERVAL_SECONDS:
-            self._write("running", counts, None, None)
+            self._write("running", counts)
 
     def finish(self, state: State, counts: Counter[str], exit_code: int, error: str | None) -> None:
+        """Record how the run ended."""
         self._write(state, counts, exit_code, error)
 
-    def _write(self, state: State, counts: Counter[str], exit_code: int | None, error: str | None) -> None:
+    def _write(
+        self, state: State, counts: Counter[str], exit_code: int | None = None, error: str | None = None
+    ) -> None:
         if self.path is None:
             return
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        values = {"state": state, "exit_code": exit_code, "error": error, **self._values(state, counts)}
+        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
         try:
-            values = self._values(state, counts, exit_code, error)
-            lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
-            temporary.write_text(f"{{\n{lines}\n}}\n", "utf-8")
-            os.replace(temporary, self.path)
+            replace_file(self.path, f"{{\n{lines}\n}}\n".encode(), durable=False)
         except OSError as reason:
             level = logging.INFO if reason.errno in DISK_TROUBLE else logging.WARNING
             logger.log(level, "%s: the status is no longer written: %s", self.path, reason.strerror or reason)
             self.path = None
         self._written = time.monotonic()
 
-    def _values(self, state: State, counts: Counter[str], exit_code: int | None, error: str | None) -> dict[str, Any]:
+    def _values(self, state: State, counts: Counter[str]) -> dict[str, object]:
         now = self._last
         eta = now.eta_seconds if state == "running" else None
         return {
-            "state": state,
-            "exit_code": exit_code,
-            "error": error,
             "output": self.output,
             "rows_done": now.rows,
             "rows": now.rows_in_all,
@@ -128,3 +206,98 @@ class StatusFile:
             "host": socket.gethostname(),
             "timeline": self.timeline,
         }
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a command that ends with this exception."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
+# ---- reporting
+
+
+@dataclass(slots=True)
+class Reporter:
+    """Looks at a run from a thread and hands what it sees to the status file and to on_progress.
+
+    look returns the progress so far, but for the seconds; counts is the ledger's counter of what is committed.
+    """
+
+    look: Callable[[], Progress]
+    counts: Counter[str]
+    resumed: Counter[str]  # of counts, those of earlier attempts
+    status: StatusFile
+    on_progress: OnProgress | None = None
+    started: float = field(default_factory=time.monotonic)
+    _last: Progress | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def summarise(self, output: Path | str, input_rows: int, staying: Counter[str], jobs: int, blas: str) -> Summary:
+        """The summary, when all is committed; `staying` counts by status the output rows that a retry leaves."""
+        counts, resumed = self.counts, self.resumed
+        return Summary(
+            output=output,
+            input_rows=input_rows,
+            ok=counts["ok"] + staying["ok"],
+            rejected=counts["rejected"] + staying["rejected"],
+            failed=counts["failed"],
+            resumed=resumed["rows"] + staying["ok"] + staying["rejected"],
+            prompt_tokens=counts["prompt_tokens"] - resumed["prompt_tokens"],
+            completion_tokens=counts["completion_tokens"] - resumed["completion_tokens"],
+            seconds=self.seconds,
+            jobs=jobs,
+            blas=blas,
+            space_ends=counts["space_ends"],
+        )
+
+    def finish(self, summary: Summary) -> None:
+        """Record in the status file that the output is complete."""
+        self.status.finish("finished", Counter(summary.statuses), summary.exit_code, None)
+
+    def report(self) -> None:
+        """Look once. An exception in on_progress is logged, and it is not called again: the run goes on."""
+        now = replace(self.look(), seconds=self.seconds)
+        if last := self._last:
+            # A worker that has begun its next chunk no longer counts the one that is about to be committed.
+            rows, tokens = max(now.rows, last.rows), max(now.completion_tokens, last.completion_tokens)
+            now = replace(now, rows=rows, completion_tokens=tokens)
+        self._last = now
+        self.status.update(now, self.counts)
+        if self.on_progress is None:
+            return
+        try:
+            self.on_progress(now)
+        except Exception as error:
+            logger.warning("progress is no longer shown: %r", error)
+            self.on_progress = None
+
+    def watch(self, over: threading.Event) -> None:
+        """Report every LOOK_SECONDS until `over` is set."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # so that it waits while the main thread blocks it
+        while not over.wait(LOOK_SECONDS):
+            self.report()
+
+
+@contextmanager
+def reporting(reporter: Reporter) -> Iterator[Reporter]:
+    """Report while the block runs and once at its end; if it ends badly, the status file has the error."""
+    over = threading.Event()
+    watcher = threading.Thread(target=reporter.watch, args=(over,), daemon=True)
+    try:
+        watcher.start()
+        try:
+            yield reporter
+        finally:
+            over.set()
+            watcher.join()
+            reporter.report()
+    except BaseException as error:
+        code = exit_code_of(error)
+        text = str(error) if isinstance(error, Exception) else type(error).__name__
+        reporter.status.finish("stopped" if code in (75, 130, 143) else "failed", reporter.counts, code, text)
+        raise

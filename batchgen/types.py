@@ -1,15 +1,25 @@
-"""The small records that pass between the floors: what is asked for, and what came of it."""
+"""The small records that pass between the floors: sampling parameters, requests, chunks, rows, receipts."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from batchgen.errors import UsageError
+from batchgen.options import (
+    check_ranges,
+    is_number,
+    option,
+    parse_biases,
+    parse_token_ids,
+    show_biases,
+    show_token_ids,
+    shown,
+)
 
 FinishReason = Literal["stop", "length", "repetition"]
 Status = Literal["ok", "rejected", "failed"]
 
+MAX_INT = 2**31 - 1
 MAX_SEED = 2**63 - 1
 MAX_N = 1024
 MAX_LOGPROBS = 100
@@ -18,75 +28,74 @@ MAX_STOP_CHARACTERS = 1000
 MAX_TOKENS_NAMED = 64  # bad_words, stop_token_ids: fewer than any vocabulary has, so that some token is always left
 MAX_BIASES = 1024
 
-# field: (type, lowest, highest, words for the range)
-_RANGES: dict[str, tuple[type, float, float, str]] = {
-    "max_tokens": (int, 1, 2**31 - 1, "1 or more"),
-    "temperature": (float, 0.0, 100.0, "0 (greedy), or 0.001 to 100"),
-    "top_k": (int, 0, 2**31 - 1, "0 (off) or more"),
-    "top_p": (float, 0.0, 1.0, "above 0, up to 1 (off)"),
-    "min_p": (float, 0.0, 1.0, "0 (off) to 1"),
-    "repetition_penalty": (float, 0.01, 100.0, "0.01 to 100, 1 is off"),
-    "presence_penalty": (float, -100.0, 100.0, "-100 to 100, 0 is off"),
-    "frequency_penalty": (float, -100.0, 100.0, "-100 to 100, 0 is off"),
-    "min_tokens": (int, 0, 2**31 - 1, "0 to max_tokens"),
-    "n": (int, 1, MAX_N, f"1 to {MAX_N}"),
-    "seed": (int, 0, MAX_SEED, f"0 to {MAX_SEED}"),
-    "logprobs": (int, 0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
-}
+SAMPLING, ENDS, IO = "Sampling", "Where a completion ends", "Input, model, output"  # groups of options in --help
 
-# field: what it is a list of
-_LISTS = {"stop": "strings", "bad_words": "strings", "stop_token_ids": "token ids", "logit_bias": "pairs"}
+_TOP_K = "Draw from the K most likely tokens; 0 is off."
+_TOP_P = "Draw from the most likely tokens that make up this probability; 1 is off."
+_MIN_P = "Drop tokens less likely than this times the most likely; 0 is off."
+_REPETITION = "Divide the logits of tokens already there; 1 is off."
+_PRESENCE = "Subtract from the logits of generated tokens; 0 is off."
+_FREQUENCY = "The same for every time that they were generated; 0 is off."
+_LOGIT_BIAS = "Add to the logits of tokens, -100 to 100: 198=-100,464=2.5."
+_SEED = "Draws the same samples again; used if temperature is above 0."
+_LOGPROBS = "Add columns of log-probabilities: each token's, and the K highest."
+_STOP = f"End before this text; again for more, up to {MAX_STOPS}."
+_PENALTY = (-100.0, 100.0, "-100 to 100, 0 is off")
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one prompt is to be completed; names and meanings are vLLM's, and docs/parameters.md has them all.
+    """How to complete one prompt; names and meanings are vLLM's, and docs/parameters.md explains each.
 
     temperature 0 is greedy. Order of work on the logits: penalties and logit_bias, bad_words, min_tokens,
-    temperature, top_k, top_p, min_p. Raises UsageError, with the range, on a value out of it.
+    temperature, top_k, top_p, min_p. Raises UsageError, with the range, on a value out of it. A new parameter is a
+    field here; the command line, rows, OpenAI bodies, `Generator` and the plan take it from this declaration.
     """
 
-    max_tokens: int = 40
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    n: int = 1
-    seed: int = 0
-    logprobs: int | None = None
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False
-    bad_words: tuple[str, ...] = ()
-    echo: bool = False
-    stop_loops: bool = False
+    max_tokens: int = option(40, "New tokens at most, for each sample.", SAMPLING, within=(1, MAX_INT, "1 or more"))
+    temperature: float = option(
+        0.0, "0 is greedy: always the most likely token.", SAMPLING, within=(0.0, 100.0, "0 (greedy), or 0.001 to 100")
+    )
+    top_k: int = option(0, _TOP_K, SAMPLING, within=(0, MAX_INT, "0 (off) or more"))
+    top_p: float = option(1.0, _TOP_P, SAMPLING, within=(0.0, 1.0, "above 0, up to 1 (off)"))
+    min_p: float = option(0.0, _MIN_P, SAMPLING, within=(0.0, 1.0, "0 (off) to 1"))
+    repetition_penalty: float = option(1.0, _REPETITION, SAMPLING, within=(0.01, 100.0, "0.01 to 100, 1 is off"))
+    presence_penalty: float = option(0.0, _PRESENCE, SAMPLING, within=_PENALTY)
+    frequency_penalty: float = option(0.0, _FREQUENCY, SAMPLING, within=_PENALTY)
+    logit_bias: tuple[tuple[int, float], ...] = option(
+        (), _LOGIT_BIAS, SAMPLING, metavar="ID=BIAS,...", parse=parse_biases, show=show_biases
+    )
+    stop_token_ids: tuple[int, ...] = option(
+        (), "End at these token ids too: 198,13.", ENDS, metavar="ID,ID", parse=parse_token_ids, show=show_token_ids
+    )
+    min_tokens: int = option(0, "No end before this many tokens.", SAMPLING, within=(0, MAX_INT, "0 to max_tokens"))
+    ignore_eos: bool = option(False, "Continue past <|endoftext|>.", ENDS, off="--stop-at-eos")
+    n: int = option(
+        1, "Samples of each prompt; one output row each.", SAMPLING, short="-n", within=(1, MAX_N, f"1 to {MAX_N}")
+    )
+    seed: int = option(0, _SEED, SAMPLING, within=(0, MAX_SEED, f"0 to {MAX_SEED}"))
+    logprobs: int | None = option(None, _LOGPROBS, IO, metavar="K", within=(0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"))
+    stop: tuple[str, ...] = option((), _STOP, ENDS, metavar="TEXT")
+    include_stop: bool = option(False, "Keep the stop string in the completion.", ENDS, off=None)
+    bad_words: tuple[str, ...] = option(
+        (), "Never generate the tokens of this text; again for more.", SAMPLING, metavar="TEXT"
+    )
+    echo: bool = option(False, "Begin the completion with the prompt.", ENDS, off=None)
+    stop_loops: bool = option(False, "End a completion that repeats itself.", ENDS, off=None)
 
     def __post_init__(self) -> None:
         for name, what in _LISTS.items():
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name), what))
-        for name, (kind, low, high, words) in _RANGES.items():
-            value = getattr(self, name)
-            if value is None and name == "logprobs":
-                continue
-            _check_range(name, value, kind, low, high, words)
+        check_ranges(self)
         if 0.0 < self.temperature < 0.001:
-            raise UsageError(f"temperature {self.temperature!r} is out of range ({_RANGES['temperature'][3]})")
+            raise UsageError(f"temperature {self.temperature!r} is out of range (0 (greedy), or 0.001 to 100)")
         if self.top_p == 0.0:
-            raise UsageError(f"top_p 0.0 is out of range ({_RANGES['top_p'][3]}); greedy is temperature 0")
+            raise UsageError("top_p 0.0 is out of range (above 0, up to 1 (off)); greedy is temperature 0")
         if self.min_tokens > self.max_tokens:
             raise UsageError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}; lower it")
         for token, bias in self.logit_bias:
-            if not _is_number(bias) or not -100.0 <= bias <= 100.0:
+            if not is_number(bias) or not -100.0 <= bias <= 100.0:
                 raise UsageError(f"logit_bias {shown(bias)} of token {token} is out of range (-100 to 100)")
-        for name in ("ignore_eos", "include_stop", "echo", "stop_loops"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"{name} {shown(getattr(self, name))} is out of range (true or false)")
         self._check_lists()
 
     def _check_lists(self) -> None:
@@ -110,6 +119,10 @@ class SamplingParams:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+# field: what it is a list of
+_LISTS = {"stop": "strings", "bad_words": "strings", "stop_token_ids": "token ids", "logit_bias": "pairs"}
+
+
 def _as_tuple(name: str, value: object, what: str) -> tuple[Any, ...]:
     """Lists as people write them: a string for one, a list, a dict of token ids; a tuple can be a key."""
     if isinstance(value, str) and what == "strings":
@@ -123,27 +136,6 @@ def _as_tuple(name: str, value: object, what: str) -> tuple[Any, ...]:
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
         raise UsageError(f"{name} {shown(value)} is out of range (a list of pairs of a token id and a bias)")
     return tuple(map(tuple, value))
-
-
-def shown(value: object) -> str:
-    """repr, of bounded length and all of characters that can be written: a row of the input may hold anything."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"({type(value).__name__}, nested too deeply)"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _is_number(value: object) -> bool:
-    """A finite one; an integer is, however long (too long for math.isfinite)."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole or (isinstance(value, float) and math.isfinite(value))
-
-
-def _check_range(name: str, value: object, kind: type, low: float, high: float, words: str) -> None:
-    number = _is_number(value) and not (kind is int and isinstance(value, float))
-    if not number or not low <= value <= high:  # type: ignore[operator]
-        raise UsageError(f"{name} {shown(value)} is out of range ({words})")
 
 
 def _check_texts(name: str, texts: tuple[str, ...], most: int) -> None:
@@ -225,7 +217,7 @@ class Chunk:
 
     index: int
     items: tuple[TokenizedRequest | Rejected, ...]
-    kept: bytes | None = None  # what the output carries from the input of these rows; see records/keep.py
+    kept: bytes | None = None  # what the output carries from the input of these rows; see input/kept.py
 
     @property
     def first_row(self) -> int:

@@ -1,4 +1,4 @@
-"""The command `batchgen`: its commands joined, and errors turned into one line and an exit code."""
+"""The command `batchgen`: joins the commands, and turns errors into one line and an exit code."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ import typer
 
 from batchgen import __version__
 from batchgen.errors import BatchgenError
+from batchgen.job import FLAGS
 from batchgen.jobs.complete import complete
 from batchgen.jobs.convert import convert
 from batchgen.jobs.doctor import doctor
@@ -19,10 +20,11 @@ from batchgen.jobs.generate import generate
 from batchgen.jobs.html_report import report
 from batchgen.jobs.logs import is_json, log_for_people
 from batchgen.jobs.models import models
-from batchgen.jobs.panels import COMMANDS, command_class, panel_of
+from batchgen.jobs.panels import panel_of
 from batchgen.jobs.plan import plan
 from batchgen.jobs.report import discard_stdout, one_line
 from batchgen.jobs.verify import verify
+from batchgen.options import use_flags
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (plan, generate, complete, report, verify, fetch, convert, models, doctor):
-    name = command.__name__
-    app.command(cls=command_class(name), rich_help_panel=panel_of(name, COMMANDS))(command)
+    app.command(rich_help_panel=panel_of(command.__name__))(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -53,25 +54,26 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """What comes before a command."""
+    """Options before a command."""
 
 
 def main() -> None:
     """Run the command line; a user's own mistake is one line on standard error, never a traceback."""
     _open_missing_streams()
     log_for_people()
-    _heed_signals()
+    use_flags(FLAGS)
+    _handle_signals()
     try:
         app(prog_name="batchgen")
     except BatchgenError as error:
         _say(str(error))
         sys.exit(error.exit_code)
     except MemoryError as error:
-        _say(f"out of memory: {error}; use fewer --jobs, or less --kv-memory or --batch-size with --restart")
+        _say(f"out of memory: {error}; lower --jobs, or lower --kv-memory or --batch-size with --restart")
         sys.exit(1)
     except OSError as error:
         _say(str(error))
-        discard_stdout()  # which may be what cannot be written
+        discard_stdout()  # it may be the file that cannot be written
         sys.exit(1)
     except KeyboardInterrupt:
         _stop(130)
@@ -81,15 +83,15 @@ def main() -> None:
         raise
 
 
-def _heed_signals() -> None:
-    """The first ends the run in good order, the second at once; what was ignored (nohup, `&` in a script) stays so."""
+def _handle_signals() -> None:
+    """The first signal ends the run in order, the second immediately; ignored ones (nohup, `&` in a script) stay so."""
     seen: list[int] = []
 
     def terminate(number: int, frame: object) -> NoReturn:
         if seen:
             _stop(128 + number)
         seen.append(number)
-        # What is raised while a finalizer happens to run, Python drops.
+        # Python drops an exception that is raised while a finalizer runs.
         last_resort = threading.Timer(3, _stop, (128 + number,))
         last_resort.daemon = True
         last_resort.start()
@@ -101,7 +103,7 @@ def _heed_signals() -> None:
 
 
 def _open_missing_streams() -> None:
-    """Where a shell closed one (`>&-`), the next file to be opened would take its number, and what is printed."""
+    """Open the streams that a shell closed (`>&-`): the next opened file would take their number and their output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -117,9 +119,9 @@ def _say(text: str) -> None:
 
 
 def _stop(code: int) -> NoReturn:
-    """Leave at once: at exit joblib would wait for what its workers are doing; they die with this process."""
+    """Exit immediately: a normal exit would wait for the workers, which die with this process."""
     try:
-        _say(f"{STOPPED[code]}; run the same command again to go on")
+        _say(f"{STOPPED[code]}; run the same command again to resume")
     finally:
         os._exit(code)
 

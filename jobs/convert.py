@@ -1,4 +1,4 @@
-"""batchgen convert: a checkpoint becomes shards."""
+"""batchgen convert: convert a checkpoint to shards."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,13 +13,14 @@ from batchgen.models.registry import model_destination
 
 def convert(
     src: Annotated[
-        Path, typer.Argument(metavar="SRC", help="OpenAI's GPT-2 (a folder of seven files), or one of Hugging Face's.")
+        Path,
+        typer.Argument(metavar="SRC", help="A folder with OpenAI's GPT-2 (seven files), or one of Hugging Face's."),
     ],
     dst: Annotated[str, typer.Argument(metavar="DST", help="A name for --model, or a folder.")],
-    replace: Annotated[bool, typer.Option("--replace", help="Replace a model that is there already.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing model.")] = False,
     progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
 ) -> None:
-    """Convert the checkpoint in SRC to shards in DST, checked, and all or nothing.
+    """Convert the checkpoint in SRC to shards in DST; check it, and write all or nothing.
 
     SRC is a TensorFlow checkpoint as OpenAI publishes it, or a Hugging Face folder with config.json,
     model.safetensors (single or sharded) and a vocabulary.

@@ -1,4 +1,4 @@
-"""batchgen doctor: what of this machine matters to a run."""
+"""batchgen doctor: looks at what a run needs of this machine."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""batchgen fetch: one of OpenAI's models, downloaded, checked and converted."""
+"""batchgen fetch: download, check and convert one of OpenAI's models."""
 
 import sys
 import time
@@ -14,40 +14,40 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from batchgen.errors import ModelError
 from batchgen.jobs.progress import PLAIN_SECONDS, ProgressStyle, style_here
-from batchgen.models.openai import FetchProgress
-from batchgen.models.registry import OPENAI_MODELS, find_model
+from batchgen.models.openai import SIZES, FetchProgress
+from batchgen.models.registry import find_model
 
 OnFetch = Callable[[FetchProgress], None]
 
 
 def fetch(
-    size: Annotated[str, typer.Argument(metavar="SIZE", help=f"{', '.join(OPENAI_MODELS)}: OpenAI's four.")],
+    size: Annotated[str, typer.Argument(metavar="SIZE", help=f"One of {', '.join(SIZES)}.")],
     mirror: Annotated[
         str | None,
         typer.Option(envvar="BATCHGEN_MIRROR", help="Another address with the same files; their hashes are checked."),
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Fetch it although it is here, and replace it.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Fetch an existing model again and replace it.")] = False,
     keep_download: Annotated[
-        bool, typer.Option("--keep-download", help="Keep the checkpoint too, after converting it.")
+        bool, typer.Option("--keep-download", help="Keep the downloaded checkpoint after the conversion.")
     ] = False,
     progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
 ) -> None:
     """Download one of OpenAI's GPT-2s, check it and convert it; `--model SIZE` then works.
 
-    What an interrupted fetch has downloaded is gone on with by the same command.
+    The same command resumes an interrupted fetch.
 
     Example: batchgen fetch 124M
     """
     directory = fetch_shown(size, progress, mirror=mirror, again=again, keep_download=keep_download)
-    typer.echo(f"{directory}: here; use it with --model {size}")
+    typer.echo(f"{directory}: ready; use it with --model {size}")
 
 
 def is_to_be_fetched(name: str) -> bool:
-    """Whether a model is one of OpenAI's and is not here."""
+    """Whether a model is one of OpenAI's and does not exist here yet."""
     try:
         find_model(name)
     except ModelError:
-        return name in OPENAI_MODELS
+        return name in SIZES
     return False
 
 
@@ -59,7 +59,7 @@ def fetch_shown(
     again: bool = False,
     keep_download: bool = False,
 ) -> Path:
-    """Fetch a model while showing how far it is on standard error."""
+    """Fetch a model and show the progress on standard error."""
     from batchgen.models.fetch import fetch_model  # here: it imports requests
 
     typer.echo(f"batchgen: fetching {size}", err=True)
@@ -69,7 +69,7 @@ def fetch_shown(
 
 @contextmanager
 def fetch_progress(name: str, style: ProgressStyle) -> Iterator[OnFetch | None]:
-    """A way to show a fetch: a bar with rate and time left on a terminal, else a line every ten seconds."""
+    """Yield a function that shows a fetch: a bar on a terminal, else a line every ten seconds; None to show nothing."""
     style = style_here(style)
     if style == "none":
         yield None
@@ -83,13 +83,13 @@ def fetch_progress(name: str, style: ProgressStyle) -> Iterator[OnFetch | None]:
 
 @contextmanager
 def convert_progress(name: str, style: ProgressStyle) -> Iterator[Callable[[int, int], None] | None]:
-    """The same for a conversion alone."""
+    """Like fetch_progress, for a conversion alone."""
     with fetch_progress(name, style) as show:
         yield (lambda done, total: show(FetchProgress("convert", done, total))) if show else None
 
 
 class _Bar:
-    """The download by bytes; then the conversion, by tensors."""
+    """A bar of the bytes downloaded, then one of the tensors converted."""
 
     def __init__(self, name: str, bar: Progress) -> None:
         self.name, self.bar = name, bar
@@ -104,7 +104,7 @@ class _Bar:
                 columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
                 self.bar.columns = columns
                 self.task = self.bar.add_task(f"{self.name}: converting", total=now.total)
-        elif self.task is None:  # what an earlier fetch has had is no speed of this one
+        elif self.task is None:  # without the bytes of earlier attempts in its speed
             self.task = self.bar.add_task(f"{self.name}: downloading", total=now.total, completed=now.done)
         self.phase = now.phase
         assert self.task is not None
@@ -112,7 +112,7 @@ class _Bar:
 
 
 class _Plain:
-    """A line now and then, and when a phase ends."""
+    """A line every PLAIN_SECONDS, and one at the end of each phase."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -2,229 +2,109 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from batchgen.errors import UsageError
-from batchgen.input.readers import DEFAULT_ID_COLUMN
+from batchgen.job import DEFAULT_MODEL, RUN, InputOptions, Job, OutputOptions, Policy, WorkOptions
 from batchgen.jobs import options, report
 from batchgen.jobs.fetch import fetch_shown, is_to_be_fetched
+from batchgen.jobs.flatten import flatten
 from batchgen.jobs.html_report import page_beside
 from batchgen.jobs.logs import log_as_json
 from batchgen.jobs.progress import ProgressStyle, showing_progress
-from batchgen.models.registry import DEFAULT_MODEL
-from batchgen.output.store import is_address, stand_in
-from batchgen.progress import status_path
+from batchgen.models.model import Model
+from batchgen.output.store import is_address
+from batchgen.progress import Summary
 from batchgen.review.report.page import check_page, write_report
-from batchgen.run import Backend, Job, Summary, checked, run_job
-from batchgen.types import SamplingParams
+from batchgen.run import run_job
+from batchgen.types import IO, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 
+@flatten()
 def generate(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT...",
-            help="Prompts: JSON lines, CSV or Parquet; files, globs, directories, s3:// and the like, or - (stdin).",
-        ),
-    ],
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUTPUT",
-            help="Where to: .parquet or .jsonl, a folder, or either as s3:// and the like; - is JSON lines to stdout.",
-        ),
-    ],
+    input: InputOptions,
+    output: OutputOptions,
+    sampling: SamplingParams,
+    policy: Policy,
+    work: WorkOptions,
     model: options.Model = DEFAULT_MODEL,
-    prompt_column: options.PromptColumn = "prompt",
-    id_column: options.IdColumn = DEFAULT_ID_COLUMN,
-    keep: Annotated[
-        list[str] | None, typer.Option(metavar="COL", help="A column to carry to the output; can be given again.")
-    ] = None,
-    input_format: options.Format = "auto",
-    max_tokens: options.MaxTokens = 40,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    presence_penalty: options.PresencePenalty = 0.0,
-    frequency_penalty: options.FrequencyPenalty = 0.0,
-    min_tokens: options.MinTokens = 0,
-    ignore_eos: options.IgnoreEos = False,
-    stop: options.Stop = None,
-    include_stop: options.IncludeStop = False,
-    bad_words: options.BadWords = None,
-    stop_token_ids: options.StopTokenIds = "",
-    logit_bias: options.LogitBias = "",
-    stop_loops: options.StopLoops = False,
-    echo: options.Echo = False,
-    n: Annotated[int, typer.Option("--n", "-n", help="Samples of each prompt; a row of output each.")] = 1,
-    seed: options.Seed = 0,
-    logprobs: Annotated[
-        int | None, typer.Option(metavar="K", help="Add columns of log-probabilities: each token's, and the K highest.")
-    ] = None,
-    output_token_ids: Annotated[bool, typer.Option(help="Add a column of the completion's token ids.")] = False,
-    on_too_long: options.TooLong = "reject",
-    empty_prompt: options.Empty = "reject",
-    trim: options.Trim = False,
-    row_params: options.RowParams = True,
-    jobs: options.Jobs = "auto",
-    batch_size: options.BatchSize = "auto",
-    chunk_rows: options.ChunkRows = "auto",
-    kv_memory: options.KvMemory = "auto",
-    share_prefixes: options.SharePrefixes = True,
-    backend: Annotated[
-        Backend, typer.Option(help="Workers of this machine, or those of a Dask or Ray cluster.")
-    ] = "loky",
-    scheduler: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Dask's: tcp://HOST:8786, or its scheduler file (.json).")
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Ray's: HOST:6379, ray://HOST:10001; auto is the one of here.")
-    ] = None,
-    model_cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where each node keeps its own copy of the model.")
-    ] = None,
-    require_invariant: Annotated[
-        bool, typer.Option("--require-invariant", help="Refuse to run where rows depend on their company.")
-    ] = False,
-    restart: Annotated[bool, typer.Option("--restart/--resume", help="Discard what an interrupted run did.")] = False,
-    row_timeout: Annotated[
-        str | None, typer.Option(metavar="TIME", help="A worker without a step for so long hangs: 30s, 10m (default).")
-    ] = None,
-    time_limit: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="Stop in time, exit code 75: 50m, 7h30m; run again to go on."),
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the failed rows of a finished output again.")
-    ] = False,
-    output_format: Annotated[
-        Literal["file", "dataset"], typer.Option("--format", help="One file, or a folder of Parquet parts.")
-    ] = "file",
-    work_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Where the work of an output in an object store is kept; else the folder you are in."
-        ),
-    ] = None,
-    status: Annotated[bool, typer.Option(help="Keep OUTPUT.status.json up to date, for machines.")] = True,
-    log_json: Annotated[
-        bool, typer.Option("--log-json", callback=log_as_json, help="Messages as JSON, one object a line.")
-    ] = False,
-    fetch: Annotated[bool, typer.Option(help="Fetch one of OpenAI's models where it is not here yet.")] = True,
-    progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
-    show: Annotated[int, typer.Option(min=0, help="Completions to show at the end.")] = 3,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    fetch: Annotated[
+        bool, typer.Option(help="Fetch one of OpenAI's models if it is not here yet.", rich_help_panel=IO)
+    ] = True,
     html_report: Annotated[
-        bool, typer.Option("--report", help="Write a report too, beside the output as .html.")
+        bool,
+        typer.Option("--report", help="Write a report too, beside the output as .html.", rich_help_panel=IO),
     ] = False,
+    progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.", rich_help_panel=RUN)] = "auto",
+    log_json: Annotated[
+        bool,
+        typer.Option(
+            "--log-json", callback=log_as_json, help="Messages as JSON, one object a line.", rich_help_panel=RUN
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=RUN)
+    ] = False,
+    show: Annotated[int, typer.Option(min=0, help="Completions to show at the end.", rich_help_panel=RUN)] = 3,
 ) -> None:
-    """Complete every prompt of INPUT; every row is accounted for in the output, in input order.
+    """Complete every prompt of INPUT; the output has a row for every row of INPUT, in input order.
 
-    An interrupted run is gone on with by running the same command again. Exit code 0: every row ok; 3: some
-    were rejected or failed, and say why in the output; 1: the job could not run; 2: usage; 75: run again later.
+    To resume an interrupted run, run the same command again. Exit code 0: every row ok; 3: some rows were rejected
+    or failed, the output says why; 1: the job could not run; 2: usage; 75: run again later.
 
     Example: batchgen generate prompts.jsonl -o completions.parquet --max-tokens 64 --temperature 0.8
     """
-    if (scheduler and backend != "dask") or (address and backend != "ray"):
-        given, wanted = ("--scheduler", "dask") if scheduler and backend != "dask" else ("--address", "ray")
-        raise UsageError(
-            f"{given} names a {wanted.title()} cluster, and this is --backend {backend}; add --backend {wanted}"
-        )
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        min_tokens=min_tokens,
-        ignore_eos=ignore_eos,
-        n=n,
-        seed=seed,
-        logprobs=logprobs,
-        stop=tuple(stop or ()),
-        include_stop=include_stop,
-        stop_token_ids=options.parse_token_ids(stop_token_ids),
-        logit_bias=options.parse_biases(logit_bias),
-        bad_words=tuple(bad_words or ()),
-        stop_loops=stop_loops,
-        echo=echo,
-    )
-    remote = is_address(output)
-    if output == str(report.STDOUT) and backend != "loky":
-        raise UsageError("-o -: a cluster's nodes write to a folder that all share; name a file there")
-    if output == str(report.STDOUT) and output_format == "dataset":
-        raise UsageError("-o -: a dataset is a folder of files; name one, such as completions/")
-    if work_dir and not remote:
-        raise UsageError("--work-dir: a local output keeps its work beside it; leave it away, or name s3://bucket/...")
-    path = stand_in(output, work_dir or Path()) if remote else Path(output)
-    if not path.name:
-        raise UsageError(f"-o {output!r} is no file's name; name one, such as completions.parquet")
-    job = Job(
-        input=inputs,
-        output=path,
-        destination=output if remote else None,
-        model=model,
-        params=params,
-        prompt_column=prompt_column,
-        id_column=id_column,
-        input_format=input_format,
-        keep=tuple(keep or ()),
-        on_too_long=on_too_long,
-        empty_prompt=empty_prompt,
-        trim=trim,
-        row_params=row_params,
-        jobs=options.parse_count(jobs, "--jobs"),
-        batch_size=options.parse_count(batch_size, "--batch-size"),
-        chunk_rows=options.parse_count(chunk_rows, "--chunk-rows"),
-        kv_bytes=options.parse_size(kv_memory, "--kv-memory"),
-        share_prefixes=share_prefixes,
-        token_ids=output_token_ids,
-        require_invariant=require_invariant,
-        restart=restart,
-        time_limit=options.parse_duration(time_limit, "--time-limit"),
-        dataset=output_format == "dataset",
-        retry_failed=retry_failed,
-        status=status_path(path) if status else None,
-        row_timeout=options.parse_duration(row_timeout, "--row-timeout"),
-        backend=backend,
-        address=scheduler or address,
-        model_cache=model_cache,
-    )
-    if html_report:
-        if job.dataset or remote or path == report.STDOUT:
-            raise UsageError("--report: a report is about one output file; leave it away, or name a .parquet file")
-        check_page(path, page_beside(path))
-    if quiet:
-        progress = "none"
-    with report.destination(path) as local:
-        if local != path:  # which is standard output
-            job = replace(job, output=local, status=None)
-        if fetch and is_to_be_fetched(model):
-            job = checked(job)  # before hours of download, not after
-            fetch_shown(model, progress)
-        with showing_progress(progress) as on_progress:
-            summary = run_job(job, on_progress)
-    if path == report.STDOUT:
-        summary = replace(summary, output=path)
-    page = write_report(path, page_beside(path)) if html_report else None
+    job = Job(input, output, model, sampling, policy, work)
+    check_standard_output(job)
+    page = report_page(job) if html_report else None
+    style = "none" if quiet else progress
+    with report.destination(job) as written, showing_progress(style) as on_progress:
+        summary = run_job(written, on_progress, open_or_fetch(style) if fetch else Model.open)
+    if report.is_stdout(job):
+        summary = replace(summary, output=report.STDOUT)
+    if page:
+        write_report(Path(output.path), page)
     if not quiet:
         with report.to_whoever_reads():
             _print_summary(summary, show, page)
     logger.info("finished", extra={"values": {"exit_code": summary.exit_code} | summary.statuses})
     sys.exit(summary.exit_code)
+
+
+def check_standard_output(job: Job) -> None:
+    """Refuse what cannot go to standard output."""
+    if report.is_stdout(job) and job.work.backend != "loky":
+        raise UsageError("-o -: a cluster's nodes write to a folder that all share; name a file there")
+    if report.is_stdout(job) and job.output.format == "dataset":
+        raise UsageError("-o -: a dataset is a folder of files; name one, such as completions/")
+
+
+def report_page(job: Job) -> Path:
+    """Where the report of a job goes; refuses a job that can have none."""
+    path = str(job.output.path)
+    if job.output.format == "dataset" or is_address(path) or report.is_stdout(job):
+        raise UsageError("--report: a report is about one output file; leave it out, or name a .parquet file")
+    page = page_beside(Path(path))
+    check_page(Path(path), page)
+    return page
+
+
+def open_or_fetch(style: ProgressStyle) -> Callable[[str], Model]:
+    """Open a model, after fetching it if it is one of OpenAI's that is not here yet."""
+
+    def open_model(name: str) -> Model:
+        if is_to_be_fetched(name):
+            fetch_shown(name, style)
+        return Model.open(name)
+
+    return open_model
 
 
 def _print_summary(summary: Summary, show: int, page: Path | None) -> None:

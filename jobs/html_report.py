@@ -1,4 +1,4 @@
-"""batchgen report: what became of a run, as one HTML page."""
+"""batchgen report: the outcome of a run, as one HTML page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,14 +19,13 @@ def report(
 ) -> None:
     """Write a report on OUTPUT: lengths, speed, rejects, samples and how to make it again, as one HTML page.
 
-    The page needs nothing but itself: no network, no scripts. The speed is read from OUTPUT.status.json, where a run
-    left it.
+    The page is self-contained: no network, no scripts. The speed is read from OUTPUT.status.json, if the run left one.
 
     Example: batchgen report completions.parquet -o report.html
     """
     refuse_address(output, "a report")
     if not Path(output).name:
-        raise UsageError(f"{output!r} is no file's name; name a Parquet file that batchgen wrote")
+        raise UsageError(f"{output!r} is not a file name; name a Parquet file that batchgen wrote")
     page = page or page_beside(Path(output))
     write_report(Path(output), page)
     with terminal.to_whoever_reads():

@@ -1,4 +1,4 @@
-"""What is said on standard error: lines for people, or with --log-json one JSON object a line for machines."""
+"""Messages on standard error: lines for people, or with --log-json one JSON object per line for machines."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 
 class JsonFormatter(logging.Formatter):
-    """{"time", "level", "message"} and whatever the record was given as extra={"values": {...}}."""
+    """{"time", "level", "message"} and the record's extra={"values": {...}}."""
 
     def format(self, record: logging.LogRecord) -> str:
         values = {

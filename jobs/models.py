@@ -1,14 +1,15 @@
-"""batchgen models: what is here, and what can be had."""
+"""batchgen models: list the models that are here, and those that can be fetched."""
 
 import typer
 
-from batchgen.models.registry import OPENAI_MODELS, ModelInfo, list_models
+from batchgen.models.openai import SIZES
+from batchgen.models.registry import ModelInfo, list_models
 
 HEADER = ("NAME", "PARAMETERS", "CONTEXT", "SIZE", "SOURCE", "VERIFIED", "WHERE")
 
 
 def models() -> None:
-    """List the models that --model can name: parameters, context, size, source, when verified, and folder.
+    """List the models that --model can name: parameters, context, size, source, day of verification, and folder.
 
     Example: batchgen models
     """
@@ -18,9 +19,9 @@ def models() -> None:
     for row in rows:
         line = [*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]
         typer.echo("  ".join(line).rstrip())
-    absent = [name for name in OPENAI_MODELS if name not in {info.name for info in found}]
+    absent = [name for name in SIZES if name not in {info.name for info in found}]
     if absent:
-        typer.echo(f"Not here: {', '.join(absent)} (OpenAI). To have one: batchgen fetch {absent[0]}")
+        typer.echo(f"Not here: {', '.join(absent)} (OpenAI). To get one: batchgen fetch {absent[0]}")
 
 
 def _row(info: ModelInfo) -> tuple[str, ...]:
@@ -38,6 +39,6 @@ def _row(info: ModelInfo) -> tuple[str, ...]:
 
 
 def _source(source: dict[str, str]) -> str:
-    """Whose model it is if that is known, else what it was made from."""
+    """The owner of the model if the manifest names one, else the format it was converted from."""
     known = (source[key] for key in ("model", "called", "format", "kind") if key in source)
     return next(known, "unknown")[:40]

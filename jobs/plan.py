@@ -1,45 +1,31 @@
 """batchgen plan: what a run would do, and how long it would take; writes nothing."""
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchgen.input.readers import DEFAULT_ID_COLUMN, check_input
+from batchgen.job import DEFAULT_MODEL, WORK, InputOptions, Job, Policy, WorkOptions
 from batchgen.jobs import options, report
-from batchgen.models.registry import DEFAULT_MODEL
+from batchgen.jobs.flatten import flatten
 from batchgen.review.forecast import Forecast, forecast_job
-from batchgen.run import Job
 from batchgen.types import SamplingParams
 
 BINS = 12
 BAR = 40  # characters of the longest
 
 
+@flatten()
 def plan(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Prompts, as for generate.")],
+    input: InputOptions,
+    sampling: SamplingParams,
+    policy: Policy,
+    work: WorkOptions,
     model: options.Model = DEFAULT_MODEL,
-    prompt_column: options.PromptColumn = "prompt",
-    id_column: options.IdColumn = DEFAULT_ID_COLUMN,
-    input_format: options.Format = "auto",
-    max_tokens: options.MaxTokens = 40,
-    temperature: options.Temperature = 0.0,
-    ignore_eos: options.IgnoreEos = False,
-    n: Annotated[int, typer.Option("--n", "-n", help="Samples of each prompt.")] = 1,
-    on_too_long: options.TooLong = "reject",
-    empty_prompt: options.Empty = "reject",
-    trim: options.Trim = False,
-    row_params: options.RowParams = True,
-    jobs: options.Jobs = "auto",
-    batch_size: options.BatchSize = "auto",
-    chunk_rows: options.ChunkRows = "auto",
-    kv_memory: options.KvMemory = "auto",
-    share_prefixes: options.SharePrefixes = True,
     time: Annotated[
-        bool, typer.Option(help="Measure some seconds of the work to tell how long all of it takes.")
+        bool,
+        typer.Option(help="Measure the work for some seconds to forecast the time.", rich_help_panel=WORK),
     ] = True,
 ) -> None:
     """Say what generate would do with INPUT: rows, rejects, lengths, chunks, memory, time. Writes nothing.
@@ -48,33 +34,7 @@ def plan(
 
     Example: batchgen plan prompts.jsonl --model 124M --max-tokens 64
     """
-    sources = check_input(
-        [*inputs],
-        prompt_column,
-        id_column,
-        input_format=input_format,
-        own_params=row_params,
-        spool=Path(tempfile.gettempdir()),
-    )
-    job = Job(
-        input=sources,
-        output=Path("completions.parquet"),
-        model=model,
-        params=SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=ignore_eos, n=n),
-        prompt_column=prompt_column,
-        id_column=id_column,
-        input_format=input_format,
-        on_too_long=on_too_long,
-        empty_prompt=empty_prompt,
-        trim=trim,
-        row_params=row_params,
-        jobs=options.parse_count(jobs, "--jobs"),
-        batch_size=options.parse_count(batch_size, "--batch-size"),
-        chunk_rows=options.parse_count(chunk_rows, "--chunk-rows"),
-        kv_bytes=options.parse_size(kv_memory, "--kv-memory"),
-        share_prefixes=share_prefixes,
-    )
-    forecast = forecast_job(job, measure_time=time)
+    forecast = forecast_job(Job(input, "completions.parquet", model, sampling, policy, work), measure_time=time)
     with report.to_whoever_reads():
         for line in lines(forecast):
             typer.echo(report.one_line(line))
@@ -82,7 +42,7 @@ def plan(
 
 
 def lines(forecast: Forecast) -> Iterator[str]:
-    """The whole answer, a line at a time."""
+    """The forecast, line by line."""
     rejected = forecast.rows - forecast.ok
     yield f"rows: {forecast.rows:,}: {forecast.ok:,} to generate, {rejected:,} to be rejected"
     for reject in sorted(forecast.rejects.values(), key=lambda reject: -reject.rows):
@@ -92,13 +52,13 @@ def lines(forecast: Forecast) -> Iterator[str]:
         yield from length_lines(forecast.lengths)
     if forecast.shared_tokens or forecast.duplicates:
         yield (
-            f"shared: {forecast.shared_tokens:,} prompt tokens are read once instead of again; "
+            f"shared: {forecast.shared_tokens:,} prompt tokens are read once instead of several times; "
             f"{forecast.duplicates:,} equal greedy requests are generated once"
         )
-    company = "" if forecast.invariant else "; on this machine's BLAS a row depends on its company: keep the chunks"
+    batch = "" if forecast.invariant else "; with this machine's BLAS a row's bits depend on its batch: keep the chunks"
     yield (
         f"work: {counted(len(forecast.chunks), 'chunk')} of up to {forecast.chunk_rows:,} rows; "
-        f"{counted(forecast.jobs, 'job')}, up to {forecast.max_batch:,} sequences in flight in each{company}"
+        f"{counted(forecast.jobs, 'job')}, up to {forecast.max_batch:,} sequences in flight in each{batch}"
     )
     yield f"memory: up to {forecast.memory / 2**30:.1f} GiB, the model's weights in it once"
     if forecast.seconds is not None:
@@ -137,7 +97,7 @@ def median(lengths: Counter[int]) -> int:
         left -= lengths[length]
         if left <= 0:
             return length
-    raise ValueError("of nothing")
+    raise ValueError("the median of nothing")
 
 
 def duration(seconds: float) -> str:

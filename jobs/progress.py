@@ -1,4 +1,4 @@
-"""How far a run is, on standard error while it runs."""
+"""Progress on standard error while a run lives."""
 
 import logging
 import os
@@ -17,20 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 from batchgen.jobs.logs import is_json
-from batchgen.progress import Progress
-from batchgen.run import OnProgress
+from batchgen.progress import OnProgress, Progress
 
 logger = logging.getLogger(__name__)
 
 ProgressStyle = Literal["auto", "bar", "plain", "none"]
 
 PLAIN_SECONDS = 10.0
-MOST_WORKERS = 8  # that have a line each
+MOST_WORKERS = 8  # shown, one line each
 
 
 @contextmanager
 def showing_progress(style: ProgressStyle) -> Iterator[OnProgress | None]:
-    """A way to show progress on standard error: a bar on a terminal, else a line every ten seconds."""
+    """Yield a function that shows progress on standard error: a bar on a terminal, else a line every ten seconds."""
     style = style_here(style)
     if style == "none":
         yield None
@@ -42,7 +41,7 @@ def showing_progress(style: ProgressStyle) -> Iterator[OnProgress | None]:
 
 
 def style_here(style: ProgressStyle) -> ProgressStyle:
-    """What `auto` is: a bar where it can be drawn, else lines."""
+    """Resolve `auto`: a bar if it can be drawn, else lines."""
     if style != "auto":
         return style
     drawable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not is_json()
@@ -52,18 +51,22 @@ def style_here(style: ProgressStyle) -> ProgressStyle:
 @contextmanager
 def _bar() -> Iterator[OnProgress]:
     console = Console(stderr=True)
-    with Live(console=console, transient=True, auto_refresh=False) as live:
+    live = Live(console=console, transient=True, auto_refresh=False)
 
-        def show(now: Progress) -> None:
-            line = Table.grid(padding=(0, 1))
-            bar = ProgressBar(max(now.rows_in_all, 1), now.rows, width=max(10, min(40, console.width - 55)))
-            line.add_row(
-                bar, f"{now.rows:,}/{now.rows_in_all:,} rows", Text(_rate(now), "green"), Text(_left(now), "cyan")
-            )
-            workers = [Text(text, "dim") for text in worker_lines(now)]
-            live.update(Group(line, *workers), refresh=True)
+    def show(now: Progress) -> None:
+        if not live.is_started:  # not before: a model may be fetched first, with a bar of its own
+            live.start()
+        line = Table.grid(padding=(0, 1))
+        bar = ProgressBar(max(now.rows_in_all, 1), now.rows, width=max(10, min(40, console.width - 55)))
+        rows = f"{now.rows:,}/{now.rows_in_all:,} rows"
+        line.add_row(bar, rows, Text(_rate(now), "green"), Text(_left(now), "cyan"))
+        workers = [Text(text, "dim") for text in worker_lines(now)]
+        live.update(Group(line, *workers), refresh=True)
 
+    try:
         yield show
+    finally:
+        live.stop()
 
 
 def _plain() -> OnProgress:
@@ -96,7 +99,7 @@ def _left(now: Progress) -> str:
 
 
 def worker_lines(now: Progress) -> list[str]:
-    """What each worker is doing, for as many as there is room."""
+    """One line for each of the first workers."""
     lines = []
     for number, worker in enumerate(now.workers[:MOST_WORKERS], start=1):
         doing = "idle"

@@ -1,4 +1,4 @@
-"""What the commands print: a summary and some rows at the end."""
+"""Output of the commands: a summary and some rows at the end; texts made safe for a terminal."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,14 +15,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from batchgen.errors import OutputError
-from batchgen.run import Summary
+from batchgen.job import Job
+from batchgen.progress import Summary
 
 STDOUT = Path("-")
 
 
 @contextmanager
 def to_whoever_reads() -> Iterator[None]:
-    """Print what a finished job has to say; that nobody reads it (`| head -1`) does not change how it ended."""
+    """Print about a finished job; a reader that has gone away (`| head -1`) does not change how the job ended."""
     try:
         yield
         sys.stdout.flush()
@@ -29,15 +31,19 @@ def to_whoever_reads() -> Iterator[None]:
         discard_stdout()
 
 
+def is_stdout(job: Job) -> bool:
+    return str(job.output.path) == str(STDOUT)
+
+
 @contextmanager
-def destination(output: Path) -> Iterator[Path]:
-    """Where a run writes to: `output`, or, for `-`, a file that goes to standard output once the run has ended well."""
-    if output != STDOUT:
-        yield output
+def destination(job: Job) -> Iterator[Job]:
+    """The job to run; for output `-`, one into a temporary file that is copied to standard output if it ends well."""
+    if not is_stdout(job):
+        yield job
         return
     with TemporaryDirectory(prefix="batchgen-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "stdout.jsonl"
-        yield path
+        yield replace(job, output=replace(job.output, path=path, status=False))
         _copy_to_stdout(path)
 
 
@@ -46,7 +52,7 @@ def _copy_to_stdout(path: Path) -> None:
         with open(path, "rb") as file:
             shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has had enough: `| head -1`
+    except BrokenPipeError:  # the reader has gone away: `| head -1`
         discard_stdout()
     except OSError as error:
         discard_stdout()
@@ -54,18 +60,18 @@ def _copy_to_stdout(path: Path) -> None:
 
 
 def discard_stdout() -> None:
-    """Send standard output nowhere from here on, so that it is not tried once more at exit."""
+    """Send standard output to /dev/null, so that it is not flushed again at exit."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(text: str) -> str:
-    r"""A line feed becomes \n, and so on: nothing breaks the line, moves the cursor or cannot be encoded."""
+    r"""Escape unprintable characters (a line feed becomes \n): nothing breaks the line or moves the cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def harmless(text: str) -> str:
-    """Text of many lines as a terminal may show it: control characters could do more than be read."""
+    """Text of many lines, without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -85,7 +91,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     )
     if summary.space_ends:
         what = "1 prompt ends" if summary.space_ends == 1 else f"{summary.space_ends:,} prompts end"
-        yield f"note: {what} in a space, from which GPT-2 goes on badly; --trim takes it off"
+        yield f"note: {what} in a space, from which GPT-2 continues badly; --trim removes it"
     yield f"output: {one_line(str(summary.output))}"
 
 
@@ -112,8 +118,8 @@ def _first_rows(output: Path, n: int) -> list[dict[str, Any]]:
 
 
 def _rows_of_line(line: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line of the output is a row; one of OpenAI's is a row for each of its choices, which do not hold the prompt."""
-    if "row" in line:  # OpenAI's have none, and a row may carry a custom_id
+    """A line is a row; an OpenAI answer is a row for each of its choices, which do not hold the prompt."""
+    if "row" in line:  # OpenAI answers have none; a row may carry a custom_id
         return [line]
     row = {"id": line["custom_id"], "status": "ok", "prompt": "..."}
     if line["response"] is None:
@@ -125,6 +131,6 @@ def _rows_of_line(line: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _printable(text: str, limit: int = 400) -> str:
-    """One line, without control characters that would move the cursor, and not endless."""
+    """One line of bounded length, without control characters."""
     shown = "".join(c if c.isprintable() else " " for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[:limit] + "..."

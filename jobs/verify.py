@@ -1,4 +1,4 @@
-"""batchgen verify: is this model what it says, and do an output's rows come out again?"""
+"""batchgen verify: checks a model against its manifest, or an output by generating rows of it again."""
 
 import os
 import sys
@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 
 from batchgen.jobs import report
-from batchgen.models.registry import find_model
-from batchgen.models.shards import load_manifest
+from batchgen.models.model import Model
 from batchgen.models.verify import record_verified, verify_model
+from batchgen.output.place import SUFFIXES
 from batchgen.output.store import refuse_address
-from batchgen.output.writer import SUFFIXES
 from batchgen.review.replay import CLOSE, Replay, replay
 
 SHOWN = 20  # differences
@@ -24,7 +23,7 @@ def verify(
     ],
     rows: Annotated[int, typer.Option(min=1, max=10_000, help="Of an output: input rows to generate again.")] = 10,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Chooses the same rows again; without it, they are others each time.")
+        int | None, typer.Option(min=0, help="Chooses the same rows again; without it, the choice is random.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Of an output: where its model is, if not under its name.")
@@ -32,9 +31,9 @@ def verify(
 ) -> None:
     """Check an output by generating random rows of it again, or check a model.
 
-    Of an OUTPUT, rows are made from what its metadata says and compared with what it holds: bit for bit where
-    that can be. Of a MODEL, its hashes are checked, its structure, and for OpenAI's sizes what they are known to
-    say. Exit code 0: all as it should be; 1: not, and the line says what.
+    Rows of an OUTPUT are generated from its metadata and compared with the file, bit for bit if this machine allows
+    it. Of a MODEL, its hashes and structure are checked, and the known completions of OpenAI's sizes. Exit code 0:
+    all is as it should be; 1: something is not, and the line says what.
 
     Example: batchgen verify completions.parquet --rows 20
 
@@ -46,11 +45,11 @@ def verify(
         with report.to_whoever_reads():
             _print_replay(done)
         sys.exit(1 if done.differences else 0)
-    directory = find_model(target)
-    for line in verify_model(directory):
+    target_model = Model.open(target)
+    for line in verify_model(target_model):
         typer.echo(f"ok  {line}")
-    record_verified(load_manifest(directory))
-    typer.echo(f"{directory}: verified")
+    record_verified(target_model)
+    typer.echo(f"{target_model.directory}: verified")
 
 
 def _print_replay(done: Replay) -> None:
@@ -67,8 +66,8 @@ def _print_replay(done: Replay) -> None:
     if len(done.differences) > SHOWN:
         typer.echo(f"... and {len(done.differences) - SHOWN:,} more")
     if not done.differences:
-        typer.echo("verified: all came out the same")
+        typer.echo("verified: all rows are the same")
     elif done.exact:
-        typer.echo("not verified: these were changed in the file, or not made as its metadata says")
+        typer.echo("not verified: these rows were changed in the file, or not made as its metadata says")
     else:
-        typer.echo("not verified: they were changed, or rounding decided otherwise here (see the notes)")
+        typer.echo("not verified: these rows were changed, or rounding differs here (see the notes)")

@@ -5,6 +5,9 @@ import signal
 import pytest
 from threadpoolctl import threadpool_limits
 
+from batchgen.job import FLAGS
+from batchgen.options import flags_in_use, use_flags
+
 # Started in the background of a shell, this process ignores Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -24,6 +27,25 @@ def pytest_collection_modifyitems(items):
 def _one_blas_thread():
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _errors_name_flags():
+    """As at a command line; for the whole session, so that rows of module fixtures have the same errors."""
+    use_flags(FLAGS)
+
+
+@pytest.fixture(autouse=True)
+def _flags_are_restored():
+    before = flags_in_use()
+    yield
+    use_flags(before)
+
+
+@pytest.fixture
+def python_names():
+    """Errors of this test name options as in Python; `_flags_are_restored` undoes it."""
+    use_flags({})
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and its exit codes; a user's mistake is one line and leaves no trace."""
+"""The command line: its output and exit codes; a user's mistake is one line and leaves no file."""
 
 import io
 import json
@@ -18,10 +18,9 @@ import pytest
 from typer.testing import CliRunner
 
 from batchgen import __version__
-from batchgen.errors import UsageError
-from batchgen.jobs import cli, options
+from batchgen.generator import Generator
+from batchgen.jobs import cli
 from batchgen.jobs.report import harmless, one_line
-from batchgen.stream import stream_completion
 from batchgen.types import SamplingParams
 from tests.support.models import write_byte_model
 
@@ -37,7 +36,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A folder to be in, with a good input."""
+    """The current folder, with a good input."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -75,7 +74,7 @@ def run(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, timeout=120, check=False, **kwargs)
 
 
-# ---- what goes well
+# ---- successful runs
 
 
 def test_a_job_prints_its_counts_its_output_and_some_rows(here, batchgen):
@@ -98,7 +97,7 @@ def test_a_rejected_row_is_exit_code_3_and_is_shown(here, batchgen):
     assert "[row 1] rejected: p.jsonl:2: not JSON" in out
 
 
-def test_samples_are_told_from_prompts(here, batchgen):
+def test_samples_and_prompts_are_counted_apart(here, batchgen):
     _, out, _ = batchgen("generate", "p.jsonl", "-o", "out.parquet", "-n", 3, "--temperature", 1, "--show", 0)
     assert out.startswith("6 rows from 2 prompts: 6 ok")
     assert len(out.splitlines()) == 3
@@ -145,7 +144,7 @@ def test_every_option_reaches_the_run(here, batchgen):
     assert (plan["on_too_long"], plan["share_prefixes"], plan["token_ids"]) == ("shorten", False, True)
 
 
-def test_a_batch_of_openais_is_shown_too(here, batchgen):
+def test_rows_of_an_openai_batch_are_shown_too(here, batchgen):
     lines = [{"custom_id": "x", "url": "/v1/completions", "body": {"prompt": ["a", "b"]}}, {"custom_id": "y"}]
     (here / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for out in ("out.jsonl", "out.parquet"):
@@ -171,7 +170,7 @@ def test_complete_streams_what_a_job_writes(here, batchgen, model):
     assert out == pq.read_table("out.parquet")["completion"][0].as_py() + "\n"
 
 
-def test_models_are_listed_with_what_is_wrong_with_them(batchgen, model, monkeypatch, tmp_path):
+def test_models_are_listed_and_a_broken_one_with_its_error(batchgen, model, monkeypatch, tmp_path):
     monkeypatch.setenv("BATCHGEN_MODELS", str(model.parent))
     (model.parent / "broken").mkdir(exist_ok=True)
     (model.parent / "broken" / "manifest.json").write_text("{")
@@ -185,14 +184,14 @@ def test_models_are_listed_with_what_is_wrong_with_them(batchgen, model, monkeyp
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["complete"], ["convert"], ["models"]])
-def test_help_is_there(command):
+def test_every_command_has_help(command):
     for option in ("--help", "-h"):
         result = CliRunner().invoke(cli.app, [*command, option])
         assert result.exit_code == 0
         assert "Usage: " in result.output
 
 
-def test_the_version_is_told(batchgen):
+def test_the_version_is_shown(batchgen):
     assert batchgen("--version", use_model=False) == (0, f"batchgen {__version__}\n", "")
 
 
@@ -227,7 +226,7 @@ def test_a_run_over_standard_input_is_resumed_with_the_same_bytes(here, batchgen
     arguments = ["generate", "-", "-o", "out.parquet", "--max-tokens", 4]
     give(prompts)
     with monkeypatch.context() as patch:
-        patch.setattr("batchgen.run.merge_parts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("batchgen.output.outputs.write_parquet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr(cli, "_stop", lambda code: sys.exit(code))
         assert batchgen(*arguments)[0] == 130
     give(prompts + b"\n")
@@ -238,7 +237,7 @@ def test_a_run_over_standard_input_is_resumed_with_the_same_bytes(here, batchgen
     assert (code, out.splitlines()[0]) == (0, "2 rows: 2 ok, 0 rejected, 0 failed (2 of them by an earlier run)")
 
 
-def test_whoever_reads_standard_output_may_stop(here, model):
+def test_the_reader_of_standard_output_may_stop(here, model):
     (here / "many.jsonl").write_text('{"prompt": "Once"}\n' * 3000)
     command = f"'{sys.executable}' -m batchgen generate many.jsonl -o - --max-tokens 1 --model '{model}' | head -1"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -290,8 +289,8 @@ def test_a_kept_custom_id_is_a_column_as_any_other(here, batchgen):
     assert json.loads((here / "out.jsonl").read_text())["custom_id"] == "a"
 
 
-def test_the_status_of_a_run_is_no_input_of_the_next(here, batchgen):
-    """Not where a pattern finds it, nor where the shell names it among the others."""
+def test_the_status_file_of_a_run_is_not_an_input_of_the_next(here, batchgen):
+    """Neither if a pattern finds it nor if the shell names it among the others."""
     for name in ("a.json", "b.json"):
         (here / name).write_text('{"prompt": "Once"}\n')
     for _ in range(2):
@@ -326,14 +325,18 @@ MISTAKES = [
     (["p.jsonl", "q.jsonl", "-o", "o.parquet"], 1, "q.jsonl: no such file; did you mean p.jsonl"),
     (["p.jsonl", "-o", "o.parquet", "--keep", "tag"], 1, "p.jsonl: no column 'tag'"),
     (["p.jsonl", "-o", "o.parquet", "--keep", "prompt"], 2, "--keep 'prompt': the output has a column of its own"),
-    (["ftp://x/p.jsonl", "-o", "o.parquet"], 1, "ftp://x/p.jsonl: not an address that can be read"),
+    (
+        ["ftp://x/p.jsonl", "-o", "o.parquet"],
+        1,
+        "ftp://x/p.jsonl: this address cannot be read .*; download the file, or use s3://",
+    ),
     (["p.jsonl", "-o", "o.parquet", "--input-format", "parquet"], 1, "p.jsonl: not a Parquet file"),
     (["p.jsonl", "full", "-o", "full/o.parquet"], 1, "it would be in the input full and be read with it"),
     (["/nowhere/x.jsonl", "-o", "o.parquet"], 1, "/nowhere/x.jsonl: no such file; check the name"),
     (["q.jsonl", "-o", "o.parquet"], 1, "q.jsonl: no such file; did you mean p.jsonl?"),
     (["folder", "-o", "o.parquet"], 1, "folder: no file in this directory"),
     (["binary.jsonl", "-o", "o.parquet"], 1, "binary.jsonl: none of the first .* invalid UTF-8"),
-    (["text.txt", "-o", "o.parquet"], 1, "text.txt: the suffix '.txt' is none of"),
+    (["text.txt", "-o", "o.parquet"], 1, "text.txt: unknown format; use .parquet, .jsonl, .*--input-format"),
     (["truncated.jsonl.gz", "-o", "o.parquet"], 1, "truncated.jsonl.gz: not a gzip file, or a damaged one"),
     (["column.jsonl", "-o", "o.parquet"], 1, "no key 'prompt'; the keys are 'text', 'id'; .*--prompt-column"),
     (["column.parquet", "-o", "o.parquet"], 1, "the columns are 'text', 'Prompt'; did you mean 'Prompt'"),
@@ -347,8 +350,8 @@ MISTAKES = [
     (["p.jsonl", "-o", "unwritable/o.parquet"], 1, "unwritable is not a folder"),
     (["p.jsonl", "-o", "/proc/o.parquet"], 1, "/proc/o.parquet: the folder cannot be written"),
     (["p.jsonl", "-o", "x" * 250 + ".parquet"], 1, "File name too long"),
-    (["p.jsonl", "-o", "o.csv"], 2, "o.csv: the suffix '.csv' is neither of .parquet, .jsonl"),
-    (["p.jsonl", "-o", "o.parquet", "--model", "bites"], 1, r"no model is called 'bites'.*\(known: .*bytes"),
+    (["p.jsonl", "-o", "o.csv"], 2, "o.csv: the suffix '.csv' is not one of .parquet, .jsonl"),
+    (["p.jsonl", "-o", "o.parquet", "--model", "bites"], 1, r"unknown model 'bites'.*\(known: .*bytes"),
     (
         ["p.jsonl", "-o", "o.parquet", "--model", "124M", "--no-fetch"],
         1,
@@ -374,8 +377,8 @@ MISTAKES = [
     (["p.jsonl", "-o", "o.parquet", "--batch-size", "5000"], 2, "--batch-size 5000 is out of range"),
     (["p.jsonl", "-o", "o.parquet", "--kv-memory", "lots"], 2, "--kv-memory 'lots': not a size; write it as"),
     (["p.jsonl", "-o", "o.parquet", "--kv-memory", "0"], 2, "--kv-memory '0' is out of range .*; leave it out"),
-    (["p.jsonl", "-o", ""], 2, "-o '' is no file's name; name one, such as"),
-    (["p.jsonl", "-o", "."], 2, "-o '.' is no file's name"),
+    (["p.jsonl", "-o", ""], 2, "--output '' is not a file name; name one, such as"),
+    (["p.jsonl", "-o", "."], 2, "--output '.' is not a file name"),
     (["p.jsonl", "-o", "-", "--format", "dataset"], 2, "-o -: a dataset is a folder of files; name one"),
     (["p.jsonl", "-o", "s3://[bucket/x/"], 2, "s3://...: not an address .*; write it as s3://bucket/"),
     (["p.jsonl", "-o", "o.parquet", "--kv-memory", "1K"], 2, "memory budget .* raise --kv-memory to 1M"),
@@ -431,32 +434,12 @@ def test_a_prompt_that_cannot_be_completed_is_one_line(batchgen, prompt, more, l
     assert re.fullmatch(f"batchgen: [^\n]*{line}[^\n]*\n", err)
 
 
-def test_the_options_that_complete_names_are_its_own(batchgen):
+def test_the_options_that_an_error_of_complete_names_exist(batchgen):
     assert batchgen("complete", "", "--empty-prompt", "unconditional", "--max-tokens", 3)[0] == 0
     assert batchgen("complete", "x" * 200, "--on-too-long", "truncate-left", "--max-tokens", 3)[0] == 0
 
 
-def test_sizes_and_counts_are_read():
-    assert options.parse_size("1536M", "--x") == options.parse_size("1536MiB", "--x") == 1536 * 2**20
-    assert (options.parse_size("2g", "--x"), options.parse_size("77", "--x")) == (2 * 2**30, 77)
-    assert (options.parse_size("auto", "--x"), options.parse_size(None, "--x")) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("50m", 3000), ("1h30m", 5400), ("2d", 172800)]
-)
-def test_durations_are_seconds(text, seconds):
-    assert options.parse_duration(text, "--x") == seconds
-
-
-@pytest.mark.parametrize("text", ["", "0", "-5", "m", "5x", "5 m", "1e3", "nan", "inf", "9999999999"])
-def test_what_is_no_duration_is_refused(text):
-    with pytest.raises(UsageError, match="--x .*: not a time; write it as 90s, 50m or 1h30m"):
-        options.parse_duration(text, "--x")
-    assert (options.parse_count("12", "--x"), options.parse_count("auto", "--x")) == (12, None)
-
-
-# ---- names and texts that are not harmless
+# ---- names and texts with control characters
 
 
 @pytest.mark.parametrize("name", ["a b", "-dash", "über 🦊", "line\nfeed", "\x1b[31mred"])
@@ -471,7 +454,7 @@ def test_a_file_may_have_any_name(here, batchgen, name):
     assert "\x1b" not in err
 
 
-def test_what_a_prompt_holds_does_not_reach_the_terminal_as_it_is(here, batchgen):
+def test_control_characters_of_a_prompt_do_not_reach_the_terminal(here, batchgen):
     prompt = "\x1b[2J\x07\x9b31m\u202e\r\nbell"
     (here / "p.jsonl").write_text(json.dumps({"prompt": prompt, "id": "\x1b]0;title\x07"}) + "\n{\x1b[31m\n")
     code, out, err = batchgen("generate", "p.jsonl", "-o", "out.jsonl")
@@ -482,7 +465,7 @@ def test_what_a_prompt_holds_does_not_reach_the_terminal_as_it_is(here, batchgen
 
 def test_a_completion_on_a_terminal_is_without_control_characters(model):
     params = SamplingParams(max_tokens=120, temperature=5.0, ignore_eos=True)
-    completion = "".join(stream_completion(model, "a", params))
+    completion = "".join(Generator(model).stream("a", params))
     assert not completion.isprintable()
     parent, terminal = pty.openpty()
     arguments = ["complete", "a", "--model", model, "--max-tokens", 120, "--temperature", 5, "--ignore-eos"]
@@ -494,10 +477,10 @@ def test_a_completion_on_a_terminal_is_without_control_characters(model):
     assert re.sub(" +", " ", shown.expandtabs()) == re.sub(" +", " ", harmless(completion).expandtabs())
 
 
-# ---- whoever reads has left
+# ---- closed and full streams
 
 
-def test_a_finished_job_does_not_mind_that_nobody_reads(here, model):
+def test_a_job_finishes_if_the_reader_of_its_output_is_gone(here, model):
     arguments = ["generate", "p.jsonl", "-o", "out.parquet", "--model", model, "--max-tokens", 2]
     reader, writer = os.pipe()
     os.close(reader)
@@ -507,7 +490,7 @@ def test_a_finished_job_does_not_mind_that_nobody_reads(here, model):
     assert sorted(os.listdir(here)) == ["out.parquet", "out.parquet.status.json", "p.jsonl"]
 
 
-def test_closed_streams_and_no_home_are_no_hindrance(here, model):
+def test_a_job_runs_with_closed_streams_and_without_home(here, model):
     script = 'exec "$0" -m batchgen generate p.jsonl -o out.parquet --model "$1" -j 2 --chunk-rows 1 <&- >&- 2>&-'
     environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(["sh", "-c", script, sys.executable, model], env=environment, timeout=120, check=False)
@@ -548,7 +531,7 @@ def test_messages_can_be_json_lines(here, model):
     assert "max_tokens 0 is out of range" in line["message"]
 
 
-def test_the_status_stands_beside_the_output_unless_it_is_not_wanted(here, batchgen):
+def test_the_status_file_is_beside_the_output_unless_no_status_is_given(here, batchgen):
     assert batchgen("generate", "p.jsonl", "-o", "o.parquet", "--no-status")[0] == 0
     assert sorted(os.listdir(here)) == ["o.parquet", "p.jsonl"]
     assert batchgen("generate", "p.jsonl", "-o", "o.parquet")[0] == 0
@@ -563,8 +546,8 @@ def test_a_dataset_can_be_shown_like_a_file(here, batchgen):
     assert (here / "o" / "_SUCCESS").exists()
 
 
-def test_a_second_signal_quits_at_once_and_an_ignored_one_stays_ignored(here, model):
-    code = "import signal, sys, time; from batchgen.jobs import cli; cli._heed_signals(); "
+def test_a_second_signal_exits_immediately_and_an_ignored_one_stays_ignored(here, model):
+    code = "import signal, sys, time; from batchgen.jobs import cli; cli._handle_signals(); "
     waits = "try:\n print(flush=True); time.sleep(60)\nfinally:\n print(flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", code + "exec(sys.argv[1])", waits],
@@ -575,11 +558,11 @@ def test_a_second_signal_quits_at_once_and_an_ignored_one_stays_ignored(here, mo
     )
     assert process.stdout.readline() == "\n"
     process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "\n"  # it is ending in good order
+    assert process.stdout.readline() == "\n"  # it ends in order
     process.send_signal(signal.SIGINT)
     assert process.wait(2) == 130  # the last resort would come after 3 seconds
-    assert process.communicate()[1] == "batchgen: interrupted; run the same command again to go on\n"
-    heeds = "signal.signal(signal.SIGINT, signal.SIG_IGN); cli._heed_signals(); "
-    heeds += "sys.exit(signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)"
-    command = [sys.executable, "-c", "import signal, sys; from batchgen.jobs import cli; " + heeds]
+    assert process.communicate()[1] == "batchgen: interrupted; run the same command again to resume\n"
+    keeps = "signal.signal(signal.SIGINT, signal.SIG_IGN); cli._handle_signals(); "
+    keeps += "sys.exit(signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)"
+    command = [sys.executable, "-c", "import signal, sys; from batchgen.jobs import cli; " + keeps]
     assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False).returncode == 0

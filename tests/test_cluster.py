@@ -1,4 +1,4 @@
-"""cluster/: what a Dask or Ray cluster writes is what one machine writes, whatever of it dies in between."""
+"""cluster/: a Dask or Ray cluster writes what one machine writes, even if some of its processes die."""
 
 import json
 import logging
@@ -21,15 +21,24 @@ import pytest
 
 from batchgen.errors import BatchgenError, StoppedError, UsageError
 from batchgen.gpt2.config import GPT2Config
+from batchgen.input.prompts import Prompts
+from batchgen.job import Job, WorkOptions
+from batchgen.models.model import Model
+from batchgen.options import flags_in_use
 from batchgen.output.ledger import work_directory
-from batchgen.run import Job, run_job
+from batchgen.output.schema import Columns
+from batchgen.run import run_job
 from batchgen.types import Chunk, Receipt, Rejected, SamplingParams
-from batchgen.workers.cluster import driver, lease, pool
+from batchgen.workers.blame import MAX_LOSSES
+from batchgen.workers.cluster import connection, driver, lease, pool
 from batchgen.workers.cluster.messages import Event, NodeSetup, Order, Reply
-from batchgen.workers.pool import MAX_LOSSES
+from batchgen.workers.supply import Deadline
 from batchgen.workers.worker import WorkerSetup
+from batchgen.workers.workers import open_workers
 from tests.support.clusters import ROOT, Cluster, DaskCluster, MissingError, RayCluster, free_port, kill, wait_for
+from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
+from tests.support.plans import plan_for
 
 pytestmark = [
     pytest.mark.processes,
@@ -85,15 +94,17 @@ def prepared(tmp_path_factory) -> tuple[Path, Path, bytes]:
 
 def plain_job(prepared: tuple, out: Path, **changes: object) -> Job:
     model, prompts = prepared[:2]
-    return replace(Job([prompts], out, str(model), PARAMS, jobs=2, chunk_rows=CHUNK_ROWS), **changes)
+    options = {"jobs": 2, "chunk_rows": CHUNK_ROWS, "status": False} | changes
+    return make_job([prompts], out, model, PARAMS, **options)
 
 
 def job_on(cluster: Cluster, prepared: tuple, out: Path, **changes: object) -> Job:
-    return plain_job(prepared, out, backend=cluster.backend, address=cluster.address, **changes)
+    address = {"dask": "scheduler", "ray": "address"}[cluster.backend]
+    return plain_job(prepared, out, backend=cluster.backend, **{address: cluster.address}, **changes)
 
 
 class Run:
-    """The same as a command of its own."""
+    """The same run as a command in its own process."""
 
     def __init__(self, cluster: Cluster, prepared: tuple, out: Path) -> None:
         model, prompts = prepared[:2]
@@ -133,7 +144,7 @@ def parts(out: Path) -> int:
 
 
 class Disturbed:
-    """Does something to a run in this process when it has committed so many chunks."""
+    """Disturbs a run in this process when it has committed n chunks."""
 
     def __init__(self, out: Path, n: int, disturb) -> None:
         self.out, self.n, self.disturb, self.done = out, n, disturb, False
@@ -163,7 +174,7 @@ def test_a_cluster_writes_what_one_machine_writes(cluster, prepared, tmp_path):
     assert wait_for(lambda: not cluster.nodes() and not cluster.generating())  # they end with the run
 
 
-def test_a_cluster_goes_on_where_one_machine_stopped_and_the_other_way_round(dask, prepared, tmp_path, monkeypatch):
+def test_a_cluster_resumes_a_run_of_one_machine_and_the_reverse(dask, prepared, tmp_path, monkeypatch):
     out = tmp_path / "out.parquet"
     for first, second in ((plain_job, job_on), (job_on, plain_job)):
         makers = {plain_job: (prepared, out), job_on: (dask, prepared, out)}
@@ -177,18 +188,31 @@ def test_a_cluster_goes_on_where_one_machine_stopped_and_the_other_way_round(das
 
 @contextmanager
 def cut_short(monkeypatch, chunks: int) -> Iterator[None]:
-    from batchgen import run
+    chunks_of = Prompts.chunks
 
-    def some(*arguments: object) -> Iterator[tuple]:
-        for number, members in enumerate(cut(*arguments)):
+    def some(*arguments: object) -> Iterator[Chunk]:
+        for number, chunk in enumerate(chunks_of(*arguments)):
             if number == chunks:
                 raise BatchgenError("cut short")
-            yield members
+            yield chunk
 
-    cut = run.cut
     with monkeypatch.context() as patch:
-        patch.setattr(run, "cut", some)
+        patch.setattr(Prompts, "chunks", some)
         yield
+
+
+def test_workers_of_a_cluster_are_used_as_those_of_this_machine(dask, prepared, tmp_path):
+    model, options = Model.open(str(prepared[0])), WorkOptions(backend="dask", scheduler=dask.address)
+    with open_workers(options, model, tmp_path) as workers:
+        assert workers.slots == 2
+        for n in (3, 1):
+            receipts = list(workers.run(plan_for(model), Columns(), map(rejected_chunk, range(n)), n, Deadline(None)))
+            assert sorted(receipt.chunk for receipt in receipts) == list(range(n))
+            assert all(Path(receipt.path).is_file() for receipt in receipts)
+            assert workers.jobs == min(n, 2)
+        next(iter(workers.run(plan_for(model), Columns(), map(rejected_chunk, range(50)), 50, Deadline(None))))
+        assert (tmp_path / lease.NAME).exists()
+    assert not (tmp_path / lease.NAME).exists()
 
 
 def test_a_model_is_copied_to_the_nodes_cache_once_and_checked(dask, prepared, tmp_path):
@@ -196,7 +220,7 @@ def test_a_model_is_copied_to_the_nodes_cache_once_and_checked(dask, prepared, t
     job = job_on(dask, prepared, tmp_path / "out.parquet", model_cache=cache)
     run_job(job)
     [copy] = cache.iterdir()
-    assert job.output.read_bytes() == prepared[2]
+    assert job.output.path.read_bytes() == prepared[2]
     before = copy.stat()
     run_job(job)
     assert copy.stat() == before
@@ -206,10 +230,10 @@ def test_a_model_is_copied_to_the_nodes_cache_once_and_checked(dask, prepared, t
         run_job(job)
 
 
-# ---- what dies
+# ---- processes that die
 
 
-def test_an_engines_worker_that_is_killed_costs_its_chunk_and_no_byte(cluster, prepared, tmp_path):
+def test_the_output_is_the_same_if_an_engines_worker_is_killed(cluster, prepared, tmp_path):
     out = tmp_path / "out.parquet"
     killed = []
 
@@ -226,7 +250,7 @@ def test_an_engines_worker_that_is_killed_costs_its_chunk_and_no_byte(cluster, p
     assert wait_for(lambda: not cluster.nodes() and not cluster.generating())
 
 
-def test_a_node_process_or_its_worker_that_is_killed_costs_its_chunk_and_no_byte(dask, prepared, tmp_path):
+def test_the_output_is_the_same_if_a_node_process_or_its_worker_is_killed(dask, prepared, tmp_path):
     out = tmp_path / "out.parquet"
     with Disturbed(out, 2, lambda: [kill(pid) for pid in dask.nodes()[:1]]) as one:  # noqa: SIM117
         with Disturbed(out, 6, lambda: [kill(pid) for pid in dask.generating()[:1]]) as other:
@@ -238,10 +262,10 @@ def test_a_node_process_or_its_worker_that_is_killed_costs_its_chunk_and_no_byte
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lost_scheduler_ends_the_run_and_the_next_one_finishes(kind, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "SILENCE_SECONDS", 5.0)
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 5.0)
     out = tmp_path / "out.parquet"
     with running(kind, tmp_path / "cluster") as cluster:
-        # Ray's workers need no head to end what they have: with its GCS alone gone, a short run may well be complete.
+        # Ray's workers finish their tasks without a head: if only its GCS is killed, a short run may complete.
         victims = lambda: [cluster.scheduler.pid] if kind == "dask" else cluster.head_processes()  # noqa: E731
         with Disturbed(out, 3, lambda: [kill(pid) for pid in victims()]) as disturbed:  # noqa: SIM117
             with pytest.raises(StoppedError, match=f"{kind} at .*{cluster.port} is lost.* run the same command") as end:
@@ -255,14 +279,14 @@ def test_a_lost_scheduler_ends_the_run_and_the_next_one_finishes(kind, prepared,
 
 
 def test_a_client_that_dies_is_a_lost_scheduler(dask):
-    with pool.connected("dask", dask.address) as connection:
-        assert connection.slots == 2
-        kill(connection._driver.pid)
+    with connection.connect("dask", dask.address) as here:
+        assert here.slots == 2
+        kill(here._driver.pid)
         with pytest.raises(StoppedError, match=r"dask at tcp://.* is lost: its client ended"):
-            assert not wait_for(lambda: connection.event(1.0))
+            assert not wait_for(lambda: here.event(1.0))
 
 
-def test_workers_may_come_when_the_run_waits_for_them_and_have_several_threads(prepared, tmp_path, monkeypatch, caplog):
+def test_workers_may_join_while_the_run_waits_and_have_several_threads(prepared, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(pool, "NO_WORKERS_SECONDS", 0.1)
     out = tmp_path / "out.parquet"
     with running("dask", tmp_path / "cluster", workers=0) as cluster:
@@ -275,13 +299,13 @@ def test_workers_may_come_when_the_run_waits_for_them_and_have_several_threads(p
     assert out.read_bytes() == prepared[2]
 
 
-def test_a_killed_run_leaves_nothing_at_work_and_the_next_one_finishes(cluster, prepared, tmp_path):
+def test_a_killed_run_leaves_no_process_and_the_next_one_finishes(cluster, prepared, tmp_path):
     run = Run(cluster, prepared, tmp_path / "out.parquet")
     run.wait_for_parts(3)
     assert cluster.generating()
     os.kill(run.process.pid, signal.SIGKILL)
     run.finish()
-    assert wait_for(lambda: not cluster.nodes() and not cluster.generating(), 20)  # not the minute of a stale lease
+    assert wait_for(lambda: not cluster.nodes() and not cluster.generating(), 20)  # sooner than a lease gets stale
     run_job(job_on(cluster, prepared, run.out))
     assert run.out.read_bytes() == prepared[2]
 
@@ -289,7 +313,7 @@ def test_a_killed_run_leaves_nothing_at_work_and_the_next_one_finishes(cluster, 
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "inter")]
 )
-def test_a_stopped_run_says_one_line_and_leaves_nothing_at_work(cluster, prepared, tmp_path, number, code, word):
+def test_a_stopped_run_prints_one_line_and_leaves_no_process(cluster, prepared, tmp_path, number, code, word):
     run = Run(cluster, prepared, tmp_path / "out.parquet")
     run.wait_for_parts(3)
     (os.killpg if number == signal.SIGINT else os.kill)(run.process.pid, number)  # Ctrl-C goes to all of them
@@ -301,7 +325,7 @@ def test_a_stopped_run_says_one_line_and_leaves_nothing_at_work(cluster, prepare
     assert sorted(os.listdir(work_directory(run.out))) == ["lock", "parts", "plan.json"]
 
 
-def test_rows_that_kill_hang_or_break_their_worker_are_set_aside(cluster, prepared, tmp_path, caplog):
+def test_rows_that_kill_hang_or_break_their_worker_fail(cluster, prepared, tmp_path, caplog):
     words = {3: "kill-first", 17: "raise-last", 30: "hang-first", 45: "kill-first-once"}
     model = write_byte_model(tmp_path / "model")
     prompts = tmp_path / "prompts.jsonl"
@@ -317,15 +341,15 @@ def test_rows_that_kill_hang_or_break_their_worker_are_set_aside(cluster, prepar
     assert "its worker died (SIGKILL(-9))" in rows[3]["error"]
     assert "took no step for 2 s" in rows[30]["error"]
     assert (summary.failed, summary.exit_code) == (3, 3)
-    assert "prompts.jsonl:4: its worker died" in caplog.text  # the run's own log tells of it
+    assert "prompts.jsonl:4: its worker died" in caplog.text  # in the run's own log
     assert os.listdir(out.parent) == ["out.parquet"]
 
 
-# ---- what is refused
+# ---- errors before the first chunk
 
 
 def refused(prepared: tuple, folder: Path, *options: object, code: int) -> str:
-    """The one line that a command says."""
+    """The one line that a command prints."""
     command = [sys.executable, "-m", "batchgen", "generate", prepared[1], "-o", folder / "out.parquet"]
     done = subprocess.run(
         [str(word) for word in [*command, "--model", prepared[0], *options]],
@@ -343,7 +367,7 @@ def refused(prepared: tuple, folder: Path, *options: object, code: int) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_scheduler_that_is_not_there_is_one_line(kind, prepared, tmp_path):
+def test_an_absent_scheduler_is_a_one_line_error(kind, prepared, tmp_path):
     port = free_port()
     address = {"dask": f"tcp://127.0.0.1:{port}", "ray": f"127.0.0.1:{port}"}[kind]
     said = refused(prepared, tmp_path, "--backend", kind, KINDS[kind].option, address, code=1)
@@ -355,7 +379,7 @@ def test_a_scheduler_that_is_not_there_is_one_line(kind, prepared, tmp_path):
     ("changes", "message"),
     [
         ({"backend": "dask"}, r"which cluster\? give --scheduler"),
-        ({"address": "tcp://host:8786"}, "add --backend dask or --backend ray"),
+        ({"address": "host:6379"}, "--address names a Ray cluster, and this is --backend loky; add --backend ray"),
         ({"model_cache": Path("cache")}, "--model-cache is for a cluster; add --backend"),
     ],
 )
@@ -375,18 +399,18 @@ def test_a_cluster_of_the_other_kind_is_refused(prepared, tmp_path, options, mes
     assert message in refused(prepared, tmp_path, *options, code=2)
 
 
-def test_an_engine_that_is_not_installed_is_named_with_what_installs_it(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "find_spec", lambda _: None)
+def test_the_error_for_a_missing_engine_says_how_to_install_it(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(connection, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"pip install 'batchgen\[ray\]'"):
         run_job(plain_job(prepared, tmp_path / "out.parquet", backend="ray"))
 
 
-# ---- a node that is not fit
+# ---- an unfit node
 
 
 @pytest.fixture
 def setup(prepared, tmp_path) -> NodeSetup:
-    """What a node is told of a run that lives."""
+    """What a node process is sent."""
     from importlib.metadata import version
 
     from batchgen.engine.probe import blas_info
@@ -400,12 +424,11 @@ def setup(prepared, tmp_path) -> NodeSetup:
         kv_bytes=2**26,
         max_batch=64,
         share_prefixes=True,
-        token_ids=False,
-        logprobs=False,
+        columns=Columns(),
         params=PARAMS,
         parent=os.getpid(),
     )
-    return NodeSetup(worker, str(attempt), version("numpy"), blas_info().kernels)
+    return NodeSetup(worker, str(attempt), version("numpy"), blas_info().kernels, flags=flags_in_use())
 
 
 def rejected_chunk(index: int, rows: int = 2) -> Chunk:
@@ -413,11 +436,11 @@ def rejected_chunk(index: int, rows: int = 2) -> Chunk:
 
 
 def asked(setup: NodeSetup, *chunks: Chunk, version: str | None = None) -> list[Reply]:
-    """What the engine's worker gets from a node process for chunks, one after the other."""
+    """The replies of a node process to chunks, one after the other."""
     from batchgen import __version__
     from batchgen.workers.cluster.task import _idle, do_chunk
 
-    with lease.held_lease(Path(setup.attempt)) if Path(setup.attempt).exists() else contextmanager(lambda: (yield))():
+    with lease.hold_lease(Path(setup.attempt)) if Path(setup.attempt).exists() else contextmanager(lambda: (yield))():
         replies = [
             pickle.loads(do_chunk(version or __version__, setup.attempt, pickle.dumps(setup), pickle.dumps(chunk)))
             for chunk in chunks
@@ -427,7 +450,7 @@ def asked(setup: NodeSetup, *chunks: Chunk, version: str | None = None) -> list[
     return replies
 
 
-def test_a_node_process_does_one_chunk_after_another_under_names_that_are_used_once(setup):
+def test_a_node_process_never_uses_the_name_of_a_part_twice(setup):
     chunks = [rejected_chunk(0), rejected_chunk(1), rejected_chunk(0)]
     replies = asked(setup, *chunks)
     paths = [reply.receipt.path for reply in replies]
@@ -442,19 +465,19 @@ def test_a_node_process_does_one_chunk_after_another_under_names_that_are_used_o
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"numpy": "1.0"}, r"NumPy .* there, and 1\.0 where the run was planned; install the same"),
-        ({"blas": "openblas 0.3 Haswell"}, r"'openblas 0.3 Haswell' where .* same OPENBLAS_CORETYPE"),
+        ({"numpy": "1.0"}, r"NumPy .*, and the run was planned with 1\.0; install the same"),
+        ({"blas": "openblas 0.3 Haswell"}, r"planned with 'openblas 0.3 Haswell': .* same OPENBLAS_CORETYPE"),
         (
             {"attempt": "/nowhere/attempt"},
-            "/nowhere/attempt: no such folder there; .* file system that all nodes share",
+            "/nowhere/attempt: no such folder on this node; .* file system that all nodes share",
         ),
-        ({"hash": "0123456789abcdef"}, "model .* is there, and the run is of 0123456789abcdef"),
+        ({"hash": "0123456789abcdef"}, "has model .*, and the run needs 0123456789abcdef"),
         ({"model": "/nowhere/model"}, "/nowhere/model: is not a model"),
-        ({"max_batch": 10**9, "kv_bytes": 2**50}, "GB of memory are free there, .* less --kv-memory"),
-        ({"version": "0.0.1"}, r"batchgen .* there, and 0\.0\.1 where the run was started"),
+        ({"max_batch": 10**9, "kv_bytes": 2**50}, "GB of memory are free, .* lower --kv-memory"),
+        ({"version": "0.0.1"}, r"batchgen .*, and the run 0\.0\.1; install the same"),
     ],
 )
-def test_a_node_that_is_not_fit_says_so_by_its_name(setup, changes, message):
+def test_an_unfit_node_reports_its_name_and_the_reason(setup, changes, message):
     version = changes.pop("version", None)
     worker = setup.worker
     worker = replace(
@@ -482,35 +505,35 @@ def test_workers_with_other_kernels_end_the_run_before_a_row_is_written(prepared
 # ---- the lease
 
 
-def test_a_lease_that_is_gone_or_no_longer_changes_ends_a_node(tmp_path, monkeypatch):
+def test_a_lease_that_is_gone_or_stale_ends_a_node(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(lease.time, "monotonic", lambda: now)
     path = tmp_path / lease.NAME
     path.write_text("0")
-    watch = lease.Watch(tmp_path, stale=60.0)
+    watch = lease.LeaseWatch(tmp_path, stale=60.0)
     for now, content, ended in [(0, "0", ""), (59, "0", ""), (59.5, "1", ""), (119, "1", ""), (120, "1", "no sign")]:  # noqa: B007
         path.write_text(content)
-        assert watch.ended().startswith(ended)
-        assert bool(watch.ended()) == bool(ended)
+        assert watch.end_reason().startswith(ended)
+        assert bool(watch.end_reason()) == bool(ended)
     path.unlink()
-    assert "over" in watch.ended()
+    assert "over" in watch.end_reason()
 
 
-def test_a_lease_changes_while_it_is_held_and_goes_with_the_run(tmp_path, monkeypatch):
+def test_a_lease_changes_while_it_is_held_and_is_removed_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "REFRESH_SECONDS", 0.01)
-    with lease.held_lease(tmp_path) as path:
+    with lease.hold_lease(tmp_path) as path:
         before = path.read_bytes()
         assert wait_for(lambda: path.read_bytes() != before)
         assert len(path.read_bytes()) == len(before)  # needs no room on a full disk
     assert not path.exists()
 
 
-def test_a_node_process_ends_with_its_run_whatever_its_worker_does(setup, tmp_path):
+def test_a_node_process_ends_with_its_run(setup, tmp_path):
     from batchgen import __version__
     from batchgen.workers.cluster.messages import send
 
     command = [sys.executable, "-m", "batchgen.workers.cluster.node", __version__, str(os.getpid())]
-    with lease.held_lease(Path(setup.attempt)):
+    with lease.hold_lease(Path(setup.attempt)):
         node = subprocess.Popen(
             command,
             env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
@@ -526,11 +549,11 @@ def test_a_node_process_ends_with_its_run_whatever_its_worker_does(setup, tmp_pa
     assert not list(tmp_path.glob("batchgen-*/node-*"))
 
 
-# ---- the run's side, with a scheduler that does as it is told
+# ---- the run's side, with a scripted scheduler
 
 
-class Scripted(pool.Cluster):
-    """Answers each chunk as a function of it says."""
+class Scripted(connection.Connection):
+    """Answers each chunk with the events of a function."""
 
     def __init__(self, answer, slots: int = 2) -> None:
         self.where, self.slots, self._heard = "script at here", slots, float("inf")
@@ -552,7 +575,7 @@ class Scripted(pool.Cluster):
 
 
 def finished(setup: NodeSetup, ticket: int, chunk: Chunk, **changes: object) -> Event:
-    """A reply with a part that is there."""
+    """A reply whose part is there."""
     path = Path("node-1", f"{chunk.index:08d}-{ticket}.parquet")
     Path(setup.attempt, "node-1").mkdir(exist_ok=True)
     Path(setup.attempt, path).write_bytes(b"part")
@@ -579,7 +602,7 @@ def test_a_receipt_that_comes_twice_counts_once(setup):
         {"receipt": None, "lost": "its node process ended"},
     ],
 )
-def test_a_receipt_without_its_part_is_no_receipt_and_the_chunk_is_done_again(setup, wrong, caplog):
+def test_a_chunk_is_done_again_if_its_part_is_not_as_the_receipt_says(setup, wrong, caplog):
     first = iter([wrong])
     cluster = Scripted(lambda ticket, chunk: [finished(setup, ticket, chunk, **next(first, {}))])
     with caplog.at_level(logging.WARNING):
@@ -591,13 +614,15 @@ def test_a_receipt_without_its_part_is_no_receipt_and_the_chunk_is_done_again(se
 def test_a_chunk_that_is_lost_again_and_again_ends_the_run(setup):
     tries = []
     cluster = Scripted(lambda ticket, chunk: tries.append(chunk.index) or [Event(ticket, lost="KilledWorker: w1 died")])
-    with pytest.raises(BatchgenError, match=r"input rows 0 to 1: lost 5 times, last because KilledWorker: w1 died"):
+    with pytest.raises(
+        BatchgenError, match=r"input rows 0 to 1: lost 5 times, the last time because KilledWorker: w1 died"
+    ):
         list(pool.ClusterPool(cluster, setup).receipts(map(rejected_chunk, range(1))))
     assert len(tries) == MAX_LOSSES
 
 
-def test_what_is_out_for_far_longer_than_a_chunk_takes_is_given_out_anew(setup, monkeypatch, caplog):
-    """And counts once, if the first answer comes after all."""
+def test_chunks_that_are_out_far_too_long_are_given_out_anew(setup, monkeypatch, caplog):
+    """A late first answer does not count."""
     monkeypatch.setattr(pool, "STALL_SECONDS", 0.0)
     tickets = []
 
@@ -618,7 +643,7 @@ def test_what_is_out_for_far_longer_than_a_chunk_takes_is_given_out_anew(setup, 
     assert "given out anew" in caplog.text
 
 
-def test_a_task_that_cannot_run_at_all_ends_the_run_with_what_the_nodes_need(setup):
+def test_a_task_that_cannot_run_at_all_ends_the_run_and_says_what_nodes_need(setup):
     cluster = Scripted(lambda ticket, chunk: [Event(ticket, error="ModuleNotFoundError: No module named 'batchgen'")])
     with pytest.raises(BatchgenError, match=r"No module named 'batchgen'\); all nodes need this batchgen, "):
         list(pool.ClusterPool(cluster, setup).receipts(map(rejected_chunk, range(3))))
@@ -634,7 +659,7 @@ def test_only_a_tasks_own_error_is_a_fault():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nodes_without_batchgen_end_the_run_with_what_they_need(kind, prepared, tmp_path):
+def test_nodes_without_batchgen_end_the_run_and_it_says_what_they_need(kind, prepared, tmp_path):
     message = f"{kind} at .* cannot run batchgen's tasks .*; all nodes need this"
     with (
         running(kind, tmp_path / "cluster", BATCHGEN_MISSING="1") as cluster,
@@ -650,16 +675,18 @@ def test_as_many_chunks_are_out_as_there_are_slots(setup, slots, jobs, most):
     assert cluster.most == most
 
 
-def test_a_cluster_without_workers_is_waited_for_and_told_of_until_the_time_is_over(setup, monkeypatch, caplog):
+def test_the_run_waits_for_workers_and_warns_until_the_deadline(setup, monkeypatch, caplog):
     monkeypatch.setattr(pool, "NO_WORKERS_SECONDS", 0.0)
     cluster = Scripted(lambda ticket, chunk: [], slots=0)
     with caplog.at_level(logging.WARNING):
-        assert list(pool.ClusterPool(cluster, setup, until=0.0).receipts(iter([rejected_chunk(0)]))) == []
+        assert list(pool.ClusterPool(cluster, setup, deadline=Deadline(0.0)).receipts(iter([rejected_chunk(0)]))) == []
     assert "script at here has no workers; waiting for some" in caplog.text
 
 
-def test_a_scheduler_that_says_nothing_more_is_lost(setup):
+def test_a_scheduler_that_falls_silent_is_lost(setup):
     cluster = Scripted(lambda ticket, chunk: [])
     cluster._heard = 0.0
-    with pytest.raises(StoppedError, match="script at here is lost: not a word for .* run the same command again"):
+    with pytest.raises(
+        StoppedError, match="script at here is lost: it sent nothing for .* run the same command to resume"
+    ):
         list(pool.ClusterPool(cluster, setup).receipts(iter([rejected_chunk(0)])))

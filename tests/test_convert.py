@@ -31,7 +31,7 @@ needs_tensorflow = pytest.mark.skipif(
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with this repository on its path; TensorFlow is kept out of the tests' own process where it prints."""
+    """Run Python with this repository on its path; TensorFlow, which prints, runs only in such processes."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -40,7 +40,9 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _write_checkpoint(directory: Path, hparams: dict[str, int], seed: int) -> Path:
     directory.mkdir()
-    _python(str(REPOSITORY / "tests" / "write_tf_checkpoint.py"), str(directory), json.dumps(hparams), str(seed))
+    _python(
+        str(REPOSITORY / "tests" / "support" / "write_tf_checkpoint.py"), str(directory), json.dumps(hparams), str(seed)
+    )
     return directory
 
 
@@ -62,7 +64,7 @@ def src(written_checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plain_src(tmp_path: Path) -> Path:
-    """Make a directory with the seven files, whose index and data no TensorFlow has written."""
+    """A directory with the seven files, whose index and data are empty."""
     directory = tmp_path / "src"
     directory.mkdir()
     for name in PUBLISHED:
@@ -72,7 +74,7 @@ def plain_src(tmp_path: Path) -> Path:
     return directory
 
 
-# --- checkpoints that TensorFlow wrote ------------------------------------------------------------------
+# --- checkpoints written by TensorFlow ------------------------------------------------------------------
 
 
 @needs_tensorflow
@@ -96,7 +98,7 @@ def test_converting_twice_gives_the_same_model(src: Path, tmp_path: Path) -> Non
 
 
 @needs_tensorflow
-def test_picogpts_loader_returns_picogpts_dict(src: Path) -> None:
+def test_picogpts_function_returns_picogpts_dicts(src: Path) -> None:
     params = load_gpt2_params_from_tf_ckpt(str(src / "model.ckpt"), TINY)
     tensors = random_tensors(CONFIG, seed=1)
     assert params.keys() == {"blocks", "wte", "wpe", "ln_f"}
@@ -113,7 +115,7 @@ def test_picogpts_loader_returns_picogpts_dict(src: Path) -> None:
 
 
 @needs_tensorflow
-def test_converting_is_silent_and_warns_of_nothing(src: Path, tmp_path: Path) -> None:
+def test_a_conversion_is_silent_and_leaves_the_environment(src: Path, tmp_path: Path) -> None:
     code = (
         "import os, sys, pathlib; from batchgen.models.convert import convert_tf_checkpoint\n"
         "before = dict(os.environ)\n"
@@ -126,7 +128,7 @@ def test_converting_is_silent_and_warns_of_nothing(src: Path, tmp_path: Path) ->
 
 @needs_tensorflow
 @pytest.mark.parametrize("place", ["{other}/model.ckpt", "../other/model.ckpt", "..\\\\other\\\\model.ckpt"])
-def test_a_checkpoint_file_that_points_elsewhere_is_not_followed(place: str, src: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_file_with_another_directory_is_not_followed(place: str, src: Path, tmp_path: Path) -> None:
     other = shutil.copytree(src, tmp_path / "other")
     for name in (INDEX, DATA):
         (other / name).write_text("not to be opened")
@@ -145,7 +147,7 @@ def test_a_checkpoint_of_another_name_is_found_through_its_checkpoint_file(src: 
 
 
 @needs_tensorflow
-def test_files_that_only_training_needs_may_be_absent(src: Path, tmp_path: Path) -> None:
+def test_files_used_only_for_training_may_be_absent(src: Path, tmp_path: Path) -> None:
     for name in ("checkpoint", META):
         (src / name).unlink()
     convert_tf_checkpoint(src, tmp_path / "tiny", name="tiny")
@@ -184,7 +186,10 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(damage: Any, name: s
         ({"n_layer": 3}, "lacks 'model/h2/"),
         ({"n_layer": 1}, "has an unexpected 'model/h1/"),
         ({"n_layer": 2**24}, r"hparams\.json: config: n_layer is 16777216; it must be a whole number"),
-        ({"n_embd": 16}, r"model/wte: expected shape \[50, 16\], found \[50, 8\]; hparams.json is of another model"),
+        (
+            {"n_embd": 16},
+            r"model/wte: expected shape \[50, 16\], found \[50, 8\]; hparams.json belongs to another model",
+        ),
         ({"n_ctx": 8}, r"model/wpe: expected shape \[8, 8\], found \[16, 8\]"),
     ],
 )
@@ -208,7 +213,7 @@ def test_a_checkpoint_of_124ms_true_shape_converts_bit_for_bit(tmp_path: Path) -
             "print(pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
         )
         peak_kb = int(_python("-c", code, str(src), str(dst)).stdout)
-        assert peak_kb < 1_500_000  # the weights and their transposed copy are 650 MB: they were streamed
+        assert peak_kb < 1_500_000  # not held in memory at once: the weights with the transposed copy are 650 MB
         _assert_holds(dst, random_tensors(GPT2Config(**GPT2_124M), seed=2))
         assert load_params(dst)["lm_head"].shape == (768, 50257)
     finally:
@@ -216,11 +221,11 @@ def test_a_checkpoint_of_124ms_true_shape_converts_bit_for_bit(tmp_path: Path) -
         shutil.rmtree(dst, ignore_errors=True)
 
 
-# --- what is refused before TensorFlow is asked ---------------------------------------------------------
+# --- refusals before TensorFlow is imported ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["hparams.json", INDEX, DATA])
-def test_a_missing_file_is_named_with_what_to_do(name: str, plain_src: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_named_with_the_remedy(name: str, plain_src: Path, tmp_path: Path) -> None:
     (plain_src / name).unlink()
     with pytest.raises(ModelError, match=f"src: {name} not found; download the checkpoint again"):
         convert_tf_checkpoint(plain_src, tmp_path / "tiny", name="tiny")
@@ -233,7 +238,7 @@ def test_a_missing_vocabulary_is_named(name: str, plain_src: Path, tmp_path: Pat
         convert_tf_checkpoint(plain_src, tmp_path / "tiny", name="tiny")
 
 
-def test_a_source_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+def test_a_source_that_is_not_a_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere: is not a directory"):
         convert_tf_checkpoint(tmp_path / "nowhere", tmp_path / "tiny", name="tiny")
 
@@ -257,13 +262,13 @@ def test_a_checkpoint_file_without_a_plain_name_is_refused(text: str, plain_src:
         (" " * 70_000, "is larger than 65536 bytes"),
     ],
 )
-def test_bad_hparams_are_refused_with_the_place(text: str, message: str, plain_src: Path, tmp_path: Path) -> None:
+def test_bad_hparams_are_refused_with_place_and_value(text: str, message: str, plain_src: Path, tmp_path: Path) -> None:
     (plain_src / "hparams.json").write_text(text)
     with pytest.raises(ModelError, match=f"hparams.json: .*{message}"):
         convert_tf_checkpoint(plain_src, tmp_path / "tiny", name="tiny")
 
 
-def test_a_taken_destination_is_refused_before_tensorflow_is_imported(
+def test_an_occupied_destination_is_refused_before_tensorflow_is_imported(
     plain_src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convert, "_import_tensorflow", lambda: pytest.fail("TensorFlow was imported"))
@@ -280,7 +285,7 @@ def test_without_tensorflow_the_error_says_how_to_install_it(
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
-# --- variables that no checkpoint of OpenAI holds, from a stand-in for TensorFlow's reader --------------
+# --- unusual variables, from a fake of TensorFlow's reader --------------
 
 
 class FakeReader:
@@ -299,7 +304,7 @@ class FakeReader:
 
 @pytest.fixture
 def variables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return the variables of a checkpoint, for a test to change before it reads them."""
+    """The variables of a fake checkpoint; a test changes them before it reads them."""
     tensors = random_tensors(CONFIG)
     del tensors["lm_head"]
     made = {f"model/{name}": array[None] if array.ndim == 2 else array for name, array in tensors.items()}
@@ -310,7 +315,7 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return made
 
 
-def test_leading_dimensions_of_one_are_taken_off(variables: dict[str, Any]) -> None:
+def test_leading_dimensions_of_one_are_removed(variables: dict[str, Any]) -> None:
     found = {name: array.shape for name, array in read_tf_tensors(Path("model.ckpt"), CONFIG)}
     assert found == CONFIG.tensor_shapes()
 
@@ -325,7 +330,7 @@ def test_leading_dimensions_of_one_are_taken_off(variables: dict[str, Any]) -> N
         ({"global_step": np.zeros(1)}, "has an unexpected 'global_step'"),
     ],
 )
-def test_a_variable_that_is_not_as_published_is_named(
+def test_an_unexpected_variable_is_named(
     change: dict[str, Any], message: str, variables: dict[str, Any], plain_src: Path, tmp_path: Path
 ) -> None:
     variables.update(change)

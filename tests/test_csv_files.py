@@ -1,4 +1,4 @@
-"""csv_records.py: every record is one row with the line that it begins on, however it is broken."""
+"""csv_files.py: every record is one row, with the number of its first line, however broken it is."""
 
 import csv
 import io
@@ -10,18 +10,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import InputError
-from batchgen.input import csv_files as csv_records
-from batchgen.input.readers import check_input, read_requests, scan_input
-from batchgen.types import Rejected, Request, SamplingParams
-
-PARAMS = SamplingParams(max_tokens=8)
+from batchgen.input import csv_files
+from batchgen.types import Rejected, Request
+from tests.support import inputs
+from tests.support.inputs import PARAMS, open_prompts, scan
 
 
 def read(folder: Path, data: bytes, name: str = "p.csv") -> list[Request | Rejected]:
     path = folder / name
     path.write_bytes(data)
-    rows = list(read_requests(path, params=PARAMS))
-    assert scan_input(path).rows == len(rows)
+    rows = inputs.read(path)
+    assert scan(path).rows == len(rows)
     return rows
 
 
@@ -37,7 +36,7 @@ def test_fields_are_columns_and_places_the_first_lines(tmp_path: Path) -> None:
         Request(1, "p.csv:4", None, 'a "b", c\nd', PARAMS),
         Request(2, "p.csv:6", "007", "", PARAMS),
     ]
-    check_input(tmp_path / "p.csv")
+    open_prompts(tmp_path / "p.csv")
 
 
 def test_tabs_separate_in_tsv(tmp_path: Path) -> None:
@@ -59,7 +58,7 @@ def test_tabs_separate_in_tsv(tmp_path: Path) -> None:
         (b'1,"\xed\xa0\x80"', "invalid UTF-8 in line 3"),
     ],
 )
-def test_a_bad_record_is_rejected_with_its_reason_and_no_other(tmp_path: Path, record: bytes, reason: str) -> None:
+def test_only_the_bad_record_is_rejected_with_its_reason(tmp_path: Path, record: bytes, reason: str) -> None:
     rows = read(tmp_path, b"id,prompt\n0,a\n" + record + b"\n2,b\n")
     assert [row.row for row in rows] == [0, 1, 2]
     assert (rows[0].prompt, rows[2].prompt) == ("a", "b")
@@ -84,15 +83,15 @@ def test_a_quote_within_a_plain_field_is_text(tmp_path: Path) -> None:
 def test_a_record_over_the_limit_is_one_rejected_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quote: bytes
 ) -> None:
-    monkeypatch.setattr(csv_records, "MAX_RECORD_BYTES", 1000)
-    monkeypatch.setattr(csv_records, "BUFFER_BYTES", 64)
+    monkeypatch.setattr(csv_files, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(csv_files, "BUFFER_BYTES", 64)
     rows = read(tmp_path, b"prompt\na\n" + quote + b"x" * 5000 + quote + b"\nb\n")
     assert [row.prompt for row in rows] == ["a", None, "b"]
     assert "the record is longer than" in error(rows[1])
 
 
 def test_an_open_quote_swallows_no_more_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csv_records, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr(csv_files, "MAX_RECORD_BYTES", 1000)
     rows = read(tmp_path, b'prompt\n"open\n' + b"row\n" * 1000)
     assert "the record is longer than" in error(rows[0])
     assert {row.prompt for row in rows[1:]} == {"row"}
@@ -102,7 +101,7 @@ def test_an_open_quote_swallows_no_more_than_the_limit(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"prompt\n", b"\xef\xbb\xbfprompt"])
 def test_a_file_without_records_has_no_rows(tmp_path: Path, data: bytes) -> None:
     assert read(tmp_path, data) == []
-    check_input(tmp_path / "p.csv")
+    open_prompts(tmp_path / "p.csv")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,7 @@ def test_a_file_without_records_has_no_rows(tmp_path: Path, data: bytes) -> None
         (b"text,id\na,1\n", "no column 'prompt'; the columns are 'text', 'id'; name the right one"),
         (
             b"prompt,maxTokens\na,1\n",
-            "'maxTokens' is no parameter; did you mean 'max_tokens'? rename it, or pass --no-row",
+            "'maxTokens' is not a parameter; did you mean 'max_tokens'? rename it, or pass --no-row",
         ),
         (b"Prompt\na\n", "did you mean 'Prompt'? pass it as --prompt-column"),
         (b"id;prompt\n1;a\n", "no column 'prompt'; the columns are 'id;prompt'"),
@@ -123,10 +122,10 @@ def test_a_file_without_records_has_no_rows(tmp_path: Path, data: bytes) -> None
         (b"PAR1....", "this is a Parquet file, not CSV; name it .parquet"),
     ],
 )
-def test_what_is_no_csv_of_prompts_is_named(tmp_path: Path, data: bytes, what: str) -> None:
+def test_a_file_that_is_not_a_csv_of_prompts_is_refused(tmp_path: Path, data: bytes, what: str) -> None:
     (tmp_path / "p.csv").write_bytes(data)
     with pytest.raises(InputError) as caught:
-        check_input(tmp_path / "p.csv")
+        open_prompts(tmp_path / "p.csv")
     assert what in str(caught.value)
     assert "\n" not in str(caught.value)
 

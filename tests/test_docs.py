@@ -1,4 +1,4 @@
-"""docs/ and the README: what they say of commands, options and files is so."""
+"""docs/ and the pages at the top: their commands, options and links exist, and the index has every page."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ from batchgen.jobs.cli import app
 from batchgen.jobs.panels import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "data/models/tales/README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("**/README.md")])
 REFERENCE = ROOT / "docs" / "commands.md"
 
 
@@ -53,17 +53,17 @@ def _cell(text: str | None) -> str:
 
 
 def test_the_reference_says_what_help_says():
-    assert REFERENCE.read_text(encoding="utf-8") == reference() + "\n", "python -m tests.test_docs writes it anew"
+    assert REFERENCE.read_text(encoding="utf-8") == reference() + "\n", "run python -m tests.test_docs"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_to_a_file_leads_to_one(page):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_has_a_target(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_line_shown_has_only_options_that_there_are(page):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_line_has_only_options_that_exist(page):
     known = commands()
     text = page.read_text(encoding="utf-8")
     shown = re.findall(r"^(?:\$ |\s+)?(?:.*\| )?batchgen ([a-z]+)((?: [^\n`]*)?)$", text, re.MULTILINE)
@@ -79,6 +79,12 @@ def test_every_page_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert f"docs/{page.name}" in readme, page.name
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in {*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "README.md"}:
+        assert f"({page.name})" in index, page.name
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""doctor.py: what holds a run back is named with its remedy, and only what is broken is exit code 1."""
+"""doctor.py: it names what slows a run or breaks it, with the remedy; only something broken is exit code 1."""
 
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from batchgen import planning
 from batchgen.engine.probe import Blas
 from batchgen.errors import ModelError
 from batchgen.jobs.cli import app
+from batchgen.models.model import Model
 from batchgen.review import doctor
 from batchgen.review.doctor import (
     examine,
@@ -41,19 +42,19 @@ def test_everything_is_looked_at_and_nothing_is_broken():
         (SKYLAKE, AVX512, {}, "ok", "its own choice"),
         (HASWELL, AVX2, {}, "ok", "its own choice"),
         (HASWELL, frozenset(), {}, "ok", "its own choice"),
-        (HASWELL, AVX512, {"OPENBLAS_CORETYPE": "Haswell"}, "note", "Haswell holds it back from AVX-512; unset it"),
-        (HASWELL, AVX512, {}, "note", "does not use the AVX-512"),
-        (HASWELL, AVX2, {"OPENBLAS_CORETYPE": "Haswell"}, "note", "because OPENBLAS_CORETYPE=Haswell says so"),
+        (HASWELL, AVX512, {"OPENBLAS_CORETYPE": "Haswell"}, "note", "Haswell keeps it from AVX-512; unset it"),
+        (HASWELL, AVX512, {}, "note", "does not use the processor's AVX-512"),
+        (HASWELL, AVX2, {"OPENBLAS_CORETYPE": "Haswell"}, "note", "set by OPENBLAS_CORETYPE=Haswell"),
         (Blas("mkl", "2025", "Skylake", 2), AVX512, {"OPENBLAS_CORETYPE": "Haswell"}, "ok", "mkl 2025"),
     ],
 )
-def test_what_holds_the_blas_back_is_named(blas, flags, environment, state, text):
+def test_a_setting_that_slows_the_blas_is_named(blas, flags, environment, state, text):
     (finding,) = examine_blas(blas, flags, environment)
     assert finding.state == state
     assert text in finding.text
 
 
-def test_the_processor_is_read_as_linux_tells_it(tmp_path):
+def test_the_processor_is_read_as_linux_reports_it(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t: other\n")
     assert read_processor(cpuinfo) == ("A: B", {"fpu", "avx2"})
@@ -75,13 +76,13 @@ def test_a_package_that_one_command_needs_is_a_note_and_any_other_broken(monkeyp
     monkeypatch.setattr(doctor, "version", look)
     states = {f.text.split()[0]: f for f in examine_packages() if f.state != "ok"}
     assert {name: f.state for name, f in states.items()} == {"pyarrow": "broken", "matplotlib": "note"}
-    assert "pip install 'batchgen[report]'" in states["matplotlib"].text
+    assert "pip install matplotlib" in states["matplotlib"].text
 
 
-def test_rows_that_depend_on_their_company_are_a_note(monkeypatch):
-    monkeypatch.setattr(doctor, "is_batch_invariant", lambda params, config: False)
+def test_rows_that_depend_on_their_batch_are_a_note(monkeypatch):
+    monkeypatch.setattr(planning, "is_batch_invariant", lambda params, config: False)
     assert examine_rows().state == "note"
-    monkeypatch.setattr(doctor, "is_batch_invariant", lambda params, config: True)
+    monkeypatch.setattr(planning, "is_batch_invariant", lambda params, config: True)
     assert examine_rows().state == "ok"
 
 
@@ -91,7 +92,7 @@ def test_what_limits_the_cores_is_named(monkeypatch):
     assert "LOKY_MAX_CPU_COUNT is 1" in examine_cores({"LOKY_MAX_CPU_COUNT": "1"}).text
 
 
-def test_too_little_memory_names_what_would_do(monkeypatch):
+def test_too_little_memory_names_a_value_that_fits(monkeypatch):
     monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
     finding = examine_memory()
     assert finding.state == "note"
@@ -101,7 +102,7 @@ def test_too_little_memory_names_what_would_do(monkeypatch):
 def test_a_broken_model_is_named_and_is_exit_code_1(monkeypatch, tmp_path):
     monkeypatch.setenv("BATCHGEN_MODELS", str(tmp_path))
     write_byte_model(tmp_path / "mine")
-    shutil.rmtree(tmp_path / "mine-vocabulary")  # a folder among the models that is none
+    shutil.rmtree(tmp_path / "mine-vocabulary")  # a folder among the models that is not a model
     assert [f.state for f in examine_models()] == ["ok", "ok"]
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 0
     (tmp_path / "mine" / "wpe.npy").write_bytes(b"")
@@ -114,10 +115,10 @@ def test_a_broken_model_is_named_and_is_exit_code_1(monkeypatch, tmp_path):
 
 
 def test_without_its_own_model_batchgen_is_broken(monkeypatch):
-    def nowhere(name: str) -> Path:
-        raise ModelError(f"no model is called {name!r}")
+    def nowhere(name: str) -> Model:
+        raise ModelError(f"unknown model {name!r}")
 
-    monkeypatch.setattr(doctor, "find_model", nowhere)
+    monkeypatch.setattr(Model, "open", nowhere)
     assert examine_rows().state == "broken"
     assert list(examine_models())[-1].state == "broken"
     assert examine_memory().state == "ok"

@@ -13,7 +13,7 @@ import pytest
 
 from batchgen.errors import ModelError
 from batchgen.models import download as module
-from batchgen.models.download import Patience, Remote, Stopped, download, shown
+from batchgen.models.download import Patience, Remote, Stopped, download, redact
 from tests.support.fault_server import (
     Fault,
     FaultServer,
@@ -74,7 +74,7 @@ def ranges(server: FaultServer) -> list[str | None]:
     return [asked.headers.get("range") for asked in server.requests["/file"]]
 
 
-# --- what ends well ------------------------------------------------------------------------------------------
+# --- successful downloads ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("known", [{}, {"sha256": None}, {"size": None}, {"size": None, "sha256": None}])
@@ -109,7 +109,7 @@ def ranges(server: FaultServer) -> list[str | None]:
         [CUT, other_part(OTHER)],
     ],
 )
-def test_whatever_the_server_does_the_file_is_whole(
+def test_the_file_is_complete_despite_any_fault_of_the_server(
     faults: list[Fault], known: dict[str, Any], server: FaultServer, path: Path
 ) -> None:
     server.faults["/file"] = list(faults)
@@ -118,7 +118,7 @@ def test_whatever_the_server_does_the_file_is_whole(
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_what_has_come_is_not_asked_for_again(server: FaultServer, path: Path) -> None:
+def test_received_bytes_are_not_requested_again(server: FaultServer, path: Path) -> None:
     server.faults["/file"] = [drop(after=100_000)] * 3
     get(server, path)
     assert ranges(server) == [None, "bytes=100000-", "bytes=200000-", "bytes=300000-"]
@@ -126,39 +126,39 @@ def test_what_has_come_is_not_asked_for_again(server: FaultServer, path: Path) -
     assert {asked.headers["accept-encoding"] for asked in server.requests["/file"]} == {"identity"}
 
 
-def test_without_validator_and_hash_nothing_is_gone_on_with(server: FaultServer, path: Path) -> None:
+def test_without_validator_and_hash_a_part_is_not_resumed(server: FaultServer, path: Path) -> None:
     server.faults["/file"] = [both(CUT, without("ETag")), good]
     get(server, path, sha256=None)
     assert ranges(server) == [None, None]
     assert_only(path)
 
 
-def test_a_file_that_changes_on_the_way_is_begun_anew(server: FaultServer, path: Path) -> None:
+def test_a_file_that_changes_during_the_download_is_restarted(server: FaultServer, path: Path) -> None:
     server.faults["/file"] = [CUT]
     server.always["/file"] = other_file(OTHER)
     assert get(server, path, sha256=None) == hashlib.sha256(OTHER).hexdigest()
     assert_only(path, OTHER)
 
 
-def test_a_wrong_hash_is_given_a_second_try_from_the_start(server: FaultServer, path: Path) -> None:
+def test_a_wrong_hash_restarts_the_download_once(server: FaultServer, path: Path) -> None:
     server.faults["/file"] = [both(CUT, without("ETag")), other_part(OTHER), good]
     assert get(server, path) == SHA256
     assert ranges(server) == [None, "bytes=150000-", None]
 
 
 @pytest.mark.parametrize("extra", [b"", b"x" * 100_000])
-def test_chunks_are_read_up_to_the_expected_size(extra: bytes, server: FaultServer, path: Path) -> None:
+def test_a_chunked_body_is_read_up_to_the_expected_size(extra: bytes, server: FaultServer, path: Path) -> None:
     server.always["/file"] = chunked(extra)
     assert get(server, path) == SHA256
     assert_only(path)
 
 
-def test_an_empty_file_is_a_file(server: FaultServer, path: Path) -> None:
+def test_an_empty_file_is_downloaded(server: FaultServer, path: Path) -> None:
     download(Remote(server.url("/empty")), path, patience=QUICK)
     assert_only(path, b"")
 
 
-def test_a_process_that_is_killed_goes_on_where_it_was(server: FaultServer, path: Path) -> None:
+def test_a_stopped_download_resumes(server: FaultServer, path: Path) -> None:
     server.faults["/file"] = [CUT]
     stop = threading.Event()
     with pytest.raises(Stopped):
@@ -172,14 +172,14 @@ def test_a_process_that_is_killed_goes_on_where_it_was(server: FaultServer, path
     assert_only(path)
 
 
-def test_a_part_that_is_whole_already_is_only_checked(server: FaultServer, path: Path) -> None:
+def test_a_complete_part_is_only_checked(server: FaultServer, path: Path) -> None:
     _part(path, DATA)
     get(server, path)
     assert ranges(server) == []
     assert_only(path)
 
 
-def test_a_file_that_is_there_is_kept_and_another_is_replaced(server: FaultServer, path: Path) -> None:
+def test_an_existing_correct_file_is_kept_and_a_wrong_one_replaced(server: FaultServer, path: Path) -> None:
     path.write_bytes(DATA)
     get(server, path)
     assert ranges(server) == []
@@ -190,17 +190,17 @@ def test_a_file_that_is_there_is_kept_and_another_is_replaced(server: FaultServe
     assert ranges(server) == [None, None]
 
 
-def _part(path: Path, data: bytes, note: object = None) -> Path:
+def _part(path: Path, data: bytes, state: object = None) -> Path:
     part = path.with_name(NAME + ".part")
     part.touch(mode=0o600)
     part.write_bytes(data)
-    if note is not None:
-        path.with_name(NAME + ".part.json").write_text(note if isinstance(note, str) else json.dumps(note))
+    if state is not None:
+        path.with_name(NAME + ".part.json").write_text(state if isinstance(state, str) else json.dumps(state))
     return part
 
 
 @pytest.mark.parametrize(
-    "note",
+    "state",
     [
         "",
         "[]",
@@ -216,15 +216,15 @@ def _part(path: Path, data: bytes, note: object = None) -> Path:
     ],
 )
 @pytest.mark.parametrize("known", [{}, {"size": None, "sha256": None}])
-def test_whatever_is_in_a_note_the_file_is_whole(
-    known: dict[str, Any], note: object, server: FaultServer, path: Path
+def test_the_file_is_complete_despite_any_state_file(
+    known: dict[str, Any], state: object, server: FaultServer, path: Path
 ) -> None:
-    _part(path, OTHER[:1000], note)
+    _part(path, OTHER[:1000], state)
     assert get(server, path, **known) == SHA256
     assert_only(path)
 
 
-def test_a_part_that_is_a_link_or_open_to_others_is_not_written_through(server: FaultServer, path: Path) -> None:
+def test_a_part_that_is_a_link_or_writable_by_others_is_replaced(server: FaultServer, path: Path) -> None:
     target = path.with_name("target")
     target.write_bytes(b"precious")
     part = path.with_name(NAME + ".part")
@@ -245,7 +245,7 @@ def test_a_part_that_is_a_link_or_open_to_others_is_not_written_through(server: 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_two_writers_never_share_a_part(server: FaultServer, path: Path) -> None:
+def test_a_second_writer_of_a_part_is_refused(server: FaultServer, path: Path) -> None:
     seen: list[str] = []
 
     def second(*_: object) -> None:
@@ -255,11 +255,11 @@ def test_two_writers_never_share_a_part(server: FaultServer, path: Path) -> None
             seen.append(str(caught.value))
 
     download(remote(server), path, patience=QUICK, on_bytes=second)
-    assert seen
+    assert seen[0].startswith(f"{path}: ")  # and names no temporary file
     assert_only(path)
 
 
-def test_progress_starts_at_what_was_there_and_ends_at_the_size(server: FaultServer, path: Path) -> None:
+def test_progress_starts_at_the_length_of_the_part_and_ends_at_the_size(server: FaultServer, path: Path) -> None:
     _part(path, DATA[:100_000], {"total": len(DATA), "validator": etag(DATA)})
     calls: list[tuple[int, int | None]] = []
     download(remote(server), path, patience=QUICK, on_bytes=lambda *call: calls.append(call))
@@ -272,7 +272,7 @@ def test_progress_starts_at_what_was_there_and_ends_at_the_size(server: FaultSer
 
 
 class Waits(threading.Event):
-    """Takes the place of sleeping, and remembers for how long it would have been."""
+    """Replaces sleeping, and records the seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ class Waits(threading.Event):
         return False
 
 
-def test_waits_grow_and_have_a_limit(server: FaultServer, path: Path) -> None:
+def test_waits_grow_up_to_a_limit(server: FaultServer, path: Path) -> None:
     waits = Waits()
     server.faults["/file"] = [status(503)] * 7
     download(remote(server), path, patience=replace(QUICK, tries=9, first_wait=1, longest_wait=10), stop=waits)
@@ -292,7 +292,7 @@ def test_waits_grow_and_have_a_limit(server: FaultServer, path: Path) -> None:
     assert waits.found[-1] == 10
 
 
-def test_retry_after_is_heeded_in_seconds_and_as_a_date(
+def test_retry_after_is_obeyed_in_seconds_and_as_a_date(
     server: FaultServer, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = Waits()
@@ -308,13 +308,13 @@ def test_retry_after_is_heeded_in_seconds_and_as_a_date(
     assert max(waits.found[2:]) <= 0.0125
 
 
-def test_a_server_that_asks_for_an_hour_gets_it_from_the_user(server: FaultServer, path: Path) -> None:
+def test_a_server_that_asks_for_an_hour_ends_the_download(server: FaultServer, path: Path) -> None:
     server.faults["/file"] = [status(429, Retry_After="3600")]
-    with pytest.raises(ModelError, match="it asks to wait 3600 s: run the same command again then"):
+    with pytest.raises(ModelError, match="run the same command after 3600 s, as the server asks"):
         get(server, path)
 
 
-def test_tries_count_only_those_without_progress(server: FaultServer, path: Path) -> None:
+def test_only_tries_without_progress_count(server: FaultServer, path: Path) -> None:
     tries = 30  # of 70 kB each, with a failure between: far more than QUICK.tries
     data = random.Random(2).randbytes(70_000 * tries)
     server.files["/file"] = data
@@ -323,55 +323,55 @@ def test_tries_count_only_those_without_progress(server: FaultServer, path: Path
     assert_only(path, data)
 
 
-def test_drops_at_the_same_place_are_not_progress(server: FaultServer, path: Path) -> None:
+def test_tries_that_end_at_the_same_place_are_not_progress(server: FaultServer, path: Path) -> None:
     server.always["/file"] = both(ignore_range, drop(after=200_000))
-    with pytest.raises(ModelError, match="gave up after 4 tries; run the same command again to go on"):
+    with pytest.raises(ModelError, match="gave up after 4 tries; run the same command to resume"):
         get(server, path)
     assert len(ranges(server)) == 5
 
 
-def test_a_connection_that_only_drips_is_dropped(server: FaultServer, path: Path) -> None:
+def test_a_slow_connection_is_dropped(server: FaultServer, path: Path) -> None:
     server.always["/file"] = drip(0.02)
     slow = replace(QUICK, slow_window=0.1, slow_bytes=10_000, tries=1)
-    with pytest.raises(ModelError, match=r"\d+ bytes came in 0 s; gave up after 1 tries"):
+    with pytest.raises(ModelError, match=r"received \d+ bytes in 0 s; gave up after 1 tries"):
         download(remote(server), path, patience=slow)
 
 
-# --- what ends in one line -----------------------------------------------------------------------------------
+# --- failed downloads -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fault", "known", "message"),
     [
-        (status(401), {}, "wants a password \\('401 Unauthorized'\\); check the address, or use another --mirror"),
+        (status(401), {}, "requires a password \\('401 Unauthorized'\\); check the address, or set BATCHGEN_MIRROR"),
         (status(403), {}, "is refused \\('403 Forbidden'\\)"),
-        (status(404), {}, "is not there \\('404 Not Found'\\)"),
-        (status(410), {}, "is gone"),
-        (status(204), {}, "cannot be had \\('204 No Content'\\)"),
+        (status(404), {}, "does not exist \\('404 Not Found'\\)"),
+        (status(410), {}, "no longer exists"),
+        (status(204), {}, "cannot be downloaded \\('204 No Content'\\)"),
         (status(500), {}, "answered '500 Internal Server Error'; gave up after 4 tries"),
         (drop(after=0), {}, "gave up after 4 tries"),
         (stall(after=0), {}, "timed out; gave up after 4 tries"),
-        (header(Content_Encoding="gzip"), {}, "sent 'gzip' though asked not to; gave up"),
+        (header(Content_Encoding="gzip"), {}, "sent the encoding 'gzip', which was not requested; gave up"),
         (claim(300_000), {}, "expected 400000 bytes, the server has 300000; gave up"),
         (claim(500_000), {}, "expected 400000 bytes, the server has 500000; gave up"),
         (claim(500_000), {"size": None}, "gave up after"),
-        (both(without("Content-Length"), drop(after=5)), {"size": None}, "does not say how long the file is"),
+        (both(without("Content-Length"), drop(after=5)), {"size": None}, "does not state the file's length"),
         (
             other_file(OTHER),
             {},
-            f"expected sha256 {SHA256} \\(OpenAI's\\), found .*, 2 times; the file there is another",
+            f"expected sha256 {SHA256} \\(OpenAI's\\), found .*, 2 times; the server has another file",
         ),
         (other_file(OTHER[:-1]), {}, "expected 400000 bytes, the server has 399999"),
         (redirect("http://localhost/file"), {}, "redirects to 'http://localhost/file'; if you trust that server"),
         (redirect("//other.example/file"), {}, "redirects to 'http://other.example/file'"),
         (redirect("file:///etc/passwd"), {}, "redirects to 'file:///etc/passwd'"),
         (redirect("ftp://127.0.0.1/file"), {}, "redirects to 'ftp://127.0.0.1/file'"),
-        (redirect("http://[bad/"), {}, "redirects to 'an address that is none'"),
+        (redirect("http://[bad/"), {}, "redirects to 'an invalid address'"),
         (redirect("/file"), {}, "redirects more than 5 times"),
         (redirect("http://user:secret@other.example/file"), {}, "redirects to 'http://other.example/file'"),
     ],
 )
-def test_what_cannot_be_had_is_one_line_and_no_file(
+def test_a_failed_download_gives_one_line_and_no_file(
     fault: Fault, known: dict[str, Any], message: str, server: FaultServer, path: Path
 ) -> None:
     server.always["/file"] = fault
@@ -383,7 +383,7 @@ def test_what_cannot_be_had_is_one_line_and_no_file(
     assert not path.exists()
 
 
-def test_redirects_stay_on_their_host_or_go_to_an_allowed_one(server: FaultServer, path: Path) -> None:
+def test_redirects_stay_on_their_host_or_lead_to_an_allowed_one(server: FaultServer, path: Path) -> None:
     server.files["/moved"] = DATA
     for location in ("/moved", "moved", server.url("/moved")):
         server.faults["/file"] = [redirect(location)]
@@ -394,24 +394,24 @@ def test_redirects_stay_on_their_host_or_go_to_an_allowed_one(server: FaultServe
     assert_only(path)
 
 
-def test_from_https_nothing_leads_to_http(path: Path) -> None:
+def test_a_redirect_from_https_to_http_is_refused(path: Path) -> None:
     asked = Remote("https://host.example/file", hosts=frozenset({"host.example"}))
-    tries = module._Download(asked, module._Part(path), QUICK, None, threading.Event())
+    tries = module._Download(asked, module._Part(path), QUICK, lambda *_: None, threading.Event())
     with pytest.raises(ModelError, match="redirects to 'http://host.example/file'"):
-        tries._redirected(asked.url, "http://host.example/file")
-    assert tries._redirected("http://host.example/a", "https://host.example/b") == "https://host.example/b"
+        tries._resolve_redirect(asked.url, "http://host.example/file")
+    assert tries._resolve_redirect("http://host.example/a", "https://host.example/b") == "https://host.example/b"
 
 
-def test_nobody_at_home_is_one_line(path: Path) -> None:
-    with pytest.raises(ModelError, match="Connection refused; is there a network. --mirror names another place"):
+def test_a_refused_connection_gives_one_line(path: Path) -> None:
+    with pytest.raises(ModelError, match="Connection refused; check the network, or set BATCHGEN_MIRROR"):
         download(Remote("http://127.0.0.1:1/file"), path, patience=QUICK)
 
 
-def test_a_password_in_an_address_is_never_shown() -> None:
-    assert shown("https://user:secret@host.example:8/a/b") == "https://host.example:8/a/b"
+def test_a_password_is_removed_from_an_address() -> None:
+    assert redact("https://user:secret@host.example:8/a/b") == "https://host.example:8/a/b"
 
 
-def test_a_full_disk_is_one_line_and_what_has_come_is_kept(
+def test_a_full_disk_gives_one_line_and_keeps_the_received_bytes(
     server: FaultServer, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write: Callable[..., int] = os.write
@@ -432,7 +432,7 @@ def test_a_full_disk_is_one_line_and_what_has_come_is_kept(
     assert_only(path)
 
 
-def test_something_in_the_way_is_not_removed(server: FaultServer, path: Path) -> None:
+def test_a_directory_or_a_link_at_the_path_is_not_removed(server: FaultServer, path: Path) -> None:
     path.mkdir()
     with pytest.raises(ModelError, match="is in the way, and is not a file; move it"):
         get(server, path)
@@ -442,11 +442,11 @@ def test_something_in_the_way_is_not_removed(server: FaultServer, path: Path) ->
         get(server, path)
 
 
-# --- interrupted again and again -----------------------------------------------------------------------------
+# --- many interruptions -----------------------------------------------------------------------------
 
 
-def test_fifty_interruptions_fetch_nothing_twice(server: FaultServer, path: Path) -> None:
-    """The same at 500 MB and with kills is in benchmarks/download.py; here the server counts."""
+def test_fifty_interruptions_download_nothing_twice(server: FaultServer, path: Path) -> None:
+    """The server counts the bytes; benchmarks/download.py does the same with 500 MB and with killed processes."""
     rng = random.Random(3)
     data = rng.randbytes(20_000_000)
     server.files["/file"] = data

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.run import Job, run_job
+from batchgen.run import run_job
 from batchgen.types import SamplingParams
+from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
 
 COLUMNS = [
@@ -47,7 +48,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for suffix in ("parquet", "jsonl"):
         found[suffix] = folder / f"o.{suffix}"
         params = SamplingParams(max_tokens=5, temperature=1.0, n=2)
-        run_job(Job(folder / "p.jsonl", found[suffix], str(model), params, keep=("tags", "score"), jobs=1))
+        run_job(make_job(folder / "p.jsonl", found[suffix], str(model), params, keep=("tags", "score"), jobs=1))
     return found
 
 

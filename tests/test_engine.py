@@ -1,8 +1,9 @@
-"""engine/: every prompt is completed as if it were alone, whatever runs beside it."""
+"""engine/: a prompt is completed as if alone, in every batch."""
 
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,7 +27,7 @@ PER_TOKEN = kv_bytes_per_token(TINY)
 PARAMS = sharp_params(TINY)
 PICO = {key: value for key, value in PARAMS.items() if key != "lm_head"}
 INVARIANT = is_batch_invariant(PARAMS, TINY)
-needs_invariance = pytest.mark.skipif(not INVARIANT, reason=f"{blas_info()} rounds a row differently in company")
+needs_invariance = pytest.mark.skipif(not INVARIANT, reason=f"{blas_info()} rounds a row differently in a batch")
 
 
 def prompt(row: int, token_ids: list[int], **params) -> Prompt:
@@ -35,7 +36,7 @@ def prompt(row: int, token_ids: list[int], **params) -> Prompt:
 
 
 def mixed_prompts(seed: int, n: int = 40) -> list[Prompt]:
-    """Prompts of all lengths, with shared stems, repeats and every kind of sampling."""
+    """Prompts of many lengths, with shared stems, duplicates and every kind of sampling."""
     rng = random.Random(seed)
     stem = [rng.randrange(EOS) for _ in range(3 * BLOCK)]
     kinds = [
@@ -85,8 +86,8 @@ def test_greedy_completions_equal_pico():
 @needs_invariance
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 60), st.booleans(), st.sampled_from([320, 700, 20_000]), st.randoms())
-def test_completions_do_not_depend_on_company(seed, max_batch, share_prefixes, tokens, shuffler):
-    """Batch size, memory, sharing and order change nothing: tokens and log-probabilities bit for bit."""
+def test_completions_do_not_depend_on_their_batch(seed, max_batch, share_prefixes, tokens, shuffler):
+    """Batch size, memory, sharing and order change no token and no bit of a log-probability."""
     prompts = mixed_prompts(seed, n=25)
     expected = run(prompts)
     shuffled = list(prompts)
@@ -95,7 +96,7 @@ def test_completions_do_not_depend_on_company(seed, max_batch, share_prefixes, t
 
 
 @needs_invariance
-def test_a_completion_is_that_of_the_prompt_alone():
+def test_a_completion_in_a_batch_equals_that_of_the_prompt_alone():
     prompts = mixed_prompts(5)
     together = run(prompts)
     for p in prompts:
@@ -107,14 +108,14 @@ def test_the_same_run_gives_the_same_bits():
     assert run(prompts, 900, max_batch=9) == run(prompts, 900, max_batch=9)
 
 
-def test_an_engine_used_again_gives_the_same_bits():
+def test_a_second_call_of_an_engine_gives_the_same_bits():
     engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN)
     prompts = mixed_prompts(3)
     first = {(c.row, c.sample): c for c in engine.generate(prompts)}
     assert {(c.row, c.sample): c for c in engine.generate(prompts)} == first
 
 
-def test_a_caller_that_stops_listening_leaves_the_engine_usable():
+def test_the_engine_is_usable_after_a_caller_closes_the_iterator():
     engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN)
     prompts = mixed_prompts(3)
     next(iter(engine.generate(prompts)))
@@ -122,7 +123,7 @@ def test_a_caller_that_stops_listening_leaves_the_engine_usable():
     assert len({(c.row, c.sample) for c in engine.generate(prompts)}) == sum(p.params.n for p in prompts)
 
 
-def test_equal_greedy_requests_are_generated_once_and_sampled_ones_are_not():
+def test_equal_greedy_requests_are_generated_once_and_sampled_ones_each():
     same = [prompt(row, [1, 2, 3], max_tokens=4, n=2) for row in range(3)]
     drawn = [prompt(row, [1, 2, 3], max_tokens=4, temperature=1.0) for row in range(10, 13)]
     engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=900 * PER_TOKEN)
@@ -146,7 +147,7 @@ def test_a_shared_prefix_is_read_once():
     assert sum(rows) == 2 * BLOCK + 10
 
 
-def test_the_samples_of_a_prompt_share_its_prefill():
+def test_samples_of_a_prompt_share_its_prefill():
     engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=9000 * PER_TOKEN)
     rows = []
     embed = engine.forward._embed
@@ -158,7 +159,7 @@ def test_the_samples_of_a_prompt_share_its_prefill():
     assert sum(rows) == 100
 
 
-def test_a_slot_is_refilled_in_the_step_after_it_comes_free():
+def test_a_free_slot_is_filled_in_the_next_step():
     prompts = [prompt(row, [row], max_tokens=1 + row % 5, ignore_eos=True) for row in range(30)]
     engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=2000 * PER_TOKEN, max_batch=4)
     widths = [len(sampled) for _, sampled in engine.steps(prompts)]
@@ -183,7 +184,7 @@ def test_random_numbers_depend_on_seed_row_sample_and_position_alone():
     np.testing.assert_array_equal(uniforms(9, 50)[:10], uniforms(9, 10))
 
 
-def test_logprobs_are_of_the_model_itself_and_end_with_the_completion():
+def test_logprobs_are_those_of_the_model_and_end_with_the_completion():
     completion = run([prompt(0, [5, 6], max_tokens=6, temperature=0.5, logprobs=4)])[0, 0]
     ids = [5, 6]
     for token, logprob, top in zip(completion.token_ids, completion.logprobs, completion.top_logprobs, strict=True):
@@ -194,7 +195,7 @@ def test_logprobs_are_of_the_model_itself_and_end_with_the_completion():
         ids.append(token)
 
 
-def test_a_completion_does_not_hold_the_token_that_ended_it():
+def test_a_completion_does_not_include_the_token_that_ended_it():
     ids = [1, 2, 3]
     free = run([prompt(0, ids, max_tokens=10, ignore_eos=True)])[0, 0].token_ids
     stopped = run([prompt(0, ids, max_tokens=10, ignore_eos=True, stop_token_ids=(free[4],))])[0, 0]
@@ -203,7 +204,7 @@ def test_a_completion_does_not_hold_the_token_that_ended_it():
     assert stopped.finish_reason == "stop"
 
 
-def test_bad_prompts_and_budgets_are_refused_before_any_work():
+def test_bad_prompts_and_limits_are_refused_before_any_work():
     engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN)
     good = prompt(0, [1])
     for bad, words in [
@@ -222,30 +223,36 @@ def test_bad_prompts_and_budgets_are_refused_before_any_work():
         Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN, max_batch=5000)
 
 
+def test_the_budget_in_the_error_suffices(python_names):
+    with pytest.raises(UsageError, match="raise kv_bytes to 1M") as error:
+        Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=10)
+    assert Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=int(re.search(r"(\d+) bytes", str(error.value))[1]))
+
+
 def test_no_prompts_give_no_completions():
     assert run([]) == {}
 
 
-@pytest.mark.skipif("BATCHGEN_INNER" in os.environ, reason="the inner run")
+@pytest.mark.skipif("BATCHGEN_INNER" in os.environ, reason="this is the inner run")
 @pytest.mark.parametrize("core_type", ["SKYLAKEX", "HASWELL"])
-def test_the_engine_holds_its_laws_on_either_kernel(core_type):
-    """The laws on bits once more in a process of its own: with AVX-512 kernels and with AVX2 ones, this one's apart."""
+def test_the_laws_on_bits_hold_with_either_kernel(core_type):
+    """The same tests in a process with other kernels, AVX-512 or AVX2, than this one."""
     if core_type == blas_info().core_type.upper():
-        pytest.skip(f"{core_type} is what all tests here have run on")
+        pytest.skip(f"all tests here have run with {core_type}")
     if core_type == "SKYLAKEX" and not has_avx512():
         pytest.skip("this processor has no AVX-512")
     environment = os.environ | {"OPENBLAS_CORETYPE": core_type, "OPENBLAS_NUM_THREADS": "1", "BATCHGEN_INNER": "1"}
-    laws = "company or alone or same_bits or equal_pico"
+    laws = "their_batch or alone or same_bits or equal_pico"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rs", "-k", laws, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert ("rounds a row differently" in done.stdout) == (core_type == "HASWELL")
 
 
-# ---- ends that somebody else decides, and words that nobody may say
+# ---- ends that the caller decides, loops, bad words
 
 
-def test_a_sequence_ends_with_the_token_at_which_it_is_told_to():
+def test_a_sequence_ends_with_the_token_at_which_should_stop_says_so():
     prompts = mixed_prompts(7, n=20)
     engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=2000 * PER_TOKEN, max_batch=6)
     asked = []
@@ -267,14 +274,14 @@ def test_a_sequence_ends_with_the_token_at_which_it_is_told_to():
             assert completion.token_ids == free[key].token_ids[:3]
 
 
-def test_what_stops_at_the_last_token_is_a_stop_and_no_length():
+def test_a_stop_at_the_last_token_counts_as_stop_and_not_as_length():
     engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=2000 * PER_TOKEN)
     (completion,) = engine.generate([prompt(0, [1], max_tokens=1)], should_stop=lambda sequence: "stop")
     assert (len(completion.token_ids), completion.finish_reason) == (1, "stop")
 
 
 @given(st.lists(st.integers(0, 2), max_size=100), st.integers(1, 70), st.integers(0, 30))
-def test_a_loop_is_a_block_three_times_and_24_tokens(start, period, repeats):
+def test_a_loop_is_a_block_three_times_or_more_and_24_tokens_in_all(start, period, repeats):
     ids = start + [n % 7 for n in range(period)] * repeats
     reference = any(
         ids[-p * times :] == ids[-p:] * times
@@ -288,7 +295,7 @@ def test_a_loop_is_a_block_three_times_and_24_tokens(start, period, repeats):
 
 
 @pytest.mark.parametrize("min_tokens", [0, 30])
-def test_a_loop_is_stopped_where_asked_and_not_before_min_tokens(min_tokens):
+def test_stop_loops_ends_a_loop_but_not_before_min_tokens(min_tokens):
     looping = {"max_tokens": 50, "ignore_eos": True, "logit_bias": ((7, 100.0),), "min_tokens": min_tokens}
     completions = run([prompt(0, [1], **looping, stop_loops=True), prompt(1, [1], **looping)])
     stopped, free = completions[0, 0], completions[1, 0]
@@ -302,11 +309,11 @@ def test_bad_words_are_never_generated():
     for params in ({}, {"temperature": 1.0, "n": 4}):
         one = prompt(0, [5, 6], max_tokens=30, ignore_eos=True, **params)
         for completion in run([replace(one, bad_words=words)]).values():
-            said = (5, 6, *completion.token_ids)
-            assert not any(said[i : i + len(w)] == w for w in words for i in range(1, len(said)))
+            ids = (5, 6, *completion.token_ids)
+            assert not any(ids[i : i + len(w)] == w for w in words for i in range(1, len(ids)))
 
 
-def test_prompts_of_one_row_number_their_samples_on():
+def test_prompts_of_one_row_number_their_samples_consecutively():
     params = SamplingParams(max_tokens=4, temperature=1.0, n=2)
     prompts = [Prompt(9, (1, 2, first), params, sample_seeds(params.seed, 9, 2, first), first) for first in (0, 2, 4)]
     completions = run(prompts)

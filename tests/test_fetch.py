@@ -22,9 +22,9 @@ from batchgen.models.convert import read_hparams
 from batchgen.models.download import Patience
 from batchgen.models.fetch import base_url, download_gpt2_files, fetch_model, load_encoder_hparams_and_params
 from batchgen.models.openai import DATA, FILES, INDEX, FetchProgress
-from batchgen.models.records import Records
 from batchgen.models.registry import list_models
-from batchgen.models.shards import load_manifest, load_params, verify_shards, write_model
+from batchgen.models.shards import Description, load_manifest, load_params, verify_shards, write_model
+from batchgen.models.string_map import read_string_map
 from tests.support.fault_server import FaultServer, both, claim, drop, stall, status
 from tests.support.models import BYTES, sharp_tensors, write_byte_vocabulary
 from tests.test_convert import REPOSITORY, needs_tensorflow
@@ -36,7 +36,7 @@ ZEROS = bytes(300_000)
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The seven files of a tiny model; its data is no checkpoint, as _convert takes the place of TensorFlow."""
+    """The seven files of a tiny model; its data is not a checkpoint, because _convert replaces TensorFlow."""
     directory = write_byte_vocabulary(tmp_path_factory.mktemp("published") / "124M")
     files = {path.name: path.read_bytes() for path in directory.iterdir()}
     files["hparams.json"] = json.dumps(BYTES.as_dict()).encode()
@@ -49,15 +49,13 @@ def _convert(src: Path, dst: Path, *, name: str, replace: bool, source: dict[str
     if on_progress:
         on_progress(1, 1)
     tensors = {name: array for name, array in TENSORS.items() if name != "lm_head"}
-    write_model(
-        dst, read_hparams(src / "hparams.json"), tensors.items(), name=name, source=source, tokenizer_dir=src,
-        replace=replace,
-    )  # fmt: skip
+    description = Description(name, read_hparams(src / "hparams.json"), source)
+    write_model(dst, description, tensors.items(), tokenizer_dir=src, replace=replace)
 
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int | None, str | None]]:
-    """What is known of the tiny model's files; for a test to change."""
+    """What is known of the tiny model's files; a test may change it."""
     found: dict[str, tuple[int | None, str | None]] = {DATA: (len(ZEROS), None)}
     monkeypatch.setattr(fetch, "CONFIGS", {"124M": BYTES, "355M": BYTES})
     monkeypatch.setattr(fetch, "known_file", lambda size, name: found.get(name, (None, None)))
@@ -86,12 +84,12 @@ def asked(server: FaultServer) -> dict[str, int]:
     return {path.rpartition("/")[2]: len(requests) for path, requests in server.requests.items()}
 
 
-# --- what is fetched -----------------------------------------------------------------------------------------
+# --- a fetch -----------------------------------------------------------------------------------------
 
 
-def test_the_addresses_files_and_hashes_are_picogpts_and_openais(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_files_and_hashes_are_those_of_picogpt_and_openai(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BATCHGEN_MIRROR")
-    found = fetch.remotes("124M", base_url(), {})
+    found = fetch.remotes_of("124M", base_url(), {})
     assert {remote.url for remote in found.values()} == {
         f"https://openaipublic.blob.core.windows.net/gpt-2/models/124M/{name}"
         for name in ("checkpoint", "encoder.json", "hparams.json", "model.ckpt.data-00000-of-00001")
@@ -103,7 +101,7 @@ def test_the_addresses_files_and_hashes_are_picogpts_and_openais(monkeypatch: py
         assert (found[name].size, found[name].sha256) == (len(data), hashlib.sha256(data).hexdigest())
     for size, config in openai.CONFIGS.items():
         parameters = sum(array.size for name, array in _shapes(config) if name != "lm_head")
-        assert fetch.remotes(size, base_url(), {})[DATA].size == 4 * parameters
+        assert fetch.remotes_of(size, base_url(), {})[DATA].size == 4 * parameters
 
 
 def _shapes(config: Any) -> Iterator[tuple[str, Any]]:
@@ -111,7 +109,7 @@ def _shapes(config: Any) -> Iterator[tuple[str, Any]]:
         yield name, np.broadcast_to(np.float32(0), shape)
 
 
-def test_a_fetched_model_is_there_and_nothing_else(server: FaultServer, models: Path) -> None:
+def test_a_fetch_leaves_the_model_and_nothing_else(server: FaultServer, models: Path) -> None:
     directory = get()
     assert directory == models / "124M"
     verify_shards(directory)
@@ -125,7 +123,7 @@ def test_a_fetched_model_is_there_and_nothing_else(server: FaultServer, models: 
     assert [info.name for info in list_models() if info.path.parent == models] == ["124M"]
 
 
-def test_fetching_again_asks_for_nothing(server: FaultServer, models: Path) -> None:
+def test_a_second_fetch_requests_nothing(server: FaultServer, models: Path) -> None:
     inode = get().stat().st_ino
     assert get().stat().st_ino == inode
     assert asked(server) == dict.fromkeys(FILES, 1)
@@ -134,7 +132,7 @@ def test_fetching_again_asks_for_nothing(server: FaultServer, models: Path) -> N
     assert {path.name for path in (models / ".downloads" / "124M").iterdir()} == set(FILES)
 
 
-def test_an_interrupted_fetch_goes_on(server: FaultServer, models: Path) -> None:
+def test_an_interrupted_fetch_resumes(server: FaultServer, models: Path) -> None:
     server.always[f"/gpt-2/124M/{DATA}"] = drop(after=100_000)
     server.faults[f"/gpt-2/124M/{DATA}"] = [drop(after=100_000), status(403)]
     with pytest.raises(ModelError, match=f"{DATA}: is refused"):
@@ -146,15 +144,15 @@ def test_an_interrupted_fetch_goes_on(server: FaultServer, models: Path) -> None
     assert ranges == [None, "bytes=100000-", "bytes=100000-"]
 
 
-def test_one_failure_ends_the_others_and_is_the_one_that_is_told(server: FaultServer, models: Path) -> None:
+def test_one_failure_stops_the_other_downloads_and_is_reported(server: FaultServer, models: Path) -> None:
     server.always[f"/gpt-2/124M/{DATA}"] = stall(after=100_000)
     server.always["/gpt-2/124M/encoder.json"] = status(404)
-    with pytest.raises(ModelError, match="encoder.json: is not there"):
+    with pytest.raises(ModelError, match="encoder.json: does not exist"):
         fetch_model("124M", patience=Patience(read=0.3, tries=3))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch-")]
 
 
-def test_progress_counts_bytes_and_then_tensors(server: FaultServer, models: Path) -> None:
+def test_progress_counts_bytes_and_then_shards(server: FaultServer, models: Path) -> None:
     calls: list[FetchProgress] = []
     get(on_progress=calls.append)
     total = sum(map(len, server.files.values()))
@@ -163,10 +161,10 @@ def test_progress_counts_bytes_and_then_tensors(server: FaultServer, models: Pat
     assert calls[-1] == FetchProgress("convert", 1, 1)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------
 
 
-def test_a_known_hash_holds_on_every_mirror(server: FaultServer, models: Path, known: dict[str, Any]) -> None:
+def test_a_known_hash_is_checked_on_every_mirror(server: FaultServer, models: Path, known: dict[str, Any]) -> None:
     known["vocab.bpe"] = (None, "0" * 64)
     with pytest.raises(ModelError, match=f"vocab.bpe: expected sha256 {'0' * 64} .OpenAI's., found"):
         get()
@@ -176,18 +174,16 @@ def test_a_known_hash_holds_on_every_mirror(server: FaultServer, models: Path, k
 
 def test_a_file_that_changes_after_its_first_download_is_refused(server: FaultServer, models: Path) -> None:
     get()
-    recorded = Records(models / "fetched.json").read()
+    recorded = read_string_map(models / "fetched.json")
     assert recorded == {f"124M/{path[12:]}": hashlib.sha256(data).hexdigest() for path, data in server.files.items()}
     server.files["/gpt-2/124M/model.ckpt.meta"] = b"other"
-    with pytest.raises(
-        ModelError, match="model.ckpt.meta: expected sha256 .*recorded in fetched.json when it was first"
-    ):
+    with pytest.raises(ModelError, match="model.ckpt.meta: expected sha256 .*recorded in fetched.json by the first"):
         get(again=True)
     verify_shards(models / "124M")
-    assert Records(models / "fetched.json").read() == recorded
+    assert read_string_map(models / "fetched.json") == recorded
 
 
-def test_nothing_is_recorded_of_what_does_not_convert(
+def test_a_failed_conversion_records_no_hashes(
     server: FaultServer, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -205,7 +201,7 @@ def test_hparams_of_another_model_are_refused(server: FaultServer, models: Path)
         get()
 
 
-def test_a_full_disk_is_found_before_the_first_byte(
+def test_a_full_disk_is_found_before_the_download(
     server: FaultServer, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: os.terminal_size((1, 1)) and _Usage(free=10**6))
@@ -222,7 +218,7 @@ class _Usage:
 
 
 @pytest.mark.parametrize("size", ["", "125M", "../124M", "124m", "124M/"])
-def test_only_openais_four_sizes_are_fetched(size: str, models: Path) -> None:
+def test_a_size_that_openai_did_not_publish_is_refused(size: str, models: Path) -> None:
     for function in (fetch_model, lambda size: download_gpt2_files(size, models)):
         with pytest.raises(UsageError, match="choose from 124M, 355M, 774M, 1558M"):
             function(size)
@@ -237,7 +233,7 @@ def test_a_mirror_is_an_http_address(url: str) -> None:
         base_url(url)
 
 
-def test_the_mirror_is_the_option_then_the_variable_then_openai(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mirror_is_the_argument_else_the_variable_else_openai(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BATCHGEN_MIRROR", raising=False)
     assert base_url() == openai.BASE_URL
     monkeypatch.setenv("BATCHGEN_MIRROR", "http://mirror.example/gpt-2/")
@@ -248,7 +244,7 @@ def test_the_mirror_is_the_option_then_the_variable_then_openai(monkeypatch: pyt
 def test_a_downloads_folder_that_is_a_link_is_refused(server: FaultServer, models: Path, tmp_path: Path) -> None:
     models.mkdir()
     (models / ".downloads").symlink_to(tmp_path)
-    with pytest.raises(ModelError, match=r"\.downloads: is a link, another user's, or others may write to it"):
+    with pytest.raises(ModelError, match=r"\.downloads: is a link, belongs to another user, or is writable by others"):
         get()
     (models / ".downloads").unlink()
     (models / ".downloads").mkdir()
@@ -257,21 +253,7 @@ def test_a_downloads_folder_that_is_a_link_is_refused(server: FaultServer, model
         get()
 
 
-def test_records_survive_each_other_and_refuse_what_is_none(tmp_path: Path) -> None:
-    records = Records(tmp_path / "fetched.json")
-    threads = [threading.Thread(target=records.update, args=({str(i): "x"},)) for i in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(records.read()) == 20
-    for text in ("", "[]", '{"a": 1}', "[" * 60_000):
-        records.path.write_text(text)
-        with pytest.raises(ModelError, match="fetched.json: "):
-            records.read()
-
-
-# --- two at once ---------------------------------------------------------------------------------------------
+# --- parallel fetches ---------------------------------------------------------------------------------------------
 
 
 def test_a_second_fetch_waits_and_finds_the_model(server: FaultServer, models: Path) -> None:
@@ -288,14 +270,14 @@ def test_a_second_fetch_waits_and_finds_the_model(server: FaultServer, models: P
 # --- picoGPT's functions -------------------------------------------------------------------------------------
 
 
-def test_download_gpt2_files_puts_the_seven_files_there(server: FaultServer, tmp_path: Path) -> None:
+def test_download_gpt2_files_downloads_the_seven_files(server: FaultServer, tmp_path: Path) -> None:
     download_gpt2_files("124M", tmp_path / "model")
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == {
         path.rpartition("/")[2]: data for path, data in server.files.items()
     }
 
 
-def test_a_converted_model_is_loaded_as_picogpt_would(server: FaultServer, models: Path) -> None:
+def test_a_converted_model_loads_with_picogpts_keys(server: FaultServer, models: Path) -> None:
     get()
     encoder, hparams, params = load_encoder_hparams_and_params("124M", models)
     assert encoder.decode(encoder.encode("abc")) == "abc"
@@ -306,7 +288,7 @@ def test_a_converted_model_is_loaded_as_picogpt_would(server: FaultServer, model
 # --- the commands --------------------------------------------------------------------------------------------
 
 
-def test_generate_fetches_what_is_absent_unless_told_not_to(server: FaultServer, models: Path, tmp_path: Path) -> None:
+def test_generate_fetches_a_missing_model_unless_no_fetch(server: FaultServer, models: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "abc"}\n')
     arguments = ["generate", str(prompts), "-o", str(tmp_path / "out.parquet"), "--model", "124M", "--jobs", "1"]
@@ -323,10 +305,10 @@ def test_generate_fetches_what_is_absent_unless_told_not_to(server: FaultServer,
     assert asked(server) == dict.fromkeys(FILES, 1)
     listed = CliRunner().invoke(app, ["models"]).output
     assert "OpenAI's 124M" in listed
-    assert "Not here: 355M, 774M, 1558M (OpenAI). To have one: batchgen fetch 355M" in listed
+    assert "Not here: 355M, 774M, 1558M (OpenAI). To get one: batchgen fetch 355M" in listed
 
 
-def test_an_interrupt_ends_a_fetch_at_once_and_what_has_come_is_kept(models: Path) -> None:
+def test_an_interrupt_ends_a_fetch_immediately_and_keeps_the_received_bytes(models: Path) -> None:
     with FaultServer({f"/124M/{name}": bytes(100_000) for name in FILES}) as server:
         for name in FILES:
             server.always[f"/124M/{name}"] = both(claim(497_759_232), stall(50_000)) if name == DATA else stall(0)
@@ -337,32 +319,32 @@ def test_an_interrupt_ends_a_fetch_at_once_and_what_has_come_is_kept(models: Pat
         while child.poll() is None and not (part.exists() and part.stat().st_size == 50_000):
             time.sleep(0.01)
         child.send_signal(signal.SIGINT)
-        child.communicate(timeout=20)  # reads wait for 30 s
+        child.communicate(timeout=20)  # less than the 30 s for which a read waits
     assert child.returncode == 130
     assert part.stat().st_size == 50_000
 
 
-def test_fetch_tells_how_far_it_is(server: FaultServer, models: Path) -> None:
+def test_fetch_reports_progress(server: FaultServer, models: Path) -> None:
     result = CliRunner().invoke(app, ["fetch", "124M", "--progress", "plain"])
     assert result.exit_code == 0, result.output
     assert "124M: 0.3 of 0.3 MB" in result.output
     assert "124M: 1 of 1 tensors converted" in result.output
-    assert f"{models / '124M'}: here; use it with --model 124M" in result.output
+    assert f"{models / '124M'}: ready; use it with --model 124M" in result.output
     result = CliRunner().invoke(
         app, ["fetch", "124M", "--again", "--progress", "bar", "--mirror", server.url("/gpt-2")]
     )
     assert result.exit_code == 0, result.output
 
 
-def test_a_model_that_is_not_openais_is_never_fetched(server: FaultServer, models: Path, tmp_path: Path) -> None:
+def test_only_openais_models_are_fetched(server: FaultServer, models: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "abc"}\n')
     result = CliRunner().invoke(app, ["generate", str(prompts), "-o", str(tmp_path / "o.parquet"), "--model", "mine"])
-    assert "no model is called 'mine'" in str(result.exception)
+    assert "unknown model 'mine'" in str(result.exception)
     assert asked(server) == {}
 
 
-def test_the_commands_import_no_network_and_no_framework_before_they_need_it() -> None:
+def test_importing_the_commands_imports_no_network_library_and_no_framework() -> None:
     code = (
         "import sys, batchgen.jobs.cli, batchgen.run\n"
         "found = {'requests', 'urllib3', 'tensorflow', 'safetensors', 'torch'} & set(sys.modules)\n"
@@ -377,7 +359,7 @@ def test_the_commands_import_no_network_and_no_framework_before_they_need_it() -
 
 
 @needs_tensorflow
-def test_from_nothing_to_shards_through_tensorflow(
+def test_fetch_converts_a_checkpoint_through_tensorflow(
     tmp_path: Path, models: Path, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from batchgen.models.convert import convert_tf_checkpoint

@@ -1,4 +1,4 @@
-"""forecast.py: what it counts is what a run does; its time is a sum of what was measured."""
+"""forecast.py: it counts what a run does; its time is a sum of measured costs."""
 
 import json
 import os
@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import BatchgenError
-from batchgen.input.readers import check_input
+from batchgen.job import Job
 from batchgen.output.ledger import work_directory
 from batchgen.review.forecast import ChunkCost, Forecast, Pace, chunk_cost, forecast_job, measure
-from batchgen.run import Job, run_job
+from batchgen.run import run_job
 from batchgen.types import Chunk, SamplingParams, TokenizedRequest
+from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
 from tests.test_worker import setup
 
@@ -33,8 +34,7 @@ def job(model, tmp_path) -> Job:
     lines += ["not JSON", '{"prompt": ""}', *['{"prompt": "' + "b" * 200 + '"}'] * 12]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     params = SamplingParams(max_tokens=5, ignore_eos=True)
-    source = check_input(tmp_path / "p.jsonl", "prompt", "id", spool=tmp_path)
-    return Job(source, tmp_path / "o.parquet", str(model), params, jobs=2, chunk_rows=40)
+    return make_job(tmp_path / "p.jsonl", tmp_path / "o.parquet", str(model), params, jobs=2, chunk_rows=40)
 
 
 def request(row: int, text: str, **params) -> TokenizedRequest:
@@ -44,7 +44,7 @@ def request(row: int, text: str, **params) -> TokenizedRequest:
 def test_a_forecast_counts_what_a_run_then_does_and_writes_nothing(job, tmp_path):
     forecast = forecast_job(job)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["p.jsonl"]
-    assert not work_directory(job.output).exists()
+    assert not work_directory(job.output.path).exists()
     summary = run_job(job)
     assert forecast.rows == summary.rows == 164
     assert forecast.ok == summary.ok == 150
@@ -71,8 +71,7 @@ def test_without_measuring_there_is_no_time(job):
 
 def test_no_rows_are_no_work(job, tmp_path):
     (tmp_path / "p.jsonl").write_text("")
-    source = check_input(tmp_path / "p.jsonl", "prompt", "id", spool=tmp_path)
-    forecast = forecast_job(replace(job, input=source))
+    forecast = forecast_job(job)
     assert (forecast.rows, forecast.ok, forecast.chunks, forecast.seconds) == (0, 0, [], None)
 
 
@@ -130,7 +129,7 @@ def dies(*_):
 
 def test_a_worker_that_dies_in_a_measurement_is_one_line(job, monkeypatch):
     monkeypatch.setattr("batchgen.review.forecast.measure", dies)
-    with pytest.raises(BatchgenError, match=r"^a worker process died when rows were measured \(EXIT\(9\).*--no-time"):
+    with pytest.raises(BatchgenError, match=r"^a worker died while it measured rows \(EXIT\(9\).*--no-time"):
         forecast_job(job)
 
 
@@ -139,9 +138,9 @@ def test_one_request_can_be_measured_too(model):
     assert pace.step >= 0
 
 
-def test_a_run_after_a_plan_is_what_it_is_without(job):
+def test_a_forecast_does_not_change_a_run(job):
     run_job(job)
-    before = pq.read_table(job.output)
+    before = pq.read_table(job.output.path)
     forecast_job(job)
     run_job(job)
-    assert pq.read_table(job.output).equals(before)
+    assert pq.read_table(job.output.path).equals(before)

@@ -1,4 +1,4 @@
-"""gpt2/forward.py against the float64 reference and against itself: cache, packing, prefixes."""
+"""gpt2/forward.py against the float64 reference, and against itself with a cache, packed rows and shared prefixes."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from batchgen.gpt2.params import nest, random_tensors
 from tests.support import reference
 from tests.support.models import TINY, sharp_params, sharp_tensors
 
-# the four sizes' widths, heads and vocabulary at one layer, and shapes that nobody published
+# widths, heads and vocabulary of the four sizes with one layer, and unpublished shapes
 SHAPES = [
     GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=1),
     GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=1024, n_head=16, n_layer=1),
@@ -34,8 +34,8 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def close(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Equal bit for bit where this machine's BLAS allows it, else to rounding."""
+def is_close(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal bit for bit if this machine's BLAS is batch-invariant, else up to rounding."""
     if is_batch_invariant(sharp_params(TINY), TINY):
         return np.array_equal(found, expected)
     return relative_error(found, expected) < 1e-5
@@ -77,13 +77,13 @@ def test_cached_decode_equals_full_forward():
     segment = arena.allocate(200, start=0)
     rows = [forward(prefills=[Prefill(segment, ids[:10], n_logits=1)])[0].copy()]
     rows += [forward([token], [segment])[0].copy() for token in ids[10:]]
-    assert close(np.array(rows), full[9:])
+    assert is_close(np.array(rows), full[9:])
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_packed_rows_equal_rows_alone(data):
-    """However prompts are cut, packed, and shared, every logit is that of the prompt by itself."""
+    """Every logit equals that of the prompt alone, however prompts are cut, packed and shared."""
     params = sharp_params(TINY)
     stem = tokens(2 * BLOCK, TINY.n_vocab, seed=data.draw(st.integers(0, 5)))
     forward, arena = Forward(params, TINY, max_rows=700, max_logits=16), KVArena(TINY, 4096)
@@ -105,23 +105,23 @@ def test_packed_rows_equal_rows_alone(data):
         pending.append(Prefill(segments[-1], own[cut:], n_logits=1))
         last = forward(prefills=pending)[0].copy()
         pending = []
-        assert close(last, gpt2(prompts[-1], **params, n_head=TINY.n_head)[-1])
+        assert is_close(last, gpt2(prompts[-1], **params, n_head=TINY.n_head)[-1])
     decoded = forward([3] * len(prompts), segments).copy()
     for prompt, row in zip(prompts, decoded, strict=True):
-        assert close(row, gpt2([*prompt, 3], **params, n_head=TINY.n_head)[-1])
+        assert is_close(row, gpt2([*prompt, 3], **params, n_head=TINY.n_head)[-1])
 
 
-def test_prefill_with_its_parent_in_the_same_pass_equals_prefill_after_it():
+def test_prefill_in_the_pass_of_its_parent_equals_a_full_forward():
     params, ids = sharp_params(TINY), tokens(100, TINY.n_vocab)
     forward, arena = Forward(params, TINY, max_rows=200, max_logits=2), KVArena(TINY, 256)
     parent = arena.allocate(BLOCK, start=0)
     child = arena.allocate(40, BLOCK, parent)
     row = forward(prefills=[Prefill(parent, ids[:BLOCK]), Prefill(child, ids[BLOCK:], n_logits=1)])[0]
-    assert close(row, gpt2(ids, **params, n_head=TINY.n_head)[-1])
+    assert is_close(row, gpt2(ids, **params, n_head=TINY.n_head)[-1])
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_prefill_after_copied_keys_and_values_equals_reading_them(together):
+def test_prefill_after_copied_keys_and_values_equals_a_full_forward(together):
     params, ids = sharp_params(TINY), tokens(120, TINY.n_vocab)
     forward, arena = Forward(params, TINY, max_rows=200, max_logits=2), KVArena(TINY, 512)
     parent = arena.allocate(BLOCK, start=0)
@@ -132,10 +132,10 @@ def test_prefill_after_copied_keys_and_values_equals_reading_them(together):
         forward(prefills=read)
     row = forward(prefills=[*read, *rest] if together else rest)[0]
     assert own.end == len(ids)
-    assert close(row, gpt2(ids, **params, n_head=TINY.n_head)[-1])
+    assert is_close(row, gpt2(ids, **params, n_head=TINY.n_head)[-1])
 
 
-def test_decode_of_more_sequences_than_a_group_equals_each_alone():
+def test_decode_of_several_groups_equals_each_sequence_alone():
     params = sharp_params(TINY)
     forward, arena = Forward(params, TINY, max_rows=600, max_logits=80), KVArena(TINY, 8192)
     prompts = [tokens(1 + 3 * i % 140, TINY.n_vocab, seed=i) for i in range(70)]
@@ -145,15 +145,15 @@ def test_decode_of_more_sequences_than_a_group_equals_each_alone():
     order = sorted(range(70), key=lambda i: segments[i].end)
     decoded = forward([7] * 70, [segments[i] for i in order]).copy()
     for i, row in zip(order, decoded, strict=True):
-        assert close(row, gpt2([*prompts[i], 7], **params, n_head=TINY.n_head)[-1])
+        assert is_close(row, gpt2([*prompts[i], 7], **params, n_head=TINY.n_head)[-1])
 
 
-def test_a_prefill_without_logits_returns_none():
+def test_a_prefill_without_logits_returns_no_rows():
     forward, arena = Forward(sharp_params(TINY), TINY, max_rows=64, max_logits=2), KVArena(TINY, 64)
     assert forward(prefills=[Prefill(arena.allocate(9, start=0), [1, 2, 3])]).shape == (0, TINY.n_vocab)
 
 
-def test_products_are_never_of_one_row_nor_small():
+def test_products_with_weights_have_two_rows_or_more_and_are_not_small():
     assert min_rows(GPT2Config(50257, 1024, 768, 12, 12)) == 2
     for n_embd in (64, 160, 1600):
         rows = min_rows(GPT2Config(100, 64, n_embd, 1, 1))

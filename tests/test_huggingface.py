@@ -52,17 +52,17 @@ def assert_holds(model: Path, config: GPT2Config, seed: int = 0) -> None:
         np.testing.assert_array_equal(np.load(model / shard.file), expected[name], err_msg=name)
 
 
-# --- what converts -------------------------------------------------------------------------------------------
+# --- conversion -------------------------------------------------------------------------------------------
 
 
-def test_a_converted_directory_is_the_same_model_as_one_from_openais_names(src: Path, tmp_path: Path) -> None:
+def test_a_converted_directory_equals_the_model_written_with_openais_names(src: Path, tmp_path: Path) -> None:
     dst = convert(src)
     assert_holds(dst, BYTES)
     assert model_hash(load_manifest(dst)) == model_hash(load_manifest(write_byte_model(tmp_path / "same")))
     assert load_manifest(dst).source["format"] == "Hugging Face directory"
 
 
-def test_names_with_the_prefix_and_mask_buffers_convert_to_the_same(tmp_path: Path) -> None:
+def test_names_with_a_prefix_and_mask_buffers_give_the_same_model(tmp_path: Path) -> None:
     src = write_hf_model(tmp_path / "src", prefix="transformer.")
     tensors = load_file(src / WEIGHTS)
     for layer in range(BYTES.n_layer):
@@ -72,7 +72,7 @@ def test_names_with_the_prefix_and_mask_buffers_convert_to_the_same(tmp_path: Pa
     assert_holds(convert(src), BYTES)
 
 
-def test_sharded_weights_convert_to_the_same(src: Path) -> None:
+def test_weights_in_several_files_give_the_same_model(src: Path) -> None:
     tensors = list(load_file(src / WEIGHTS).items())
     (src / WEIGHTS).unlink()
     places = {}
@@ -102,11 +102,11 @@ def test_halves_are_widened_exactly(dtype: str, src: Path) -> None:
         np.testing.assert_array_equal(found, expected[theirs], err_msg=name)
 
 
-def test_a_copy_of_a_tied_head_and_a_head_alone_are_the_same_model(src: Path) -> None:
+def test_a_saved_copy_of_the_tied_head_and_the_head_alone_give_the_same_model(src: Path) -> None:
     tensors = load_file(src / WEIGHTS)
     write_safetensors(src / WEIGHTS, tensors | {"lm_head.weight": tensors["wte.weight"]})
     assert_holds(convert(src), BYTES)
-    set_config(src, tie_word_embeddings=False)  # said, but not so
+    set_config(src, tie_word_embeddings=False)  # the config says so, but the two are equal
     assert_holds(convert(src), BYTES)
     head = tensors.pop("wte.weight")
     write_safetensors(src / WEIGHTS, tensors | {"lm_head.weight": head})
@@ -125,7 +125,7 @@ OTHER = [
 
 
 @pytest.mark.parametrize("config", OTHER, ids=lambda config: str(list(config.as_dict().items())[5:]))
-def test_what_differs_from_openais_models_is_kept_and_computed(config: GPT2Config, tmp_path: Path) -> None:
+def test_options_that_openais_models_lack_are_kept_and_computed(config: GPT2Config, tmp_path: Path) -> None:
     tensors = sharp_tensors(config)
     if not config.tie_word_embeddings:
         tensors["lm_head"] = np.random.default_rng(1).standard_normal((32, 257), dtype=np.float32)
@@ -148,7 +148,7 @@ def test_what_differs_from_openais_models_is_kept_and_computed(config: GPT2Confi
 
 
 def plain_logits(ids: list[int], tensors: dict[str, Any], c: GPT2Config) -> Any:
-    """GPT-2 with Hugging Face's options in float64, whole matrices at a time."""
+    """GPT-2 with Hugging Face's options, in float64 and without a cache: [n_seq] -> [n_seq, n_vocab]."""
     t = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
 
     def norm(x: Any, name: str) -> Any:
@@ -172,20 +172,20 @@ def plain_logits(ids: list[int], tensors: dict[str, Any], c: GPT2Config) -> Any:
     return norm(x, "ln_f") @ t["lm_head"]
 
 
-def test_an_mlp_of_the_usual_width_is_the_same_model_whether_said_or_not(src: Path) -> None:
+def test_an_explicit_mlp_of_the_usual_width_gives_the_same_model(src: Path) -> None:
     before = model_hash(load_manifest(convert(src)))
     set_config(src, n_inner=4 * BYTES.n_embd, scale_attn_weights=True, reorder_and_upcast_attn=True)
     assert model_hash(load_manifest(convert(src))) == before
 
 
-def test_converting_twice_changes_nothing(src: Path) -> None:
+def test_a_second_conversion_changes_nothing(src: Path) -> None:
     dst = convert(src)
     inodes = {path.name: path.stat().st_ino for path in dst.iterdir()}
     convert_checkpoint(src, dst, name="dst")
     assert {path.name: path.stat().st_ino for path in dst.iterdir()} == inodes
 
 
-def test_progress_counts_every_tensor(src: Path) -> None:
+def test_progress_counts_every_shard(src: Path) -> None:
     calls: list[tuple[int, int]] = []
     convert_checkpoint(src, src.parent / "dst", name="dst", on_progress=lambda *call: calls.append(call))
     total = len(BYTES.tensor_shapes()) + 1
@@ -194,7 +194,7 @@ def test_progress_counts_every_tensor(src: Path) -> None:
     assert calls[-1] == (total, total)
 
 
-def test_the_mlps_width_reaches_picogpts_function() -> None:
+def test_picogpts_function_computes_an_mlp_of_another_width() -> None:
     config = replace(BYTES, n_inner=50)
     tensors = sharp_tensors(config)
     from batchgen.gpt2.params import nest
@@ -207,7 +207,7 @@ def test_the_mlps_width_reaches_picogpts_function() -> None:
 
 
 def _as_tokenizer_json(src: Path, pairs: bool = True, **changes: Any) -> None:
-    """Put the directory's vocabulary into a tokenizer.json, with one merge and one added token."""
+    """Move the directory's vocabulary into a tokenizer.json, with one merge and one added token."""
     vocabulary = json.loads((src / "vocab.json").read_text(encoding="utf-8"))
     eos = vocabulary.pop("<|endoftext|>")
     vocabulary["th"] = eos
@@ -249,10 +249,17 @@ def test_a_tokenizer_json_alone_is_enough(pairs: bool, src: Path) -> None:
         ({"added_tokens": [3]}, "an entry of added_tokens has no content"),
     ],
 )
-def test_another_kind_of_tokenizer_is_refused_by_name(changes: dict[str, Any], message: str, src: Path) -> None:
+def test_another_kind_of_tokenizer_is_refused_with_its_option(changes: dict[str, Any], message: str, src: Path) -> None:
     _as_tokenizer_json(src, **changes)
     with pytest.raises(ModelError, match=message):
         convert(src)
+
+
+def test_the_error_for_a_wrong_tokenizer_json_names_the_directory_and_no_temporary_file(src: Path) -> None:
+    _as_tokenizer_json(src, added_tokens=[{"id": 300, "content": "<|endoftext|>"}])
+    with pytest.raises(ModelError) as caught:
+        convert(src)
+    assert str(caught.value).startswith(f"{src}: the vocabulary made from it is not GPT-2's: encoder.json: the ids of")
 
 
 def test_added_tokens_join_the_vocabulary(src: Path) -> None:
@@ -270,13 +277,13 @@ def test_a_vocabulary_larger_than_the_model_is_refused(src: Path) -> None:
         convert(src)
 
 
-def test_another_end_of_text_is_told(src: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_end_of_text_token_logs_a_warning(src: Path, caplog: pytest.LogCaptureFixture) -> None:
     set_config(src, eos_token_id=3)
     convert(src)
-    assert "eos_token_id is 3; batchgen ends completions at <|endoftext|> (id 256) alone" in caplog.text
+    assert "eos_token_id is 3; batchgen ends completions only at <|endoftext|> (id 256)" in caplog.text
 
 
-# --- what is refused -----------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,7 +306,7 @@ def test_another_end_of_text_is_told(src: Path, caplog: pytest.LogCaptureFixture
         ({"tie_word_embeddings": False}, "lacks tensor 'lm_head.weight'"),
     ],
 )
-def test_what_is_not_computed_exactly_is_refused_by_name(values: dict[str, Any], message: str, src: Path) -> None:
+def test_an_option_that_is_not_computed_exactly_is_named(values: dict[str, Any], message: str, src: Path) -> None:
     set_config(src, **values)
     with pytest.raises(ModelError, match=message):
         convert(src)
@@ -307,7 +314,7 @@ def test_what_is_not_computed_exactly_is_refused_by_name(values: dict[str, Any],
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
-def test_the_three_names_of_gpt2s_activation_are_one(name: str, src: Path) -> None:
+def test_the_three_names_of_gpt2s_activation_are_equal(name: str, src: Path) -> None:
     set_config(src, activation_function=name)
     assert read_hf_config(src / CONFIG) == BYTES
 
@@ -325,15 +332,15 @@ def _change(**tensors: Any) -> Callable[[Path], object]:
     [
         (_change(ln_f__bias=None), "lacks tensor 'ln_f.bias'"),
         (_change(score__weight=np.zeros((2, 32), "f4")), "has tensor 'score.weight'"),
-        (_change(transformer__wte__weight=np.zeros((257, 32), "f4")), "tensor '.*wte.weight' is there twice"),
+        (_change(transformer__wte__weight=np.zeros((257, 32), "f4")), "tensor '.*wte.weight' occurs twice"),
         (_change(ln_f__bias=np.zeros(32, "f8")), "ln_f.bias: expected one of F32, F16, BF16, found 'F64'"),
         (_change(ln_f__bias=np.zeros(31, "f4")), r"ln_f.bias: expected shape \[32\] from the config, found \[31\]"),
         (_change(ln_f__bias=np.full(32, np.inf, "f4")), "tensor ln_f/b: holds nan, infinity"),
-        (_change(lm_head__weight=np.zeros((257, 32), "f4")), "lm_head.weight is not wte.weight, while config.json"),
-        (lambda src: (src / WEIGHTS).write_bytes(b"x" * 100), "cannot be read as safetensors"),
-        (lambda src: (src / WEIGHTS).write_bytes((src / WEIGHTS).read_bytes()[:-1]), "cannot be read as safetensors"),
+        (_change(lm_head__weight=np.zeros((257, 32), "f4")), "lm_head.weight is not wte.weight, but config.json"),
+        (lambda src: (src / WEIGHTS).write_bytes(b"x" * 100), "safetensors cannot be read"),
+        (lambda src: (src / WEIGHTS).write_bytes((src / WEIGHTS).read_bytes()[:-1]), "safetensors cannot be read"),
         (lambda src: (src / WEIGHTS).unlink(), "has no model.safetensors and no model.safetensors.index.json"),
-        (lambda src: (src / WEIGHTS).rename(src / "pytorch_model.bin"), "runs whatever code is in them; where you"),
+        (lambda src: (src / WEIGHTS).rename(src / "pytorch_model.bin"), "runs any code in them; if you"),
         (lambda src: (src / "vocab.json").unlink(), "has neither vocab.json and merges.txt nor tokenizer.json"),
         (lambda src: (src / CONFIG).write_text("{"), "config.json: is not JSON"),
         (lambda src: (src / CONFIG).write_text("[]"), "config.json: expected an object, found a list of 0"),
@@ -361,7 +368,7 @@ def test_a_damaged_directory_is_refused_and_leaves_nothing(damage: Any, message:
         ({}, "has no weight_map"),
     ],
 )
-def test_an_index_cannot_lead_elsewhere(weight_map: dict[str, Any], message: str, src: Path) -> None:
+def test_an_index_cannot_name_a_file_elsewhere(weight_map: dict[str, Any], message: str, src: Path) -> None:
     (src / WEIGHTS).rename(src / "one.safetensors")
     (src / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ModelError, match=message):
@@ -376,6 +383,6 @@ def test_pickles_are_never_opened(src: Path) -> None:
         convert(src)
 
 
-def test_the_test_models_config_is_read_back() -> None:
+def test_the_test_models_have_every_tensor_and_a_config() -> None:
     assert len(hf_tensors()) == len(BYTES.tensor_shapes())
     assert hf_config()["vocab_size"] == BYTES.n_vocab

@@ -1,4 +1,4 @@
-"""What a command loads: generating needs neither TensorFlow nor the network, and the engine nothing but NumPy."""
+"""The modules that a command loads: generate needs neither TensorFlow nor requests, and the engine only NumPy."""
 
 import json
 import os
@@ -15,7 +15,7 @@ LOADED = "import json, sys; print(json.dumps(sorted({name.partition('.')[0] for 
 
 
 def loaded_by(script: str, *arguments: object) -> set[str]:
-    """The top-level modules that a fresh interpreter has loaded once it has run the script."""
+    """The top-level modules that a fresh interpreter has loaded after the script."""
     command = [sys.executable, "-c", f"{script}\n{LOADED}", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -57,6 +57,6 @@ def test_the_engine_loads_numpy_alone(module):
     assert not loaded & {"joblib", "pyarrow", "regex", "requests", "rich", "tensorflow", "typer"}
 
 
-def test_types_and_errors_load_nothing_but_python():
-    loaded = loaded_by("import batchgen.types, batchgen.errors")
+def test_the_records_load_nothing_but_python():
+    loaded = loaded_by("import batchgen.job, batchgen.plan, batchgen.progress, batchgen.files, batchgen.errors")
     assert not loaded & {"numpy", "joblib", "pyarrow", "regex", "requests", "tensorflow", "typer"}

@@ -1,9 +1,8 @@
-"""keep.py: what is kept comes out as it went in, beside the rows that it came in with."""
+"""kept.py: a kept column has the values and types of the input, beside the right rows."""
 
 import datetime
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -16,24 +15,33 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import InputError, UsageError
-from batchgen.input import kept as keep
-from batchgen.input import readers
-from batchgen.input.kept import kept_columns, kept_schema, read_kept, with_kept
-from batchgen.input.readers import check_input, read_requests
+from batchgen.input import formats
+from batchgen.input import jsonl as jsonl_format
+from batchgen.input import parquet as parquet_format
+from batchgen.input.kept import kept_columns
 from batchgen.output.ledger import Ledger
-from batchgen.run import Job, run_job
-from batchgen.types import Chunk, OutputRow, Receipt, SamplingParams
+from batchgen.output.schema import check_keep
+from batchgen.run import run_job
+from batchgen.types import OutputRow, Receipt, SamplingParams
+from tests.support.inputs import chunks, open_prompts
+from tests.support.jobs import change, make_job
 from tests.support.models import write_byte_model
 
 PARAMS = SamplingParams(max_tokens=3)
 
 
-def kept(inputs: Any, *columns: str) -> pa.Table:
-    """The kept columns as they are read, after every check that a run makes."""
-    sources = check_input(inputs, keep=columns)
-    schema = kept_schema(sources, columns)
-    table = pa.Table.from_batches(read_kept(sources, schema), schema)
-    assert len(table) == sum(1 for _ in read_requests(sources, params=PARAMS))
+def output_rows(rows: Any) -> list[OutputRow]:
+    return [OutputRow(row, 0, None, None, None, None, None, None, "ok", None, None) for row in rows]
+
+
+def kept(files: Any, *columns: str) -> pa.Table:
+    """The kept columns as a worker gets them, in one chunk."""
+    prompts = open_prompts(files, keep=columns)
+    facts = prompts.scan()
+    assert facts.rows == sum(1 for _ in prompts.requests(PARAMS))
+    (chunk,) = chunks(prompts)
+    table = kept_columns(chunk, output_rows(range(facts.rows)))
+    assert table.schema == facts.kept
     return table
 
 
@@ -67,7 +75,7 @@ def parquet(path: Path, **columns: Any) -> Path:
         ([[{"a": [1]}], [{"a": None}]], pa.list_(pa.struct([("a", pa.list_(pa.int64()))]))),
     ],
 )
-def test_values_that_one_type_holds_have_that_type(tmp_path: Path, values: list[Any], kind: pa.DataType) -> None:
+def test_values_of_one_type_have_that_type(tmp_path: Path, values: list[Any], kind: pa.DataType) -> None:
     table = kept(jsonl(tmp_path / "p.jsonl", *values), "k")
     assert table.schema.field("k").type == kind
     assert table["k"].to_pylist() == values
@@ -92,7 +100,7 @@ def test_values_that_one_type_holds_have_that_type(tmp_path: Path, values: list[
     ],
     ids=lambda values: str(values)[:30].encode("ascii", "replace").decode(),
 )
-def test_values_that_no_one_type_holds_are_text_of_json(tmp_path: Path, values: list[Any]) -> None:
+def test_values_of_several_types_are_json_text(tmp_path: Path, values: list[Any]) -> None:
     table = kept(jsonl(tmp_path / "p.jsonl", *values, None), "k")
     assert table.schema.field("k").type == pa.string()
     *texts, last = table["k"].to_pylist()
@@ -109,7 +117,7 @@ json_values = st.recursive(
 
 @given(values=st.lists(json_values, min_size=1, max_size=6))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_json_comes_out_as_it_went_in(tmp_path: Path, values: list[Any]) -> None:
+def test_any_json_is_kept_unchanged(tmp_path: Path, values: list[Any]) -> None:
     lines = [json.dumps({"prompt": "a", "k": value}) for value in values]
     values = [json.loads(line, parse_constant=lambda _: None)["k"] for line in lines]  # Infinity is a rejected row
     lines = ["nonsense" if "Infinity" in line else line for line in lines]
@@ -124,15 +132,15 @@ def test_any_json_comes_out_as_it_went_in(tmp_path: Path, values: list[Any]) -> 
     assert pq.read_table(tmp_path / "t.parquet").equals(table)
 
 
-def test_a_row_that_is_none_or_lacks_the_key_has_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
+def test_a_broken_row_or_one_without_the_key_has_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl_format, "MAX_LINE_BYTES", 100)
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": 1, "k": 5}\nnonsense\n\n{"prompt": "a"}\n{"k": "' + b"x" * 200 + b'"}\n{"k": 6}')
     assert kept(path, "k")["k"].to_pylist() == [5, None, None, None, 6]
 
 
 def test_the_type_is_that_of_all_rows_of_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keep, "BATCH_ROWS", 3)
+    monkeypatch.setattr(formats, "BATCH_ROWS", 3)
     a, b = jsonl(tmp_path / "a.jsonl", *range(10)), jsonl(tmp_path / "b.jsonl", 0.5)
     assert kept([a, b], "k")["k"].to_pylist() == [*map(float, range(10)), 0.5]
     assert kept(a, "k").schema.field("k").type == pa.int64()
@@ -188,11 +196,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_arrow_type_is_carried_through_a_job_unchanged(tmp_path: Path, model: Path) -> None:
     source = parquet(tmp_path / "p.parquet", **COLUMNS)
-    job = Job(source, tmp_path / "o.parquet", str(model), replace(PARAMS, n=2), keep=tuple(COLUMNS), jobs=1)
+    job = make_job(source, tmp_path / "o.parquet", str(model), replace(PARAMS, n=2), keep=tuple(COLUMNS), jobs=1)
     run_job(job)
     expected = pq.read_table(source, columns=list(COLUMNS))
     expected = pa.concat_tables([expected.slice(row, 1) for row in (0, 0, 1, 1)])
-    found = pq.read_table(job.output)
+    found = pq.read_table(job.output.path)
     for name in COLUMNS:
         if name != "null":
             assert found.schema.field(name).type == expected.schema.field(name).type
@@ -203,13 +211,13 @@ def test_every_arrow_type_is_carried_through_a_job_unchanged(tmp_path: Path, mod
 
 def test_every_arrow_type_can_be_written_as_json_lines(tmp_path: Path, model: Path) -> None:
     source = parquet(tmp_path / "p.parquet", **COLUMNS)
-    job = Job(source, tmp_path / "o.jsonl", str(model), PARAMS, keep=tuple(COLUMNS), jobs=1)
+    job = make_job(source, tmp_path / "o.jsonl", str(model), PARAMS, keep=tuple(COLUMNS), jobs=1)
     run_job(job)
 
     def no_constant(name: str) -> None:
         raise AssertionError(name)
 
-    rows = [json.loads(line, parse_constant=no_constant) for line in job.output.read_text().splitlines()]
+    rows = [json.loads(line, parse_constant=no_constant) for line in job.output.path.read_text().splitlines()]
     first = {name: rows[0][name] for name in COLUMNS}
     assert first["double"] is None
     assert rows[1]["float32"] is None
@@ -221,17 +229,17 @@ def test_every_arrow_type_can_be_written_as_json_lines(tmp_path: Path, model: Pa
 
 def test_text_that_is_not_utf8_is_kept_in_parquet_and_refused_in_json(tmp_path: Path, model: Path) -> None:
     source = parquet(tmp_path / "p.parquet", k=pa.array([b"\xff"]).cast(pa.string(), safe=False))
-    job = Job(source, tmp_path / "o.parquet", str(model), PARAMS, keep=("k",), jobs=1)
+    job = make_job(source, tmp_path / "o.parquet", str(model), PARAMS, keep=("k",), jobs=1)
     run_job(job)
-    assert pq.read_table(job.output)["k"].cast(pa.binary()).to_pylist() == [b"\xff"]
+    assert pq.read_table(job.output.path)["k"].cast(pa.binary()).to_pylist() == [b"\xff"]
     with pytest.raises(Exception, match="column 'k' of type string has values that JSON cannot hold .* name the"):
-        run_job(replace(job, output=tmp_path / "o.jsonl"))
+        run_job(change(job, out=tmp_path / "o.jsonl"))
 
 
 # ---- files that differ
 
 
-def test_where_a_file_lacks_a_column_it_is_null(tmp_path: Path) -> None:
+def test_if_a_file_lacks_a_column_it_is_null(tmp_path: Path) -> None:
     a = parquet(tmp_path / "a.parquet", k=pa.array([1], pa.int16()), x=["x"])
     b = parquet(tmp_path / "b.parquet", other=[True])
     c = parquet(tmp_path / "c.parquet", k=pa.nulls(1))
@@ -275,11 +283,13 @@ def test_a_column_that_no_file_has_is_refused_with_the_nearest(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["prompt", "id", "row", "completion", "logprobs", "completion_token_ids"])
-def test_a_name_of_the_outputs_own_columns_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=rf"--keep '{name}': the output has a column of its own by that name; rename"):
-        kept(parquet(tmp_path / "a.parquet", k=[1]), name)
-    with pytest.raises(UsageError, match="--keep 'k': named 2 times; name it once"):
-        kept(parquet(tmp_path / "a.parquet", k=[1]), "k", "k")
+def test_a_column_name_of_the_output_is_refused(name: str) -> None:
+    with pytest.raises(
+        UsageError, match=rf"--keep .*{name}.*: the output has a column of its own by that name; rename"
+    ):
+        check_keep([name])
+    with pytest.raises(UsageError, match="--keep .*k.*: named 2 times; name it once"):
+        check_keep(["k", "k"])
 
 
 # ---- what folders say
@@ -296,7 +306,7 @@ def test_folders_are_columns(tmp_path: Path) -> None:
     ]
 
 
-def test_numbers_that_would_not_come_back_are_strings(tmp_path: Path) -> None:
+def test_folders_with_leading_zeros_are_strings(tmp_path: Path) -> None:
     for value in ("007", "8"):
         parquet(tmp_path / "d" / f"n={value}" / "p.parquet", k=[1])
     assert kept(tmp_path / "d", "n")["n"].to_pylist() == ["007", "8"]
@@ -316,44 +326,41 @@ def test_a_column_of_the_file_goes_before_its_folder(tmp_path: Path) -> None:
 
 
 @given(
-    chunks=st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=6),
+    rows=st.lists(st.booleans(), min_size=1, max_size=42),
+    chunk_rows=st.integers(1, 7),
     batch=st.integers(1, 9),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_each_chunk_gets_the_values_of_its_rows(tmp_path: Path, chunks: list[list[bool]], batch: int) -> None:
-    """Rows of False are in no chunk: whatever is cut away or left out, a row keeps its own values."""
-    rows = sum(map(len, chunks))
-    path = parquet(tmp_path / "p.parquet", k=list(range(100, 100 + rows)), d=pa.array(["x"] * rows).dictionary_encode())
-    schema = kept_schema(path, ["k", "d"])
-
-    def cut() -> Iterator[Chunk]:
-        items = list(read_requests(path, params=PARAMS))
-        for index, present in enumerate(chunks):
-            wanted = tuple(item for item, there in zip(items, present, strict=False) if there)
-            items = items[len(present) :]
-            if wanted:
-                yield Chunk(index, wanted)  # type: ignore[arg-type]
-
+def test_each_chunk_gets_the_values_of_its_rows(tmp_path: Path, rows: list[bool], chunk_rows: int, batch: int) -> None:
+    """Rows of False are in no chunk."""
+    path = parquet(
+        tmp_path / "p.parquet",
+        k=list(range(100, 100 + len(rows))),
+        d=pa.array(["x"] * len(rows)).dictionary_encode(),
+    )
+    wanted = [row for row, is_wanted in enumerate(rows) if is_wanted]
+    prompts = open_prompts(path, keep=("k", "d"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BATCH_ROWS", batch)
-        for chunk in with_kept(cut(), path, schema):
+        patch.setattr(parquet_format, "BATCH_ROWS", batch)
+        found = chunks(prompts, chunk_rows, rows=set(wanted))
+        assert [item.row for chunk in found for item in chunk.items] == wanted
+        for chunk in found:
             numbers = [item.row for item in chunk.items for _ in range(2)]
-            out = [OutputRow(row, 0, None, None, None, None, None, None, "ok", None, None) for row in numbers]
-            table = kept_columns(chunk, out)
+            table = kept_columns(chunk, output_rows(numbers))
             assert table["k"].to_pylist() == [100 + row for row in numbers]
-            assert table.schema.equals(schema)
+            assert table.schema.equals(prompts.scan().kept)
 
 
-def test_where_nothing_is_kept_chunks_are_as_they_were(tmp_path: Path) -> None:
-    chunk = Chunk(0, tuple(read_requests(parquet(tmp_path / "p.parquet", k=[1]), params=PARAMS)))  # type: ignore[arg-type]
-    assert list(with_kept(iter([chunk]), tmp_path / "p.parquet", kept_schema(tmp_path / "p.parquet", []))) == [chunk]
+def test_if_nothing_is_kept_chunks_carry_nothing(tmp_path: Path) -> None:
+    (chunk,) = chunks(open_prompts(parquet(tmp_path / "p.parquet", k=[1])))
+    assert chunk.kept is None
     assert kept_columns(chunk, []).column_names == []
 
 
 def test_kept_columns_are_the_same_after_an_interruption(tmp_path: Path, model: Path) -> None:
     values = list(range(20))
     path = jsonl(tmp_path / "p.jsonl", *values)
-    job = Job(path, tmp_path / "o.parquet", str(model), PARAMS, keep=("k",), jobs=1, chunk_rows=4)
+    job = make_job(path, tmp_path / "o.parquet", str(model), PARAMS, keep=("k",), jobs=1, chunk_rows=4)
 
     class Stop(Exception):
         pass
@@ -370,16 +377,16 @@ def test_kept_columns_are_the_same_after_an_interruption(tmp_path: Path, model: 
         patch.setattr(Ledger, "commit", stopping)
         with pytest.raises(Stop):
             run_job(job)
-    with pytest.raises(UsageError, match="had keep"):
-        run_job(replace(job, keep=()))
+    with pytest.raises(UsageError, match="had --keep"):
+        run_job(change(job, keep=()))
     run_job(job)
-    table = pq.read_table(job.output)
+    table = pq.read_table(job.output.path)
     assert table["k"].to_pylist() == values
     assert table.column_names[-1] == "k"
 
 
 def test_the_parts_of_a_dataset_have_the_kept_columns(tmp_path: Path, model: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", *range(10))
-    run_job(Job(path, tmp_path / "o", str(model), PARAMS, keep=("k",), jobs=1, chunk_rows=4, dataset=True))
+    run_job(make_job(path, tmp_path / "o", str(model), PARAMS, keep=("k",), jobs=1, chunk_rows=4, dataset=True))
     parts = sorted((tmp_path / "o").glob("*.parquet"))
     assert [pq.read_table(part)["k"].to_pylist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

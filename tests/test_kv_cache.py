@@ -1,4 +1,4 @@
-"""gpt2/kv_cache.py: memory is taken as asked, given back whole, and never handed out twice."""
+"""gpt2/kv_cache.py: segments do not overlap, and all released memory can be allocated again."""
 
 import numpy as np
 from hypothesis import given
@@ -11,8 +11,8 @@ CONFIG = GPT2Config(n_vocab=10, n_ctx=64, n_embd=8, n_head=2, n_layer=2)
 
 
 @given(st.lists(st.tuples(st.integers(1, 70), st.integers(0, 100)), max_size=60))
-def test_segments_never_overlap_and_all_memory_comes_back(steps):
-    """Each step takes a segment of some size, or gives back one of those held."""
+def test_segments_never_overlap_and_all_memory_is_released(steps):
+    """Each step allocates a segment or releases a held one."""
     arena = KVArena(CONFIG, 300)
     held = []
     for size, which in steps:
@@ -33,13 +33,13 @@ def test_segments_never_overlap_and_all_memory_comes_back(steps):
     assert arena.free == [(0, arena.n_tokens)]
 
 
-def test_a_full_arena_says_none():
+def test_a_full_arena_returns_none():
     arena = KVArena(CONFIG, 32)
     assert arena.allocate(32, start=0) is not None
     assert arena.allocate(1, start=0) is None
 
 
-def test_the_path_leads_from_the_first_position():
+def test_a_path_starts_at_the_first_position():
     arena = KVArena(CONFIG, 300)
     root = arena.allocate(64, start=0)
     leaf = arena.allocate(5, start=64, parent=root)

@@ -1,11 +1,13 @@
-"""ledger.py: what was finished is kept, what is damaged is made again, and one run at a time has the output."""
+"""ledger.py: what was finished is kept, what is damaged is made again, and one run at a time holds the output."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,14 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import BusyError, OutputError, UsageError
-from batchgen.output import ledger as ledger_module
-from batchgen.output.ledger import COUNTS, Ledger, open_ledger, with_receipt, work_directory
-from batchgen.output.schema import output_schema
-from batchgen.output.writer import write_part
+from batchgen.output.ledger import COUNTS, Ledger, is_dataset, open_ledger, parse_plan, work_directory
+from batchgen.output.parts import with_receipt, write_part
+from batchgen.output.schema import Columns
+from batchgen.plan import Plan
 from batchgen.types import OutputRow, Receipt
+from tests.support.plans import plan_of
 
-PLAN = {"input": "abc", "rows": 12, "parameters": {"n": 1, "stop_token_ids": (1, 2)}, "chunk_rows": None}
-AUTOMATIC = {"chunk_rows": 4}
+PLAN = plan_of()
+AUTOMATIC = frozenset({"chunk_rows"})
+SCHEMA = Columns().schema()
 ROOT = Path(__file__).parents[1]
 
 
@@ -40,19 +44,19 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def write_chunk(ledger: Ledger, chunk: int) -> Receipt:
-    """What a worker does: a part in the attempt's directory, and a receipt of it."""
+    """Do what a worker does: write a part in the attempt's directory; returns its receipt."""
     rows = [
         OutputRow(row, 0, None, "a", "b", 1, 1, "stop", "ok", None, None) for row in range(4 * chunk, 4 * chunk + 4)
     ]
     path = ledger.attempt / f"{chunk:08d}.parquet"
     receipt = Receipt(chunk, str(path), "", 4, 4, 4, 0, 0, 4, 4)
-    return receipt.finished(write_part(rows, path, with_receipt(output_schema(), receipt)), 0.5)
+    return receipt.finished(write_part(rows, path, with_receipt(SCHEMA, receipt)), 0.5)
 
 
-def interrupted_run(out: Path, chunks: range = range(3), plan: dict = PLAN) -> None:
+def interrupted_run(out: Path, chunks: range = range(3), plan: Plan = PLAN) -> None:
     """A run that commits some chunks and stops before the merge."""
     with suppress(Interrupted), open_ledger(out) as ledger:
-        ledger.settle(plan, AUTOMATIC, restart=False)
+        ledger.adopt(plan, AUTOMATIC)
         for chunk in chunks:
             ledger.commit(write_chunk(ledger, chunk))
         raise Interrupted
@@ -62,10 +66,10 @@ def full(*_) -> None:
     raise OSError(28, "No space left on device")
 
 
-def resumed_chunks(out: Path, plan: dict = PLAN, *, restart: bool = False) -> list[int]:
+def resumed_chunks(out: Path, plan: Plan = PLAN, *, restart: bool = False) -> list[int]:
     """The chunks that another run finds done; it stops there."""
     with suppress(Interrupted), open_ledger(out) as ledger:
-        ledger.settle(plan, AUTOMATIC, restart=restart)
+        ledger.adopt(plan, AUTOMATIC, restart)
         assert all(part.exists() for part in ledger.parts())
         found = sorted(ledger.committed)
         raise Interrupted
@@ -76,12 +80,12 @@ def parts(out: Path) -> list[Path]:
     return sorted((work_directory(out) / "parts").iterdir())
 
 
-# ---- what is there while a run goes on, and after it
+# ---- the directory, during a run and after it
 
 
 def test_a_finished_run_leaves_nothing_behind(out):
     with open_ledger(out) as ledger:
-        ledger.settle(PLAN, AUTOMATIC, restart=False)
+        ledger.adopt(PLAN, AUTOMATIC)
         ledger.commit(write_chunk(ledger, 0))
         assert work_directory(out).is_dir()
     assert os.listdir(out.parent) == []
@@ -101,13 +105,11 @@ def test_a_stopped_run_keeps_its_plan_and_its_parts_alone(out):
 
 def test_a_commit_is_one_rename_of_what_the_worker_wrote(out, monkeypatch):
     with open_ledger(out) as ledger:
-        ledger.settle(PLAN, AUTOMATIC, restart=False)
+        ledger.adopt(PLAN, AUTOMATIC)
         receipt = write_chunk(ledger, 7)
         data = Path(receipt.path).read_bytes()
         renames = []
-        monkeypatch.setattr(
-            ledger_module.os, "replace", lambda *paths: renames.append(paths) or shutil.move(*map(str, paths))
-        )
+        monkeypatch.setattr(os, "replace", lambda *paths: renames.append(paths) or shutil.move(*map(str, paths)))
         assert parts(out) == []
         ledger.commit(receipt)
         assert [path.name for path in parts(out)] == [f"00000007-{receipt.sha256[:16]}.parquet"]
@@ -118,10 +120,10 @@ def test_a_commit_is_one_rename_of_what_the_worker_wrote(out, monkeypatch):
 def test_a_commit_that_fails_leaves_no_part(out, monkeypatch):
     def run_until_the_disk_is_full() -> None:
         with open_ledger(out) as ledger:
-            ledger.settle(PLAN, AUTOMATIC, restart=False)
+            ledger.adopt(PLAN, AUTOMATIC)
             ledger.commit(write_chunk(ledger, 0))
             receipt = write_chunk(ledger, 1)
-            monkeypatch.setattr(ledger_module.os, "replace", full)
+            monkeypatch.setattr(os, "replace", full)
             ledger.commit(receipt)
 
     with pytest.raises(OutputError, match="No space left on device; what is finished is kept in .*run again"):
@@ -130,49 +132,49 @@ def test_a_commit_that_fails_leaves_no_part(out, monkeypatch):
     assert resumed_chunks(out) == [0]
 
 
-def test_an_error_says_that_work_is_kept_only_where_it_is(out, monkeypatch):
-    monkeypatch.setattr(ledger_module.os, "replace", full)
+def test_an_error_says_that_work_is_kept_only_if_it_is(out, monkeypatch):
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OutputError, match="No space left on device; run again"), open_ledger(out) as ledger:
-        ledger.settle(PLAN, AUTOMATIC, restart=False)
+        ledger.adopt(PLAN, AUTOMATIC)
     assert os.listdir(out.parent) == []
 
 
-def test_parts_come_in_the_order_of_the_input_whatever_the_order_of_commits(out):
+def test_parts_come_in_the_order_of_the_input_for_any_order_of_commits(out):
     with open_ledger(out) as ledger:
-        ledger.settle(PLAN, AUTOMATIC, restart=False)
+        ledger.adopt(PLAN, AUTOMATIC)
         for chunk in (2, 0, 1):
             ledger.commit(write_chunk(ledger, chunk))
         rows = [row for part in ledger.parts() for row in pq.read_table(part)["row"].to_pylist()]
     assert rows == list(range(12))
 
 
-# ---- going on
+# ---- resuming
 
 
 def test_a_resumed_run_finds_what_was_committed(out):
     interrupted_run(out, range(2))
     with open_ledger(out) as ledger:
-        plan = ledger.settle(PLAN, {"chunk_rows": 99}, restart=False)
-        assert plan["chunk_rows"] == 4  # what it had, not what it would be now
+        plan = ledger.adopt(replace(PLAN, chunk_rows=99), AUTOMATIC)
+        assert plan.chunk_rows == 4  # what it had, not what it would be now
         assert sorted(ledger.committed) == [0, 1]
         assert ledger.counts == {name: 0 if name in ("rejected", "failed", "space_ends") else 8 for name in COUNTS}
 
 
-def test_the_plan_that_holds_has_no_gaps(out):
+def test_the_plan_that_holds_is_the_one_on_disk(out):
     with open_ledger(out) as ledger:
-        plan = ledger.settle(PLAN, AUTOMATIC, restart=False)
-        assert plan == json.loads((work_directory(out) / "plan.json").read_text())
-        assert plan == json.loads(json.dumps(PLAN | AUTOMATIC))
+        assert ledger.adopt(PLAN, AUTOMATIC) == PLAN
+        assert json.loads((work_directory(out) / "plan.json").read_text()) == PLAN.to_json()
+        assert ledger.read_plan() == PLAN
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"input": "abd"}, "input 'abc', this one has 'abd'"),
-        ({"rows": 13}, "rows 12, this one has 13"),
-        ({"chunk_rows": 5}, "chunk_rows 4, this one has 5"),
-        ({"parameters": {"n": 2}}, r"parameters \{.*\}, this one has \{'n': 2\}"),
-        ({"prefix": None}, "prefix None, this one has None"),
+        ({"input": "abd"}, "input 'abc', and this has input 'abd'"),
+        ({"rows": 13}, "rows 12, and this has rows 13"),
+        ({"chunk_rows": 5}, "--chunk-rows 4, and this has --chunk-rows 5"),
+        ({"parameters": replace(PLAN.parameters, n=2)}, "--n 1, and this has --n 2"),
+        ({"retry": True}, "retry False, and this has retry True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -180,35 +182,69 @@ def test_a_different_plan_is_refused_by_the_name_of_what_differs(out, change, na
     interrupted_run(out)
     before = tree(out.parent)
     with pytest.raises(UsageError, match=f"had {named}; run it as before, or pass --restart"), open_ledger(out) as led:
-        led.settle(PLAN | change, AUTOMATIC, restart=False)
+        led.adopt(replace(PLAN, **change))
     assert tree(out.parent) == before
 
 
 def test_a_plan_of_another_version_is_refused(out):
-    interrupted_run(out, plan=PLAN | {"of_old": 1})
-    with pytest.raises(UsageError, match="had of_old 1, this one has None"), open_ledger(out) as ledger:
-        ledger.settle(PLAN, AUTOMATIC, restart=False)
-
-
-def test_an_option_said_aloud_is_the_same_plan_where_it_is_what_was_chosen(out):
     interrupted_run(out)
-    assert resumed_chunks(out, PLAN | {"chunk_rows": 4}) == [0, 1, 2]
+    (work_directory(out) / "plan.json").write_text(json.dumps(PLAN.to_json() | {"of_old": 1}))
+    with pytest.raises(OutputError, match="not a plan \\('of_old' is not known here\\); pass --restart to begin again"):
+        resumed_chunks(out)
+
+
+def test_an_option_that_was_automatic_may_be_given_with_the_same_value(out):
+    interrupted_run(out)
+    with suppress(Interrupted), open_ledger(out) as ledger:
+        assert ledger.adopt(PLAN) == PLAN
+        assert sorted(ledger.committed) == [0, 1, 2]
+        raise Interrupted
 
 
 def test_restart_discards(out):
     interrupted_run(out)
-    assert resumed_chunks(out, PLAN | {"input": "new"}, restart=True) == []
+    assert resumed_chunks(out, replace(PLAN, input="new"), restart=True) == []
     assert parts(out) == []
 
 
 @pytest.mark.parametrize("garbage", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b"[" * 100_000], ids=repr)
-def test_a_garbled_plan_is_refused_and_restart_mends_it(out, garbage):
+def test_a_damaged_plan_is_refused_and_a_restart_replaces_it(out, garbage):
     interrupted_run(out)
     (work_directory(out) / "plan.json").write_bytes(garbage)
     with pytest.raises(OutputError, match="plan.json: not a plan.*; pass --restart to begin again"):
         resumed_chunks(out)
     assert len(parts(out)) == 3
     assert resumed_chunks(out, restart=True) == []
+
+
+def test_an_interrupted_retry_is_never_resumed(out):
+    interrupted_run(out, plan=replace(PLAN, retry=True))
+    assert resumed_chunks(out, replace(PLAN, retry=True)) == []
+    interrupted_run(out, plan=replace(PLAN, retry=True))
+    assert resumed_chunks(out) == []
+
+
+@pytest.mark.parametrize("data", [b"[1]", b'"a"', b"{}", b'{"parameters": 5}', b'{"rows": 1, "rows": 1}', b"[" * 10**5])
+def test_what_is_wrong_with_a_stored_plan_is_a_value_error(data):
+    with pytest.raises(ValueError, match="."):
+        parse_plan(data)
+
+
+def test_a_stored_plan_with_a_wrong_value_is_a_value_error():
+    values = PLAN.to_json()
+    for changes in ({"rows": "12"}, {"keep": "k"}, {"parameters": {"n": 0}}, {"parameters": {"stop": [[]]}}):
+        with pytest.raises(ValueError, match="."):
+            parse_plan(json.dumps(values | changes))
+    assert parse_plan(json.dumps(values)) == PLAN
+
+
+def test_a_dataset_is_known_by_its_success_file_and_its_plan(tmp_path):
+    assert not is_dataset(tmp_path)
+    for data, whole in [("", False), ("[]", False), ("{}", True), (json.dumps(PLAN.to_json()), True)]:
+        (tmp_path / "_SUCCESS").write_text(data)
+        assert is_dataset(tmp_path) == whole
+    assert is_dataset(tmp_path, PLAN)
+    assert not is_dataset(tmp_path, replace(PLAN, rows=13))
 
 
 # ---- what is not trusted
@@ -243,7 +279,7 @@ def test_a_damaged_part_is_made_again(out, how):
 
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.randoms(use_true_random=False))
-def test_no_flipped_bit_goes_unseen(out, rng):
+def test_every_flipped_bit_is_found(out, rng):
     shutil.rmtree(work_directory(out), ignore_errors=True)
     interrupted_run(out, range(1))
     (part,) = parts(out)
@@ -266,10 +302,10 @@ def test_a_foreign_file_among_the_parts_is_not_taken_for_one(out, name):
 def test_a_file_whose_name_fits_its_bytes_still_needs_a_receipt(out):
     interrupted_run(out, range(1))
     for number, data in enumerate([b"not a Parquet file", b""], 5):
-        sha256 = ledger_module.hashlib.sha256(data).hexdigest()
+        sha256 = hashlib.sha256(data).hexdigest()
         (work_directory(out) / "parts" / f"{number:08d}-{sha256[:16]}.parquet").write_bytes(data)
     bare = work_directory(out) / "bare.parquet"
-    sha256 = write_part([], bare, output_schema())
+    sha256 = write_part([], bare, SCHEMA)
     bare.rename(work_directory(out) / "parts" / f"00000007-{sha256[:16]}.parquet")
     assert resumed_chunks(out) == [0]
 
@@ -300,7 +336,7 @@ def test_a_plan_whose_parts_are_gone_begins_again(out):
 
 def test_a_second_holder_is_refused_and_changes_nothing(out):
     with open_ledger(out) as ledger:
-        ledger.settle(PLAN, AUTOMATIC, restart=False)
+        ledger.adopt(PLAN, AUTOMATIC)
         ledger.commit(write_chunk(ledger, 0))
         before = tree(out.parent)
         with pytest.raises(BusyError, match="another run holds it; nothing was touched") as caught, open_ledger(out):
@@ -333,6 +369,7 @@ import os, sys
 from pathlib import Path
 from batchgen.errors import BusyError
 from batchgen.output.ledger import open_ledger
+from tests.support.plans import plan_of
 
 out, n = Path(sys.argv[1]), int(sys.argv[2])
 go, closed = os.pipe()
@@ -354,7 +391,7 @@ def fork_all():
 """
 
 
-def test_of_twenty_at_once_exactly_one_wins(tmp_path):
+def test_exactly_one_of_twenty_runs_at_once_gets_the_lock(tmp_path):
     script = f"""{FORKING}
 done, last = os.pipe()
 
@@ -362,7 +399,7 @@ def work():
     os.close(last)
     try:
         with open_ledger(out) as ledger:
-            ledger.settle({{"a": 1}}, {{}}, restart=False)
+            ledger.adopt(plan_of())
             os.read(done, 1)  # hold it until the others have been refused
             return 0
     except BusyError as error:
@@ -390,7 +427,7 @@ def work():
     while turns < 10:
         try:
             with open_ledger(out) as ledger:
-                ledger.settle({{"a": 1}}, {{}}, restart=False)
+                ledger.adopt(plan_of())
                 mine = os.open(out, os.O_CREAT | os.O_EXCL)  # FileExistsError: two at once
                 (ledger.parts_directory / "x").touch()
                 (ledger.attempt / "y").touch()
@@ -407,7 +444,7 @@ print(fork_all())
     assert os.listdir(tmp_path) == []
 
 
-def test_names_are_kept_whatever_they_hold(tmp_path):
+def test_an_output_may_have_any_name(tmp_path):
     for name in ["a b.parquet", "-o.parquet", "ü\n.parquet", os.fsdecode(b"\xff.parquet")]:
         interrupted_run(tmp_path / name, range(1))
         assert resumed_chunks(tmp_path / name) == [0]

@@ -1,7 +1,6 @@
-"""records/openai.py: OpenAI's requests in, OpenAI's answers out, by the types of OpenAI's own package."""
+"""OpenAI's requests in, OpenAI's answers out, by the types of OpenAI's own package."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from pydantic import TypeAdapter
 from batchgen import run
 from batchgen.errors import InputError, UsageError
 from batchgen.input.openai import MAX_CHOICES, read_batch_line
-from batchgen.input.readers import check_input, is_openai_batch, read_requests, scan_input
-from batchgen.output.openai import batch_line
-from batchgen.run import Job, run_job
+from batchgen.job import Job
+from batchgen.output.openai import make_answer
+from batchgen.run import run_job
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Rejected, Request, SamplingParams
+from tests.support.inputs import open_prompts
+from tests.support.jobs import change, make_job
 from tests.support.models import write_byte_model, write_byte_vocabulary
 
 BASE = SamplingParams(max_tokens=5)
@@ -39,7 +40,7 @@ def write(folder: Path, *lines: dict[str, Any] | bytes) -> Path:
 
 
 def outcomes(folder: Path, *lines: dict[str, Any] | bytes) -> list[Request | Rejected]:
-    return list(read_requests(write(folder, *lines), params=BASE))
+    return list(open_prompts(write(folder, *lines)).requests(BASE))
 
 
 def only_error(folder: Path, one: dict[str, Any] | bytes) -> str:
@@ -72,7 +73,7 @@ def test_a_prompt_is_a_string_strings_token_ids_or_lists_of_them(tmp_path, promp
     assert item.params == BASE
 
 
-def test_a_body_that_openai_takes_is_taken(tmp_path):
+def test_a_body_that_openai_accepts_is_accepted(tmp_path):
     body: CompletionCreateParamsNonStreaming = {
         "model": "gpt-3.5-turbo-instruct",
         "prompt": "ab",
@@ -120,7 +121,7 @@ def test_a_body_that_openai_takes_is_taken(tmp_path):
         (line(url="/v1/chat/completions"), "url '/v1/chat/completions' is not supported; write /v1/completions"),
         (line(url=None), "url None is not supported"),
         (line(extra=1), "the key 'extra' is none of custom_id, method, url, body"),
-        (line(body=[1]), "body is no object"),
+        (line(body=[1]), "body is not an object"),
         ({"custom_id": "b", "url": "/v1/completions"}, "no body"),
         (line(body={"model": "x"}), "prompt must be a string"),
         (line(body={"prompt": None}), "prompt must be"),
@@ -148,14 +149,14 @@ def test_a_body_that_openai_takes_is_taken(tmp_path):
         ({"prompt": "a row of the other kind"}, "the key 'prompt' is none of"),
         (b"{", "not JSON"),
         (b"[]", "the line is an array, not an object"),
-        (b'{"custom_id": "a", "custom_id": "b"}', "the key 'custom_id' is there twice"),
+        (b'{"custom_id": "a", "custom_id": "b"}', "the key 'custom_id' appears twice"),
     ],
 )
 def test_a_bad_line_is_rejected_by_name(tmp_path, bad, words):
     assert only_error(tmp_path, bad).startswith(words)
 
 
-def test_a_custom_id_may_not_even_be_that_of_a_bad_line(tmp_path):
+def test_a_custom_id_of_a_bad_line_cannot_be_used_again(tmp_path):
     items = outcomes(tmp_path, line("x", body={"prompt": 5}), line("x"), line("y"))
     assert [isinstance(item, Rejected) for item in items] == [True, True, False]
 
@@ -196,14 +197,12 @@ def test_any_json_object_is_a_request_or_a_usage_error(fields):
 
 def test_a_batch_file_is_known_by_its_first_object(tmp_path):
     path = write(tmp_path, b"not JSON", b"", line())
-    assert is_openai_batch(path)
-    check_input(path)
-    assert scan_input(path).openai
-    assert (scan_input(path).rows, scan_input(path).logprobs) == (2, False)
+    prompts = open_prompts(path)
+    assert prompts.openai
+    assert (prompts.scan().rows, prompts.scan().logprobs) == (2, False)
     path = write(tmp_path, {"prompt": "a", "custom_id": "b"}, line())
-    assert not is_openai_batch(path)
-    assert not scan_input(path).openai
-    assert scan_input(write(tmp_path, line(body={"prompt": "a", "logprobs": 1}))).logprobs
+    assert not open_prompts(path).openai
+    assert open_prompts(write(tmp_path, line(body={"prompt": "a", "logprobs": 1}))).scan().logprobs
 
 
 # ---- answers
@@ -230,7 +229,7 @@ LINES = [
 
 @pytest.fixture
 def job(model, tmp_path) -> Job:
-    return Job(write(tmp_path, *LINES), tmp_path / "out.jsonl", str(model), BASE, jobs=1, chunk_rows=4)
+    return make_job(write(tmp_path, *LINES), tmp_path / "out.jsonl", str(model), BASE, jobs=1, chunk_rows=4)
 
 
 def answers(path: Path) -> list[dict[str, Any]]:
@@ -239,7 +238,7 @@ def answers(path: Path) -> list[dict[str, Any]]:
 
 def test_every_line_is_answered_in_openais_shape(job):
     summary = run_job(job)
-    found = answers(job.output)
+    found = answers(job.output.path)
     assert [answer["custom_id"] for answer in found] == [
         *("plain", "several", "ids", "wrong", "long", "vocabulary", "echo", "plain", None, "loop")
     ]
@@ -265,20 +264,20 @@ def test_every_line_is_answered_in_openais_shape(job):
 
 def test_choices_are_prompts_times_samples_and_usage_counts_a_prompt_once(job):
     run_job(job)
-    plain, several, ids, *_, loop = answers(job.output)
+    plain, several, ids, *_, loop = answers(job.output.path)
     body = several["response"]["body"]
     assert len(body["choices"]) == 6
     assert body["usage"]["prompt_tokens"] == 2 + 2 + 3
     assert ids["response"]["body"]["usage"]["prompt_tokens"] == 3
     assert plain["response"]["body"]["usage"]["completion_tokens"] == 5
     assert loop["response"]["body"]["choices"][0]["finish_reason"] == "stop"
-    (echo,) = [answer for answer in answers(job.output) if answer["custom_id"] == "echo"]
+    (echo,) = [answer for answer in answers(job.output.path) if answer["custom_id"] == "echo"]
     assert echo["response"]["body"]["choices"][0]["text"].startswith("é")
 
 
 def test_logprobs_are_of_every_token(job):
     run_job(job)
-    _, several, ids, *_ = answers(job.output)
+    _, several, ids, *_ = answers(job.output.path)
     for choice in several["response"]["body"]["choices"]:
         logprobs = choice["logprobs"]
         lengths = {name: len(values) for name, values in logprobs.items()}
@@ -296,9 +295,9 @@ def test_logprobs_are_of_every_token(job):
 
 
 def test_the_parquet_output_has_a_row_for_every_choice(job):
-    job = replace(job, output=job.output.with_suffix(".parquet"))
+    job = change(job, out=job.output.path.with_suffix(".parquet"))
     run_job(job)
-    rows = pq.read_table(job.output).to_pylist()
+    rows = pq.read_table(job.output.path).to_pylist()
     several = [row for row in rows if row["id"] == "several"]
     assert [(row["sample"], row["prompt_index"], row["prompt"]) for row in several] == [
         *[(0, 0, "ab"), (1, 0, "ab"), (2, 1, "cd"), (3, 1, "cd"), (4, 2, "efg"), (5, 2, "efg")]
@@ -311,7 +310,7 @@ def test_the_parquet_output_has_a_row_for_every_choice(job):
 
 def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(job, monkeypatch, tmp_path):
     run_job(job)
-    other = replace(job, output=tmp_path / "other.jsonl")
+    other = change(job, out=tmp_path / "other.jsonl")
     with monkeypatch.context() as patch:
         commit, done = run.Ledger.commit, []
 
@@ -325,16 +324,16 @@ def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(job, monkeyp
             run_job(other)
     summary = run_job(other)
     assert summary.resumed
-    assert other.output.read_bytes() == job.output.read_bytes()
-    run_job(replace(job, output=tmp_path / "cut.jsonl", chunk_rows=3))
-    found, expected = answers(tmp_path / "cut.jsonl"), answers(job.output)
+    assert other.output.path.read_bytes() == job.output.path.read_bytes()
+    run_job(change(job, out=tmp_path / "cut.jsonl", chunk_rows=3))
+    found, expected = answers(tmp_path / "cut.jsonl"), answers(job.output.path)
     assert [answer["id"] for answer in found] == [answer["id"] for answer in expected]
 
 
 def test_a_failed_row_has_an_error_and_no_response(tmp_path):
     tokenizer = Tokenizer.load(write_byte_vocabulary(tmp_path / "v"))
     row = {"id": "a", "status": "failed", "error": "b.jsonl:1: killed a worker", "row": 0, "sample": 0}
-    assert batch_line([row], "0" * 32, "m", tokenizer) == {
+    assert make_answer([row], "0" * 32, "m", tokenizer) == {
         "id": "batch_req_" + "0" * 32,
         "custom_id": "a",
         "response": None,
@@ -348,7 +347,7 @@ def test_text_offsets_are_of_characters_and_parts_of_them_are_named_by_bytes(tmp
     row = {"id": "a", "status": "ok", "row": 0, "sample": 0, "prompt_index": 0, "prompt_tokens": 1}
     row |= {"completion": "aé☃", "completion_tokens": len(ids), "completion_token_ids": ids, "finish_reason": "stop"}
     row |= {"logprobs": [-1.0] * len(ids), "top_logprobs": None}
-    answer = batch_line([row], "0" * 32, "m", tokenizer)
+    answer = make_answer([row], "0" * 32, "m", tokenizer)
     logprobs = answer["response"]["body"]["choices"][0]["logprobs"]
     assert logprobs["tokens"][:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
     assert logprobs["text_offset"] == [0, 1, 1, 2, 2, 2, 3]
@@ -360,7 +359,7 @@ def test_text_offsets_are_of_characters_and_parts_of_them_are_named_by_bytes(tmp
 def test_a_custom_id_of_another_file_is_a_repeated_one(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(line("same")) + "\n")
-    first, second = read_requests([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], params=BASE)
+    first, second = open_prompts([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]).requests(BASE)
     assert isinstance(first, Request)
     assert isinstance(second, Rejected)
     assert second.error == "b.jsonl:1: custom_id 'same' is that of a.jsonl:1 too; rename one"
@@ -370,19 +369,21 @@ def test_batch_files_and_others_do_not_mix(tmp_path):
     batch, other, empty = write(tmp_path, line("a")), tmp_path / "o.jsonl", tmp_path / "empty.jsonl"
     other.write_text('{"prompt": "a"}')
     empty.touch()
-    check_input([empty, batch])
-    check_input([other, empty])
+    open_prompts([empty, batch])
+    open_prompts([other, empty])
     with pytest.raises(
         InputError, match=r"o\.jsonl: the first is one of OpenAI's batch files and this is not; run them"
     ):
-        check_input([empty, batch, other])
+        open_prompts([empty, batch, other])
     with pytest.raises(InputError, match=r"batch\.jsonl: this is one of OpenAI's batch files and the first is not"):
-        check_input([other, batch])
+        open_prompts([other, batch])
 
 
 def test_openais_lines_carry_no_other_columns(tmp_path):
-    job = Job(write(tmp_path, line("a")), tmp_path / "o.jsonl", str(write_byte_model(tmp_path / "m")), keep=("url",))
+    job = make_job(
+        write(tmp_path, line("a")), tmp_path / "o.jsonl", str(write_byte_model(tmp_path / "m")), keep=("url",)
+    )
     with pytest.raises(UsageError, match="--keep: OpenAI's lines have no place for other columns; name the output"):
         run_job(job)
-    run_job(replace(job, output=tmp_path / "o.parquet"))
+    run_job(change(job, out=tmp_path / "o.parquet"))
     assert pq.read_table(tmp_path / "o.parquet")["url"].to_pylist() == ["/v1/completions"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from batchgen.job import GROUPS
 from batchgen.jobs import panels
 from batchgen.jobs.cli import app
 from tests.support.models import write_byte_model
@@ -18,27 +19,42 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = get_command(app).commands
 
 
-def options(command: str) -> set[str]:
-    return {p.name for p in COMMANDS[command].params if p.param_type_name == "option" and p.name != "help"}
+MANY_OPTIONS = ("plan", "generate", "complete")
 
 
-def test_every_command_stands_in_a_group():
+def groups(command: str) -> dict[str, str | None]:
+    """The group of every option of a command."""
+    options = [one for one in COMMANDS[command].params if one.param_type_name == "option" and one.name != "help"]
+    return {one.name: one.rich_help_panel for one in options}
+
+
+def test_every_command_is_in_a_group():
     assert {name for names in panels.COMMANDS.values() for name in names} == COMMANDS.keys()
 
 
-@pytest.mark.parametrize("command", panels.MANY_OPTIONS)
-def test_every_option_stands_in_a_group(command):
-    assert {p.name for p in COMMANDS[command].params if p.name in options(command) and not p.rich_help_panel} == set()
+@pytest.mark.parametrize("command", MANY_OPTIONS)
+def test_every_option_is_in_a_group(command):
+    assert [name for name, group in groups(command).items() if not group] == []
 
 
-def test_a_group_names_only_options_that_there_are():
-    grouped = [name for names in panels.OPTIONS.values() for name in names]
-    assert len(grouped) == len(set(grouped))
-    assert set(grouped) == set().union(*(options(command) for command in panels.MANY_OPTIONS))
+def test_an_option_is_in_the_same_group_in_every_command():
+    found = {(name, group) for command in MANY_OPTIONS for name, group in groups(command).items()}
+    assert len(found) == len({name for name, _ in found})
+
+
+@pytest.mark.parametrize("command", MANY_OPTIONS)
+def test_the_groups_of_a_command_are_in_one_order(command):
+    assert set(groups(command).values()) <= set(GROUPS)
+    order = [GROUPS.index(group) for group in groups(command).values()]
+    assert order == sorted(order)
+
+
+def test_no_group_is_without_options():
+    assert set().union(*(groups(command).values() for command in MANY_OPTIONS)) == set(GROUPS)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_command_has_an_example_that_it_takes(command):
+def test_every_command_has_an_example_that_it_accepts(command):
     examples = re.findall(r"^Example: (.*)$", COMMANDS[command].help, re.MULTILINE)
     assert examples
     for example in examples:
@@ -48,7 +64,7 @@ def test_every_command_has_an_example_that_it_takes(command):
 
 
 def completed(*words: str, **environment: str) -> list[str]:
-    """What a shell would offer for the last of the words."""
+    """What a shell offers for the last of the words."""
     asked = {"_BATCHGEN_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
     script = "import sys; sys.argv[0] = 'batchgen'; from batchgen.jobs.cli import main; main()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | asked | environment

@@ -1,4 +1,4 @@
-"""records/parameters.py: a row's parameters win, null is the command line's, and what is wrong is named."""
+"""parameters.py: a row's parameters win, null means the command line's, and a wrong value is named."""
 
 import json
 import re
@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.errors import UsageError
-from batchgen.input.parameters import ALIASES, PARAMETERS, misspelt, parameter_names, row_params
-from batchgen.types import _RANGES, MAX_STOPS, SamplingParams
+from batchgen.input.parameters import ALIASES, PARAMETERS, find_misspelled, override_params, parameter_names
+from batchgen.options import options_of
+from batchgen.types import MAX_STOPS, SamplingParams
 
 BASE = SamplingParams(max_tokens=9, temperature=0.5, seed=7, stop=("x",), logprobs=1)
 
@@ -69,7 +70,7 @@ def test_every_parameter_is_tried() -> None:
 
 @pytest.mark.parametrize(("name", "written", "meant"), [(n, w, m) for n, pairs in VALUES.items() for w, m in pairs])
 def test_a_value_in_a_row_wins_and_leaves_the_others(name: str, written: Any, meant: Any) -> None:
-    got = row_params({name: written}, BASE)
+    got = override_params({name: written}, BASE)
     assert getattr(got, name) == meant
     assert type(getattr(got, name)) is type(meant)
     assert got.as_dict() | {name: None} == BASE.as_dict() | {name: None}
@@ -78,7 +79,7 @@ def test_a_value_in_a_row_wins_and_leaves_the_others(name: str, written: Any, me
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_a_wrong_value_is_refused_by_name_in_one_line(name: str, value: Any) -> None:
     with pytest.raises(UsageError) as caught:
-        row_params({name: value}, BASE)
+        override_params({name: value}, BASE)
     text = str(caught.value)
     assert text.startswith(name)
     assert "out of range" in text or "exceeds max_tokens" in text
@@ -88,8 +89,8 @@ def test_a_wrong_value_is_refused_by_name_in_one_line(name: str, value: Any) -> 
 
 
 def test_null_is_the_command_lines_value() -> None:
-    assert row_params(dict.fromkeys(PARAMETERS), BASE) is BASE
-    assert row_params({}, BASE) is BASE
+    assert override_params(dict.fromkeys(PARAMETERS), BASE) is BASE
+    assert override_params({}, BASE) is BASE
 
 
 @given(
@@ -103,7 +104,7 @@ def test_null_is_the_command_lines_value() -> None:
 )
 def test_any_json_gives_parameters_or_one_line(values: dict[str, Any]) -> None:
     try:
-        got = row_params(values, BASE)
+        got = override_params(values, BASE)
     except UsageError as error:
         text = str(error)
     else:
@@ -130,8 +131,8 @@ def test_any_json_gives_parameters_or_one_line(values: dict[str, Any]) -> None:
         *ALIASES.items(),
     ],
 )
-def test_a_misspelt_parameter_is_named_with_the_right_one(name: str, near: str) -> None:
-    with pytest.raises(UsageError, match=f"^'{name}' is no parameter; did you mean '{near}'"):
+def test_a_misspelled_parameter_is_named_with_the_right_one(name: str, near: str) -> None:
+    with pytest.raises(UsageError, match=f"^'{name}' is not a parameter; did you mean '{near}'"):
         parameter_names(("prompt", name), ("prompt",))
 
 
@@ -160,12 +161,12 @@ def test_a_misspelt_parameter_is_named_with_the_right_one(name: str, near: str) 
         "🦊",
     ],
 )
-def test_columns_of_the_users_own_are_left_alone(name: str) -> None:
-    assert misspelt(name) is None
+def test_other_columns_are_ignored(name: str) -> None:
+    assert find_misspelled(name) is None
     assert parameter_names((name, "seed")) == ("seed",)
 
 
-def test_the_prompt_and_the_id_are_no_parameters_whatever_they_are_called() -> None:
+def test_the_prompt_and_the_id_are_never_parameters() -> None:
     assert parameter_names(("stop", "seed", "n"), ("stop", "seed")) == ("n",)
 
 
@@ -178,6 +179,7 @@ def test_every_parameter_is_documented_with_its_range_and_default() -> None:
         default = f"{field.default:g}" if type(field.default) in (int, float) else str(field.default or "none").lower()
         default = "false" if field.default is False else default
         assert re.search(rf"default {default}\b", words, re.IGNORECASE), field.name
-    for name, (_, _, high, _) in _RANGES.items():
-        if high < 2**31 - 1 or name == "seed":
+    for name, option in options_of(SamplingParams).items():
+        high = option.within[1] if option.within else None
+        if high is not None and (high < 2**31 - 1 or name == "seed"):
             assert f"{high:g}" in sections[name] or str(high) in sections[name], name

@@ -1,4 +1,4 @@
-"""gpt2/pico.py, the text to read first, and the fast pass say the same."""
+"""gpt2/pico.py against the float64 reference and against the fast forward pass."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""planner.py: every row is in exactly one chunk, every worker has work, and memory bounds their number."""
+"""planning.py: every row is in exactly one chunk, every worker has work, and memory bounds their number."""
 
 import re
 
@@ -6,24 +6,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen import planning as planner
-from batchgen.engine.engine import Engine, kv_bytes_per_token
+from batchgen import planning
+from batchgen.engine.engine import MAX_BATCH, Engine, kv_bytes_per_token
+from batchgen.errors import UsageError
 from batchgen.gpt2.config import GPT2Config
+from batchgen.models.model import Model
+from batchgen.plan import Plan
 from batchgen.planning import (
     FULL_BATCH_ROWS,
     MAX_CHUNK_ROWS,
     MIN_CHUNK_ROWS,
+    NOMINAL_JOBS,
+    Arithmetic,
+    Setting,
     auto_chunk_rows,
     available_jobs,
     available_memory,
     default_kv_bytes,
     fitting_jobs,
     left_of_cgroup,
+    make_plan,
     n_chunks,
     plan_chunks,
 )
-from batchgen.types import Rejected
-from tests.support.models import BYTES, TINY, sharp_params
+from batchgen.types import Rejected, SamplingParams
+from tests.support.inputs import facts
+from tests.support.jobs import make_job
+from tests.support.models import BYTES, TINY, sharp_params, write_byte_model
 
 SIZES = [BYTES, TINY, GPT2Config(50257, 1024, 768, 12, 12), GPT2Config(50257, 1024, 1600, 25, 48)]
 
@@ -41,7 +50,7 @@ def test_chunks_are_contiguous_complete_and_in_order(n, chunk_rows):
     assert all(len(chunk.items) == chunk_rows for chunk in chunks[:-1])
 
 
-def test_chunks_are_cut_as_they_are_asked_for():
+def test_chunks_are_cut_on_demand():
     taken = []
     items = (taken.append(item.row) or item for item in rows(100))
     chunks = plan_chunks(items, 10)
@@ -81,15 +90,15 @@ def test_the_default_memory_suffices_an_engine():
     Engine(sharp_params(TINY), TINY, eos_id=0, kv_bytes=default_kv_bytes(TINY))
 
 
-def test_at_least_one_job_fits_whatever_the_memory(monkeypatch):
+def test_at_least_one_job_fits_into_any_memory(monkeypatch):
     for free in (0, -(10**9), 10**6, 10**13):
-        monkeypatch.setattr(planner, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(planning, "available_memory", lambda free=free: free)
         assert 1 <= fitting_jobs(2**30, 10**9) <= available_jobs()
 
 
 def test_as_many_jobs_as_memory_holds(monkeypatch):
-    monkeypatch.setattr(planner, "available_jobs", lambda: 64)
-    monkeypatch.setattr(planner, "available_memory", lambda: 5 * (2**30 + planner.WORKER_BYTES) + 500)
+    monkeypatch.setattr(planning, "available_jobs", lambda: 64)
+    monkeypatch.setattr(planning, "available_memory", lambda: 5 * (2**30 + planning.WORKER_BYTES) + 500)
     assert fitting_jobs(2**30, 0) == 5
     assert fitting_jobs(2**30, 500) == 5
     assert fitting_jobs(2**30, 501) == 4
@@ -97,10 +106,10 @@ def test_as_many_jobs_as_memory_holds(monkeypatch):
 
 
 def test_cached_files_are_free_memory_of_a_container(tmp_path):
-    assert left_of_cgroup(tmp_path) == planner.UNKNOWN_MEMORY
+    assert left_of_cgroup(tmp_path) == planning.UNKNOWN_MEMORY
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert left_of_cgroup(tmp_path) == planner.UNKNOWN_MEMORY
+    assert left_of_cgroup(tmp_path) == planning.UNKNOWN_MEMORY
     (tmp_path / "memory.max").write_text("1000\n")
     assert left_of_cgroup(tmp_path) == 100
     (tmp_path / "memory.stat").write_text("anon 150\nfile 750\ninactive_file 500\nactive_file 200\n")
@@ -115,3 +124,60 @@ def test_this_machine_has_cores_and_memory(monkeypatch):
     assert available_memory() > 0
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     assert available_jobs() == 1
+
+
+# ---- the plan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    return Model.open(str(write_byte_model(tmp_path_factory.mktemp("planning") / "bytes")))
+
+
+def planned(model: Model, *, slots: int = 0, invariant: bool = True, **options) -> tuple[Plan, frozenset[str]]:
+    """The plan of 10,000 rows."""
+    setting = Setting(Arithmetic("2.0", "some kernels", invariant), 10_000, slots, "parquet")
+    job = make_job("p.jsonl", "o.parquet", model.directory, **options)
+    return make_plan(job, facts(10_000, "0" * 64, 1), model, setting)
+
+
+def test_what_nobody_asked_for_is_automatic(model):
+    plan, automatic = planned(model)
+    assert automatic == {"chunk_rows", "batch_size", "kv_bytes"}
+    assert (plan.batch_size, plan.kv_bytes) == (MAX_BATCH, default_kv_bytes(model.config))
+    asked = {"chunk_rows": 7, "batch_size": 3, "kv_bytes": 2**24}
+    plan, automatic = planned(model, **asked)
+    assert automatic == frozenset()
+    assert {name: getattr(plan, name) for name in asked} == asked
+    assert planned(model, batch_size=MAX_BATCH)[1] == {"chunk_rows", "kv_bytes"}
+
+
+def test_a_plan_holds_what_is_asked_for_and_what_is_found(model):
+    params = SamplingParams(max_tokens=3, n=2)
+    plan, _ = planned(model, params=params, keep=("a",), trim=True, on_too_long="shorten", share_prefixes=False)
+    assert (plan.parameters, plan.keep, plan.trim, plan.on_too_long) == (params, ("a",), True, "shorten")
+    assert (plan.model, plan.model_hash, plan.share_prefixes) == ("bytes", model.hash, False)
+    assert (plan.input, plan.input_formats, plan.rows, plan.format) == ("0" * 64, ("jsonl",), 10_000, "parquet")
+    assert (plan.numpy, plan.blas, plan.batch_invariant, plan.retry) == ("2.0", "some kernels", True, False)
+
+
+def test_chunks_are_for_the_jobs_asked_for_else_the_slots_else_a_nominal_number(model):
+    for jobs, slots, expected in [(16, 8, 16), (None, 8, 8), (None, 0, NOMINAL_JOBS)]:
+        assert planned(model, jobs=jobs, slots=slots)[0].chunk_rows == auto_chunk_rows(10_000, expected)
+
+
+def test_chunks_do_not_depend_on_the_jobs_if_bits_depend_on_the_batch(model):
+    expected = auto_chunk_rows(10_000, NOMINAL_JOBS)
+    assert expected != auto_chunk_rows(10_000, 16)
+    for jobs, slots in [(16, 8), (None, 8), (None, 0)]:
+        assert planned(model, jobs=jobs, slots=slots, invariant=False)[0].chunk_rows == expected
+
+
+def test_a_chunk_holds_fewer_rows_of_many_samples(model):
+    plan, _ = planned(model, params=SamplingParams(n=100), jobs=2)
+    assert plan.chunk_rows == auto_chunk_rows(10_000, 2, 100)
+
+
+def test_memory_that_holds_no_sequence_is_refused(model):
+    with pytest.raises(UsageError, match="--kv-memory"):
+        planned(model, kv_bytes=10)

@@ -1,4 +1,4 @@
-"""pool.py: a row that kills its worker is set aside, a worker that dies of something else costs nothing but time."""
+"""pool.py: a row that ends its workers fails; a worker that dies for another reason costs only time."""
 
 import json
 import logging
@@ -7,22 +7,21 @@ import re
 import signal
 import threading
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen import run
 from batchgen.errors import BatchgenError, OutputError
+from batchgen.job import Job
 from batchgen.output.ledger import work_directory
-from batchgen.run import Job, run_job
+from batchgen.run import run_job
 from batchgen.types import SamplingParams
 from batchgen.workers import pool
-from batchgen.workers.pool import POLL_SECONDS, STALL_SECONDS, _Stall
-from batchgen.workers.worker import Sighting, read_sightings
+from batchgen.workers.marker import read_sightings
 from tests.support import poison
+from tests.support.jobs import change, make_job
 from tests.support.models import write_byte_model
 
 pytestmark = pytest.mark.processes
@@ -46,7 +45,7 @@ def job(folder, monkeypatch):
         prompts = [words.get(row, "row") + f" {row}" for row in range(60)]
         path.write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
         values = {"jobs": 2, "chunk_rows": 15, "row_timeout": 2.0} | changes
-        return Job(path, folder / "out" / "out.parquet", str(model), PARAMS, **values)
+        return make_job(path, folder / "out" / "out.parquet", str(model), PARAMS, status=False, **values)
 
     (folder / "out").mkdir()
     yield make
@@ -59,10 +58,10 @@ def deaths(folder: Path) -> Counter[str]:
 
 
 def rows_of(job: Job) -> list[dict]:
-    return pq.read_table(job.output).to_pylist()
+    return pq.read_table(job.output.path).to_pylist()
 
 
-# ---- rows that are to blame
+# ---- rows that end their workers
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ def rows_of(job: Job) -> list[dict]:
         ("kill-middle", r"its worker died \(SIGKILL\(-9\)\)", 4),
     ],
 )
-def test_a_row_that_ends_its_worker_every_time_is_set_aside(job, folder, word, reason, times):
+def test_a_row_that_ends_every_worker_fails(job, folder, word, reason, times):
     this = job({17: word})
     summary = run_job(this)
     rows = rows_of(this)
@@ -93,30 +92,30 @@ def test_a_row_that_ends_its_worker_every_time_is_set_aside(job, folder, word, r
     assert rows[17]["completion"] is None
     assert (summary.ok, summary.failed, summary.exit_code) == (59, 1, 3)
     assert deaths(folder) == {word: times}
-    assert os.listdir(this.output.parent) == ["out.parquet"]
+    assert os.listdir(this.output.path.parent) == ["out.parquet"]
 
 
-def test_several_such_rows_in_one_chunk_are_all_found(job, folder):
+def test_all_such_rows_of_a_chunk_are_found(job, folder):
     words = {3: "exit-first", 4: "kill-last", 5: "raise-first", 50: "kill-first"}
     this = job(words)
     assert run_job(this).failed == 4
     assert {row["row"] for row in rows_of(this) if row["status"] == "failed"} == set(words)
     assert max(deaths(folder).values()) <= 2
-    assert deaths(folder).total() <= 6  # found together, they do not cost two each
+    assert deaths(folder).total() <= 6  # in one trial: fewer than two each
 
 
-# ---- rows that are not
+# ---- workers that die for another reason
 
 
 @pytest.mark.parametrize("word", ["kill-first-once", "kill-middle-once", "memory-first-once", "raise-last-once"])
-def test_a_worker_that_dies_once_costs_no_row_and_no_byte(job, folder, word):
+def test_the_output_is_the_same_if_a_worker_dies_once(job, folder, word):
     this = job({17: word})
     with pytest.MonkeyPatch.context() as undisturbed:
         undisturbed.setattr(pool, "run_chunk", pool_run_chunk)
         run_job(this)
-    expected = this.output.read_bytes()
+    expected = this.output.path.read_bytes()
     summary = run_job(this)
-    assert this.output.read_bytes() == expected
+    assert this.output.path.read_bytes() == expected
     assert (summary.ok, summary.exit_code) == (60, 0)
     assert word in deaths(folder)
 
@@ -124,15 +123,15 @@ def test_a_worker_that_dies_once_costs_no_row_and_no_byte(job, folder, word):
 pool_run_chunk = pool.run_chunk
 
 
-def test_a_worker_killed_from_outside_costs_no_row_and_no_byte(job, folder):
+def test_the_output_is_the_same_if_workers_are_killed(job, folder):
     this = job({}, chunk_rows=5)
     run_job(this)
-    expected = this.output.read_bytes()
+    expected = this.output.path.read_bytes()
     killed = []
 
     def kill_some() -> None:
         while len(killed) < 3:
-            for path in work_directory(this.output).glob("attempt-*"):
+            for path in work_directory(this.output.path).glob("attempt-*"):
                 for sighting in read_sightings(path):
                     if sighting.running and sighting.pid not in killed:
                         os.kill(sighting.pid, signal.SIGKILL)
@@ -149,25 +148,27 @@ def test_a_worker_killed_from_outside_costs_no_row_and_no_byte(job, folder):
         done.set()
         killer.join()
     assert killed
-    assert this.output.read_bytes() == expected
+    assert this.output.path.read_bytes() == expected
 
 
-# ---- what is not a row's fault ends
+# ---- losses without a cause
 
 
-def test_workers_that_keep_dying_end_the_run_and_what_is_done_is_kept(job, monkeypatch):
+def test_if_workers_keep_dying_the_run_ends_and_keeps_what_is_done(job, monkeypatch):
     monkeypatch.setattr(pool, "run_chunk", dies_at_once)
     this = job({})
-    with pytest.raises(BatchgenError, match=r"a worker process died 5 times in a row.* fewer --jobs") as error:
+    with pytest.raises(
+        BatchgenError, match=r"5 workers were lost in a row.*; the last died .* lower --jobs\. Finished chunks are kept"
+    ) as error:
         run_job(this)
     assert error.value.exit_code == 1
     cure(monkeypatch)
     assert run_job(this).ok == 60
 
 
-def test_where_every_row_ends_its_worker_the_rows_are_not_to_blame(job, folder):
+def test_if_every_row_ends_its_worker_no_row_is_blamed(job, folder):
     this = job(dict.fromkeys(range(60), "raise-first"), chunk_rows=30)
-    with pytest.raises(BatchgenError, match="no single row is to blame"):
+    with pytest.raises(BatchgenError, match="no row was identified as the cause"):
         run_job(this)
     assert deaths(folder).total() < 40
 
@@ -176,7 +177,7 @@ def dies_at_once(*_: object) -> None:
     os._exit(1)
 
 
-def test_a_worker_that_cannot_write_ends_the_run_in_its_own_words(job, monkeypatch):
+def test_a_worker_that_cannot_write_ends_the_run_with_its_own_error(job, monkeypatch):
     monkeypatch.setattr(pool, "run_chunk", cannot_write)
     with pytest.raises(OutputError, match="no space"):
         run_job(job({}))
@@ -186,11 +187,11 @@ def cannot_write(*_: object) -> None:
     raise OutputError("part: no space")
 
 
-# ---- failed rows, once more
+# ---- failed rows are tried again
 
 
 def cure(monkeypatch) -> None:
-    """No poison from here on; workers that have it in them are ended."""
+    """No poison from here on: end the workers that have it."""
     pool.get_reusable_executor(reuse=True).shutdown(kill_workers=True)
     monkeypatch.setattr(pool, "run_chunk", pool_run_chunk)
 
@@ -201,37 +202,37 @@ def test_retry_failed_tries_only_the_failed_rows_and_changes_no_other(job, folde
     before = rows_of(this)
     cure(monkeypatch)
     seen = []
-    summary = run_job(replace(this, retry_failed=True), seen.append)
+    summary = run_job(change(this, retry_failed=True), seen.append)
     after = rows_of(this)
     assert [row["row"] for row in after if row != before[row["row"]]] == [17, 40, 41]
     assert {row["status"] for row in after} == {"ok"}
     assert (summary.ok, summary.failed, summary.exit_code, summary.resumed) == (60, 0, 0, 57)
     assert (seen[-1].rows, seen[-1].rows_in_all) == (3, 3)
-    assert os.listdir(this.output.parent) == ["out.parquet"]
+    assert os.listdir(this.output.path.parent) == ["out.parquet"]
 
 
-def test_what_fails_again_says_so_and_may_be_retried_again(job, monkeypatch):
+def test_a_row_that_fails_again_can_be_retried_again(job, monkeypatch):
     this = job({17: "raise-first", 40: "raise-first-once"})
     run_job(this)
-    again = replace(this, retry_failed=True)
+    again = change(this, retry_failed=True)
     summary = run_job(again)
     assert (summary.ok, summary.failed) == (59, 1)
     cure(monkeypatch)
     assert run_job(again).exit_code == 0
-    bytes_before = this.output.read_bytes()
+    bytes_before = this.output.path.read_bytes()
     assert run_job(again).ok == 60  # nothing left to do
-    assert this.output.read_bytes() == bytes_before
+    assert this.output.path.read_bytes() == bytes_before
 
 
-def test_kept_columns_stay_beside_their_rows_that_fail_and_are_retried(job, monkeypatch):
+def test_kept_columns_stay_with_rows_that_fail_and_are_retried(job, monkeypatch):
     this = job({17: "kill-first", 40: "raise-first"})
-    lines = [json.loads(line) for line in this.input.read_text().splitlines()]
-    this.input.write_text("".join(json.dumps(line | {"k": [n]}) + "\n" for n, line in enumerate(lines)))
-    this = replace(this, keep=("k",))
+    lines = [json.loads(line) for line in this.input.files[0].read_text().splitlines()]
+    this.input.files[0].write_text("".join(json.dumps(line | {"k": [n]}) + "\n" for n, line in enumerate(lines)))
+    this = change(this, keep=("k",))
     assert run_job(this).failed == 2
     assert [row["k"] for row in rows_of(this)] == [[n] for n in range(60)]
     cure(monkeypatch)
-    assert run_job(replace(this, retry_failed=True)).failed == 0
+    assert run_job(change(this, retry_failed=True)).failed == 0
     assert [row["k"] for row in rows_of(this)] == [[n] for n in range(60)]
 
 
@@ -239,97 +240,59 @@ def test_retry_failed_makes_what_an_undisturbed_run_makes(job, monkeypatch):
     this = job({17: "kill-first"})
     run_job(this)
     cure(monkeypatch)
-    run_job(replace(this, retry_failed=True))
-    retried = pq.read_table(this.output)
+    run_job(change(this, retry_failed=True))
+    retried = pq.read_table(this.output.path)
     run_job(this)
-    assert retried.equals(pq.read_table(this.output), check_metadata=True)
+    assert retried.equals(pq.read_table(this.output.path), check_metadata=True)
 
 
-def test_an_interrupted_retry_stands_in_no_other_runs_way(job, monkeypatch):
+def test_an_interrupted_retry_does_not_block_another_run(job, monkeypatch):
     this = job({17: "raise-first"})
     run_job(this)
     cure(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "publish", lambda *_: 1 / 0)
+        patch.setattr("batchgen.output.retried.RetriedFile.publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run_job(replace(this, retry_failed=True))
-    assert work_directory(this.output).exists()
-    assert (run_job(this).ok, os.listdir(this.output.parent)) == (60, ["out.parquet"])
+            run_job(change(this, retry_failed=True))
+    assert work_directory(this.output.path).exists()
+    assert (run_job(this).ok, os.listdir(this.output.path.parent)) == (60, ["out.parquet"])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"params": SamplingParams(max_tokens=11)}, "had parameters .* this one has .* give the options that made it"),
+        (
+            {"params": SamplingParams(max_tokens=11)},
+            "had --max-tokens .* --max-tokens 11; give the options that made it",
+        ),
         ({"output": Path("other.jsonl")}, "--retry-failed wants a finished .parquet file"),
         ({"output": Path("missing.parquet")}, "no such file; run without --retry-failed first"),
-        ({"output": Path("foreign.parquet")}, "has no batchgen metadata"),
-        ({"output": Path("alien.parquet")}, "has no batchgen metadata"),
-        ({"output": Path("selected.parquet")}, "has no column 'status'; take the file as batchgen wrote it"),
-        ({"output": Path("torn.parquet")}, "not a whole Parquet file"),
+        ({"output": Path("foreign.parquet")}, "has no metadata under 'batchgen'"),
+        ({"output": Path("alien.parquet")}, "has no metadata under 'batchgen'"),
+        ({"output": Path("selected.parquet")}, "has no column 'status'; it was changed: take the file as batchgen"),
+        ({"output": Path("torn.parquet")}, "not a Parquet file, or a damaged one"),
     ],
 )
 def test_only_a_finished_output_of_the_same_options_can_be_retried(job, changes, message):
     this = job({17: "raise-first"})
     run_job(this)
-    out = this.output.parent
-    pq.write_table(pq.read_table(this.output).replace_schema_metadata(None), out / "foreign.parquet")
+    out = this.output.path.parent
+    pq.write_table(pq.read_table(this.output.path).replace_schema_metadata(None), out / "foreign.parquet")
     pq.write_table(pa.table({"x": [1]}), out / "alien.parquet")
-    pq.write_table(pq.read_table(this.output).drop_columns("status"), out / "selected.parquet")
-    (out / "torn.parquet").write_bytes(this.output.read_bytes()[:-10])
+    pq.write_table(pq.read_table(this.output.path).drop_columns("status"), out / "selected.parquet")
+    (out / "torn.parquet").write_bytes(this.output.path.read_bytes()[:-10])
     if "output" in changes:
         changes = {"output": out / changes["output"]}
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(BatchgenError, match=message):
-        run_job(replace(this, retry_failed=True, **changes))
+        run_job(change(this, retry_failed=True, **changes))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-# ---- what hangs
+# ---- the log
 
 
-def sighting(pulse: int, **changes) -> Sighting:
-    values = {
-        "pid": 7,
-        "working": True,
-        "chunk": 0,
-        "rows": 0,
-        "prompt_tokens": 0,
-        "completion_tokens": 0,
-        "suspects": (1,),
-    }
-    return Sighting(**values | {"pulse": pulse, "running": ()} | changes)
-
-
-def test_only_a_worker_that_takes_no_step_for_so_long_is_stuck(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
-    stall = _Stall(5.0)
-    for now, pulse, stuck in [(0, 1, []), (4, 1, []), (5, 2, []), (9.9, 2, []), (10.1, 2, [7]), (10.2, 3, [])]:  # noqa: B007
-        assert stall.stuck([sighting(pulse)]) == stuck
-
-
-def test_a_worker_that_is_idle_loading_or_writing_has_longer(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
-    stall = _Stall(5.0)
-    while now < STALL_SECONDS:
-        assert stall.stuck([sighting(1, suspects=()), sighting(1, pid=8, working=False)]) == []
-        now += POLL_SECONDS
-    now += 1
-    assert stall.stuck([sighting(1, suspects=()), sighting(1, pid=8, working=False)]) == [7]
-
-
-def test_a_parent_that_was_stopped_itself_takes_nobody_for_stuck(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(pool.time, "monotonic", lambda: now)
-    stall = _Stall(5.0)
-    assert stall.stuck([sighting(1)]) == []
-    now = 3600.0
-    assert stall.stuck([sighting(1)]) == []
-
-
-def test_a_lost_workers_chunk_and_the_row_set_aside_are_named(job, caplog):
+def test_the_log_names_the_lost_chunk_and_the_failed_row(job, caplog):
     with caplog.at_level(logging.WARNING):
         run_job(job({17: "kill-first"}))
     assert "chunk 1: its worker died (SIGKILL(-9)); it is done again, after" in caplog.text

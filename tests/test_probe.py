@@ -1,4 +1,4 @@
-"""engine/probe.py: what it says of a BLAS is so."""
+"""engine/probe.py: the answer for kernels that are known."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from tests.support.models import has_avx512
 
 
 @pytest.mark.parametrize(("core_type", "invariant"), [("SKYLAKEX", True), ("HASWELL", False)])
-def test_the_probe_tells_the_kernels_apart(core_type, invariant):
+def test_avx512_kernels_are_batch_invariant_and_avx2_kernels_are_not(core_type, invariant):
     if core_type == "SKYLAKEX" and not has_avx512():
         pytest.skip("this processor has no AVX-512")
     if blas_info().name != "openblas":

@@ -1,116 +1,180 @@
-"""progress.py: a bar with the workers on a terminal, a line now and then elsewhere, nothing where that is asked for."""
+"""progress.py: progress adds up, and the status file is one whole JSON object that says how the run ended."""
 
 import json
-import os
-import pty
-import re
-import select
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
-from typer.testing import CliRunner
+import pytest
 
-from batchgen.jobs import progress
-from batchgen.jobs.cli import app
-from batchgen.jobs.progress import MOST_WORKERS, showing_progress, style_here, worker_lines
-from batchgen.progress import Progress, WorkerState
-from tests.support.models import write_byte_model
+from batchgen import progress
+from batchgen.errors import OutputError, StoppedError
+from batchgen.progress import (
+    MAX_POINTS,
+    Progress,
+    Reporter,
+    StatusFile,
+    WorkerState,
+    add_progress,
+    exit_code_of,
+    reporting,
+    status_path,
+)
+from batchgen.workers.marker import Sighting
 
-
-def now(rows: int, seconds: float, workers: int = 0) -> Progress:
-    busy = [WorkerState(100 + i, 7 if i else None, 5, 3) for i in range(workers)]
-    return Progress(rows, 1000, 10 * rows, 20 * rows, seconds, workers=tuple(busy))
-
-
-@contextmanager
-def terminal(monkeypatch) -> Iterator[Callable[[], str]]:
-    """Standard error as a terminal of 100 columns; yields a way to read what was written to it."""
-    parent, child = pty.openpty()
-    with monkeypatch.context() as patch, open(child, "w") as stream:
-        patch.setenv("COLUMNS", "100")
-        patch.setenv("TERM", "xterm-256color")
-        patch.setattr("sys.stderr", stream)
-
-        def written() -> str:
-            stream.flush()
-            data = b""
-            while select.select([parent], [], [], 0.2)[0]:  # a terminal hands out what it has in pieces
-                data += os.read(parent, 100_000)
-            return data.decode()
-
-        yield written
-    os.close(parent)
+COUNTS = Counter(ok=5, rejected=2, failed=1)
 
 
-def test_a_terminal_has_a_bar_and_anything_else_lines(monkeypatch):
-    with terminal(monkeypatch):
-        assert style_here("auto") == "bar"
-        assert style_here("none") == "none"
-        monkeypatch.setenv("TERM", "dumb")
-        assert style_here("auto") == "plain"
-    monkeypatch.setenv("TERM", "xterm")
-    with open(os.devnull, "w") as nowhere:
-        monkeypatch.setattr("sys.stderr", nowhere)
-        assert style_here("auto") == "plain"
+# ---- adding up
 
 
-def test_the_bar_tells_rows_speed_time_and_workers_and_goes(monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    with terminal(monkeypatch) as written:
-        with showing_progress("bar") as show:
-            show(now(100, 10))
-            show(now(200, 20, workers=2))
-        shown = written()
-    assert re.search(r"200/1,000 rows.*200 tokens/s.*0:01:20 left", shown)
-    assert "worker 1  idle" in shown
-    assert "worker 2  chunk 7: 5 rows done, 3 samples in flight" in shown
-    assert shown.endswith("\x1b[1A\x1b[2K")
-    assert "\x1b[32m" in shown
+def sighting(chunk: int, rows: int, in_flight: tuple[int, ...] = ()) -> Sighting:
+    return Sighting(100 + chunk, 0, True, chunk, rows, 10 * rows, 20 * rows, in_flight, ())
 
 
-def test_no_color_is_heeded(monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
-    with terminal(monkeypatch) as written:
-        with showing_progress("bar") as show:
-            show(now(100, 10, workers=2))
-        shown = written()
-    assert "100/1,000 rows" in shown
-    assert not re.search(r"\x1b\[[0-9;]*(3|4|9|10)[0-7]m", shown)
+def test_progress_is_what_is_committed_and_what_workers_report_of_other_chunks():
+    done = Counter(input_rows=64, prompt_tokens=640, completion_tokens=1280)
+    resumed = Counter(input_rows=32, prompt_tokens=320, completion_tokens=640)
+    now = add_progress(done, resumed, [sighting(1, 32), sighting(2, 5, (70, 71))], {0, 1}, 260)
+    assert (now.rows, now.rows_in_all, now.resumed_rows) == (69, 260, 32)
+    assert (now.prompt_tokens, now.completion_tokens) == (320 + 50, 640 + 100)
+    assert now.workers == (WorkerState(101, 1, 32, 0), WorkerState(102, 2, 5, 2))
 
 
-def test_lines_come_every_ten_seconds(capsys, monkeypatch):
-    clock = iter([0.0, 1.0, 9.9, 10.1, 12.0, 25.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 25.0))
-    with showing_progress("plain") as show:
-        for rows in (0, 50, 100, 150, 200):
-            show(now(rows, rows / 10))
-    assert capsys.readouterr().err.splitlines() == [
-        "100 of 1,000 rows, 200 tokens/s, 0:01:30 left",
-        "200 of 1,000 rows, 200 tokens/s, 0:01:20 left",
-    ]
+def test_progress_counts_no_row_twice():
+    """A chunk that is done again after its worker died is in two markers."""
+    assert add_progress(Counter(input_rows=30), Counter(), [sighting(1, 9), sighting(1, 9)], {0}, 40).rows == 40
 
 
-def test_a_run_without_rows_can_be_shown(monkeypatch):
-    with terminal(monkeypatch) as written:
-        with showing_progress("bar") as show:
-            show(Progress(0, 0, 0, 0, 0.0))
-        assert "0/0 rows" in written()
+def test_a_summary_adds_the_rows_that_a_retry_leaves():
+    counts = Counter(rows=6, ok=4, rejected=0, failed=2, prompt_tokens=90, completion_tokens=60, space_ends=1)
+    resumed = Counter(rows=2, prompt_tokens=30, completion_tokens=20)
+    reporter = Reporter(lambda: Progress(0, 0, 0, 0, 0.0), counts, resumed, StatusFile(None, "o"))
+    summary = reporter.summarise("o", 16, Counter(ok=9, rejected=1), jobs=1, blas="")
+    assert (summary.statuses, summary.rows) == ({"ok": 13, "rejected": 1, "failed": 2}, 16)
+    assert (summary.resumed, summary.prompt_tokens, summary.completion_tokens, summary.space_ends) == (12, 60, 40, 1)
+    assert summary.exit_code == 3
+    assert replace(summary, rejected=0, failed=0).exit_code == 0
 
 
-def test_many_workers_are_summed_up():
-    lines = worker_lines(now(1, 1, workers=MOST_WORKERS + 3))
-    assert len(lines) == MOST_WORKERS + 1
-    assert lines[-1] == "and 3 more workers"
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OutputError("no room"), 1),
+        (StoppedError("time"), 75),
+        (ValueError("a bug"), 1),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(143), 143),
+        (SystemExit("text"), 1),
+    ],
+)
+def test_an_exception_is_an_exit_code(error, code):
+    assert exit_code_of(error) == code
 
 
-def test_quiet_prints_nothing_and_changes_nothing_else(tmp_path):
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Once"}) + "\nnot JSON\n")
-    command = ["generate", str(tmp_path / "p.jsonl"), "--model", str(write_byte_model(tmp_path / "m"))]
-    for option in ("--quiet", "-q"):
-        done = CliRunner().invoke(
-            app, [*command, "-o", str(tmp_path / f"{option}.parquet"), option, "--progress", "bar"]
-        )
-        assert (done.exit_code, done.stdout, done.stderr) == (3, "", "")
-    loud = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "loud.parquet")])
-    assert (tmp_path / "-q.parquet").read_bytes() == (tmp_path / "loud.parquet").read_bytes()
-    assert loud.stdout
+# ---- the status file
+
+
+@pytest.fixture
+def status(tmp_path, monkeypatch) -> StatusFile:
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.0)
+    return StatusFile(tmp_path / "o.parquet.status.json", "o.parquet")
+
+
+def read(status: StatusFile) -> dict:
+    assert status.path is not None
+    return json.loads(status.path.read_text())
+
+
+def test_the_status_file_is_beside_the_output():
+    assert status_path(Path("a/o.parquet")) == Path("a/o.parquet.status.json")
+
+
+def test_a_running_job_says_how_far_it_is_and_how_long_it_will_take(status):
+    status.update(Progress(30, 90, 600, 300, 10.0, resumed_rows=10), COUNTS)
+    now = read(status)
+    assert (now["state"], now["exit_code"], now["error"]) == ("running", None, None)
+    assert (now["rows_done"], now["rows"], now["rows_resumed"]) == (30, 90, 10)
+    assert (now["ok"], now["rejected"], now["failed"]) == (5, 2, 1)
+    assert (now["tokens_per_second"], now["eta_seconds"]) == (30.0, 30.0)  # 20 rows in 10 s, 60 to go
+
+
+def test_before_the_first_row_there_is_no_estimate(status):
+    status.update(Progress(10, 90, 0, 0, 0.0, resumed_rows=10), COUNTS)
+    assert (read(status)["eta_seconds"], read(status)["tokens_per_second"]) == (None, 0.0)
+
+
+def test_the_end_is_kept(status):
+    status.update(Progress(90, 90, 600, 300, 10.0), COUNTS)
+    status.finish("finished", COUNTS, 3, None)
+    end = read(status)
+    assert (end["state"], end["exit_code"], end["rows_done"], end["eta_seconds"]) == ("finished", 3, 90, None)
+
+
+def test_the_timeline_covers_the_whole_run_in_few_points(status):
+    for second in range(5000):
+        status.update(Progress(second, 5000, 0, second * 7, float(second)), COUNTS)
+    timeline = read(status)["timeline"]
+    assert len(timeline) <= MAX_POINTS
+    assert timeline[0] == [0.0, 0, 0]
+    assert timeline[-1][0] > 4900
+    steps = {after[0] - before[0] for before, after in zip(timeline, timeline[1:], strict=False)}
+    assert len(steps) == 1
+
+
+def test_the_status_is_written_once_a_second_at_most(tmp_path):
+    status = StatusFile(tmp_path / "s.json", "o")
+    for rows in range(100):
+        status.update(Progress(rows, 100, 0, 0, 0.01 * rows), COUNTS)
+    assert read(status)["rows_done"] == 0
+
+
+def test_a_status_that_cannot_be_written_is_logged_once_and_the_run_continues(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.0)
+    status = StatusFile(tmp_path / "nowhere" / "s.json", "o")
+    for rows in range(3):
+        status.update(Progress(rows, 3, 0, 0, 1.0), COUNTS)
+    status.finish("finished", COUNTS, 0, None)
+    assert len(caplog.records) == 1
+    assert "the status is no longer written: No such file" in caplog.text
+
+
+def test_without_a_path_nothing_is_written(tmp_path):
+    status = StatusFile(None, "o")
+    status.update(Progress(1, 3, 0, 0, 1.0), COUNTS)
+    status.finish("finished", COUNTS, 0, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- reporting
+
+
+def test_reports_never_go_back_and_a_broken_listener_is_called_once(status, caplog):
+    looks = iter([Progress(40, 90, 0, 800, 0.0), Progress(32, 90, 0, 640, 0.0), Progress(90, 90, 0, 1800, 0.0)])
+    calls = []
+
+    def broken(now: Progress) -> None:
+        calls.append(now)
+        raise BrokenPipeError("the terminal is gone")
+
+    reporter = Reporter(lambda: next(looks), COUNTS, Counter(), status, broken)
+    seen = []
+    for _ in range(3):
+        reporter.report()
+        seen.append((read(status)["rows_done"], read(status)["completion_tokens"]))
+    assert seen == [(40, 800), (40, 800), (90, 1800)]
+    assert len(calls) == 1
+    assert "progress is no longer shown" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [(StoppedError("time"), "stopped", 75), (OutputError("no room"), "failed", 1), (SystemExit(143), "stopped", 143)],
+)
+def test_a_block_that_ends_badly_leaves_its_error_in_the_status(status, error, state, code):
+    reporter = Reporter(lambda: Progress(32, 90, 0, 640, 0.0), COUNTS, Counter(), status)
+    with pytest.raises(type(error)), reporting(reporter):
+        raise error
+    end = read(status)
+    assert (end["state"], end["exit_code"], end["rows_done"]) == (state, code, 32)
+    assert end["error"]

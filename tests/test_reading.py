@@ -1,4 +1,4 @@
-"""records/output.py: an output is read as it was written, and what is none is named."""
+"""reading.py: an output is read as it was written, and an error names a file that is not one."""
 
 import json
 from pathlib import Path
@@ -8,19 +8,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import InputError
-from batchgen.output.reading import read_batches, read_input_rows, read_run
-from batchgen.output.schema import output_schema
+from batchgen.output.reading import read_batches, read_input_rows, read_plan
+from batchgen.output.schema import Columns
+from tests.support.plans import plan_of
 
 N = 20_000
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> Path:
-    schema = output_schema()
+    schema = Columns().schema()
     columns = {name: [None] * N for name in schema.names}
     columns |= {"row": [i // 2 for i in range(N)], "sample": [i % 2 for i in range(N)], "status": ["ok"] * N}
     path = tmp_path_factory.mktemp("output") / "out.parquet"
-    table = pa.table(columns, schema).replace_schema_metadata({"batchgen": json.dumps({"model": "m"})})
+    table = pa.table(columns, schema).replace_schema_metadata({"batchgen": json.dumps(plan_of().to_json())})
     pq.write_table(table, path, row_group_size=700, write_page_checksum=True, use_dictionary=False)
     return path
 
@@ -33,11 +34,12 @@ def rewritten(output: Path, folder: Path, change, metadata: dict | None = None) 
     return folder / "changed.parquet"
 
 
-def test_the_metadata_is_what_the_run_wrote(output):
-    assert read_run(output) == {"model": "m"}
+def test_the_plan_is_the_one_that_the_run_wrote(output):
+    assert read_plan(output) == plan_of()
 
 
 def test_batches_are_all_rows_in_order(output):
+    assert sum(len(batch) for batch in read_batches(output)) == N
     rows = [row for batch in read_batches(output, ["row", "sample"]) for row in batch.to_pylist()]
     assert rows == [{"row": i // 2, "sample": i % 2} for i in range(N)]
 
@@ -53,15 +55,19 @@ def test_rows_are_found_with_all_their_samples(output):
     [
         ({}, "has no metadata under 'batchgen'"),
         ({"pandas": "{}"}, "has no metadata under 'batchgen'"),
-        ({"batchgen": "{"}, "is not JSON"),
-        ({"batchgen": b"\xff"}, "is not JSON"),
-        ({"batchgen": "[" * 100_000}, "is not JSON"),
-        ({"batchgen": "[1]"}, "is not an object"),
+        ({"batchgen": "{"}, "is not a plan of this version .Expecting"),
+        ({"batchgen": b"\xff"}, "is not a plan of this version .*decode"),
+        ({"batchgen": "[" * 100_000}, "is not a plan of this version .*recursion"),
+        ({"batchgen": "[1]"}, "is not a plan of this version .it is not an object"),
+        (
+            {"batchgen": "{}"},
+            "is not a plan of this version .*missing.; it was changed, or another version of batchgen",
+        ),
     ],
 )
 def test_metadata_that_no_run_wrote_is_named(output, tmp_path, metadata, line):
     with pytest.raises(InputError, match=line):
-        read_run(rewritten(output, tmp_path, lambda table: table, metadata))
+        read_plan(rewritten(output, tmp_path, lambda table: table, metadata))
 
 
 @pytest.mark.parametrize(
@@ -75,12 +81,12 @@ def test_metadata_that_no_run_wrote_is_named(output, tmp_path, metadata, line):
 )
 def test_columns_that_no_run_wrote_are_named(output, tmp_path, change, line):
     with pytest.raises(InputError, match=line):
-        read_run(rewritten(output, tmp_path, change))
+        read_plan(rewritten(output, tmp_path, change))
 
 
 def test_another_programs_text_is_text(output, tmp_path):
     text = pa.array(["x"] * N, pa.large_string())
-    assert read_run(rewritten(output, tmp_path, lambda table: table.set_column(4, "completion", text)))
+    assert read_plan(rewritten(output, tmp_path, lambda table: table.set_column(4, "completion", text)))
 
 
 @pytest.mark.parametrize(
@@ -90,14 +96,14 @@ def test_what_is_no_parquet_file_is_named(tmp_path, content, line):
     if content is not None:
         (tmp_path / "x.parquet").write_bytes(content)
     with pytest.raises(InputError, match=f"x.parquet: {line}"):
-        read_run(tmp_path / "x.parquet")
+        read_plan(tmp_path / "x.parquet")
 
 
 def test_a_folder_and_json_lines_are_named(tmp_path):
     with pytest.raises(InputError, match="Is a directory"):
-        read_run(tmp_path)
+        read_plan(tmp_path)
     with pytest.raises(InputError, match="JSON lines have no place"):
-        read_run(tmp_path / "out.jsonl")
+        read_plan(tmp_path / "out.jsonl")
 
 
 def test_a_flipped_bit_is_named(output, tmp_path):

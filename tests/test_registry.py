@@ -9,14 +9,14 @@ from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import random_tensors
 from batchgen.models import registry
 from batchgen.models.registry import find_model, list_models, model_destination, model_roots, models_dir
-from batchgen.models.shards import load_manifest, model_hash, write_model
+from batchgen.models.shards import Description, load_manifest, model_hash, write_model
 
 CONFIG = GPT2Config(n_vocab=50, n_ctx=16, n_embd=8, n_head=2, n_layer=2)
 
 
 @pytest.fixture(autouse=True)
 def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Stand on a machine with three empty roots, in an empty working directory."""
+    """Three empty roots and an empty working directory."""
     folders = {name: tmp_path / name for name in ("own", "cache", "embedded", "cwd")}
     for folder in folders.values():
         folder.mkdir()
@@ -32,8 +32,8 @@ def _write(directory: Path, seed: int = 0) -> Path:
     vocabulary.mkdir(parents=True, exist_ok=True)
     (vocabulary / "encoder.json").write_text("{}")
     (vocabulary / "vocab.bpe").write_text("")
-    tensors = random_tensors(CONFIG, seed)
-    write_model(directory, CONFIG, tensors.items(), name="x", source={"seed": str(seed)}, tokenizer_dir=vocabulary)
+    description = Description("x", CONFIG, {"seed": str(seed)})
+    write_model(directory, description, random_tensors(CONFIG, seed).items(), tokenizer_dir=vocabulary)
     return directory
 
 
@@ -50,7 +50,7 @@ def test_a_folder_without_a_manifest_does_not_hide_a_model(roots: dict[str, Path
     assert [(info.path, info.error) for info in list_models()] == [(roots["embedded"] / "mine", None)]
 
 
-def test_what_has_a_separator_is_a_path(roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_with_a_separator_is_a_path(roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = _write(roots["cwd"] / "local")
     assert find_model("./local") == Path("local")
     assert find_model(str(model)) == model
@@ -64,34 +64,34 @@ def test_what_has_a_separator_is_a_path(roots: dict[str, Path], monkeypatch: pyt
 @pytest.mark.parametrize("name", ["", ".hidden", "a b", "a\0", "a\n", "\ud800", "ä", "x" * 101, "a:b"])
 def test_a_bare_name_cannot_leave_its_folder(name: str) -> None:
     for function in (find_model, model_destination):
-        with pytest.raises(ModelError, match="may hold letters, digits"):
+        with pytest.raises(ModelError, match="use up to 100 letters, digits"):
             function(name)
 
 
 @pytest.mark.parametrize("name", [".", "..", "../own", "/", "a/../.."])
-def test_a_path_that_is_no_model_is_refused(name: str) -> None:
+def test_a_path_that_is_not_a_model_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="is not a model"):
         find_model(name)
 
 
-def test_an_unknown_name_gets_the_known_ones_and_the_nearest(roots: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match=r"no model is called 'tales' \(no models are here\)"):
+def test_the_error_for_an_unknown_name_lists_the_known_and_the_nearest(roots: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"unknown model 'tales' \(known: none\)"):
         find_model("tales")
     _write(roots["embedded"] / "tales")
     (roots["own"] / "broken").mkdir()
-    with pytest.raises(ModelError, match=r"no model is called 'Tale'; did you mean 'tales'\? \(known: tales\)"):
+    with pytest.raises(ModelError, match=r"unknown model 'Tale'; did you mean 'tales'\? \(known: tales\)"):
         find_model("Tale")
-    with pytest.raises(ModelError, match=r"no model is called '124m'; did you mean '124M'\?"):
+    with pytest.raises(ModelError, match=r"unknown model '124m'; did you mean '124M'\?"):
         find_model("124m")
 
 
 @pytest.mark.parametrize("name", ["124M", "355M", "774M", "1558M"])
-def test_openais_models_come_with_the_way_to_get_them(name: str) -> None:
+def test_the_error_for_an_openai_model_says_how_to_get_it(name: str) -> None:
     with pytest.raises(ModelError, match=f"batchgen convert SRC {name}"):
         find_model(name)
 
 
-def test_a_listed_model_is_described(roots: dict[str, Path]) -> None:
+def test_list_models_describes_a_model(roots: dict[str, Path]) -> None:
     path = _write(roots["own"] / "mine", seed=7)
     (info,) = list_models()
     assert (info.name, info.path, info.config, info.error) == ("mine", path, CONFIG, None)
@@ -101,7 +101,7 @@ def test_a_listed_model_is_described(roots: dict[str, Path]) -> None:
     assert info.bytes == sum(file.stat().st_size for file in path.iterdir() if file.name != "manifest.json")
 
 
-def test_broken_models_are_listed_with_what_is_wrong(roots: dict[str, Path]) -> None:
+def test_broken_models_are_listed_with_their_error(roots: dict[str, Path]) -> None:
     (roots["own"] / "empty").mkdir()
     (roots["own"] / ".hidden").mkdir()
     (roots["own"] / "file").write_text("")
@@ -115,7 +115,7 @@ def test_broken_models_are_listed_with_what_is_wrong(roots: dict[str, Path]) -> 
     assert "format is 9" in errors["wrong"]
 
 
-def test_models_are_made_in_the_users_own_folder(roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_models_go_to_the_users_folder(roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     assert model_destination("124M") == models_dir() / "124M" == roots["own"] / "124M"
     assert model_destination("./124M") == Path("124M")
     monkeypatch.delenv("BATCHGEN_MODELS")
@@ -130,7 +130,7 @@ def test_an_empty_variable_counts_as_unset(roots: dict[str, Path], monkeypatch: 
     assert model_roots() == [roots["cache"], roots["embedded"]]
 
 
-def test_without_a_home_the_embedded_models_are_still_found(
+def test_without_a_home_directory_the_embedded_models_are_found(
     roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("BATCHGEN_MODELS")

@@ -1,4 +1,4 @@
-"""Addresses: what lies in an object store is read as if it lay here. The store is a local one, of moto's."""
+"""Addresses: objects are read like local files. The store is a local one, from moto."""
 
 import gzip
 import io
@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import InputError
-from batchgen.input.kept import kept_schema, read_kept
-from batchgen.input.readers import check_input, read_requests, scan_input
+from batchgen.input import sources
 from batchgen.input.sources import find_sources
-from batchgen.run import Job, run_job
+from batchgen.run import run_job
 from batchgen.types import SamplingParams
+from tests.support.inputs import open_prompts, read, scan
+from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
 
 moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install '.[dev]')")
@@ -68,13 +69,23 @@ def store() -> Iterator[Any]:
 
 
 @pytest.mark.usefixtures("store")
-def test_objects_are_read_like_files(tmp_path: Path) -> None:
+def test_objects_are_read_like_files_and_opened_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    open_remote = sources._RemoteFile.open
+
+    def count(file: Any) -> Any:
+        opened.append(file.path)
+        return open_remote(file)
+
+    monkeypatch.setattr(sources._RemoteFile, "open", count)
     for key in ("a.jsonl", "in/b.jsonl.gz", "in/c.jsonl.zst", "set/lang=en/0.parquet"):
         path = tmp_path / Path(key).name
         path.write_bytes(OBJECTS[key])
-        sources = check_input(f"s3://prompts/{key}")
-        assert scan_input(sources) == scan_input(path)
-        assert list(read_requests(sources, params=PARAMS)) == list(read_requests(path, params=PARAMS))
+        opened.clear()
+        prompts = open_prompts(f"s3://prompts/{key}")
+        assert prompts.scan() == scan(path)
+        assert list(prompts.requests(PARAMS)) == read(path, PARAMS)
+        assert opened == [f"prompts/{key}"] * 3
 
 
 @pytest.mark.usefixtures("store")
@@ -98,9 +109,9 @@ def test_directories_and_patterns_are_their_objects_sorted() -> None:
 @pytest.mark.usefixtures("store")
 def test_a_partitioned_dataset_is_completed_with_what_its_folders_say(tmp_path: Path) -> None:
     model = write_byte_model(tmp_path / "bytes")
-    job = Job("s3://prompts/set/", tmp_path / "o.parquet", str(model), PARAMS, keep=("lang", "k"), jobs=1)
+    job = make_job("s3://prompts/set/", tmp_path / "o.parquet", str(model), PARAMS, keep=("lang", "k"), jobs=1)
     assert run_job(job).ok == 3
-    table = pq.read_table(job.output)
+    table = pq.read_table(job.output.path)
     assert table.select(["prompt", "lang", "k"]).to_pylist() == [
         {"prompt": "Es war", "lang": "de", "k": 2},
         {"prompt": "Once", "lang": "en", "k": 0},
@@ -110,14 +121,13 @@ def test_a_partitioned_dataset_is_completed_with_what_its_folders_say(tmp_path: 
 
 def test_an_object_that_changes_meanwhile_is_noticed(store: Any) -> None:
     store.put_object(Bucket="prompts", Key="changing.jsonl", Body=LINES)
-    sources = find_sources("s3://prompts/changing.jsonl")
-    rows = read_requests(sources, params=PARAMS)
+    prompts = open_prompts("s3://prompts/changing.jsonl")
+    rows = prompts.requests(PARAMS)
     next(rows)
     store.put_object(Bucket="prompts", Key="changing.jsonl", Body=LINES * 2)
     with pytest.raises(InputError, match=r"^s3://prompts/changing.jsonl: the file was changed while it was being read"):
         list(rows)
-    schema = kept_schema("s3://prompts/changing.jsonl", ["prompt"])
-    assert sum(map(len, read_kept("s3://prompts/changing.jsonl", schema))) == 10
+    assert len(read("s3://prompts/changing.jsonl", keep=("prompt",))) == 10
 
 
 @pytest.mark.usefixtures("store")
@@ -132,7 +142,7 @@ def test_an_object_that_changes_meanwhile_is_noticed(store: Any) -> None:
 )
 def test_what_cannot_be_read_is_named(uri: str, what: str) -> None:
     with pytest.raises(InputError) as caught:
-        scan_input(check_input(uri))
+        open_prompts(uri).scan()
     assert what in str(caught.value)
     assert "\n" not in str(caught.value)
 

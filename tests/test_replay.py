@@ -1,8 +1,7 @@
-"""replay.py: what a run wrote comes out again, and what anybody changed does not."""
+"""replay.py: rows that a run wrote are generated again as they were; a changed row is named."""
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ from typer.testing import CliRunner
 from batchgen.engine.probe import is_batch_invariant
 from batchgen.errors import BatchgenError, InputError, ModelError
 from batchgen.jobs.cli import app
+from batchgen.models.model import Model
 from batchgen.review import replay as module
 from batchgen.review.replay import replay
-from batchgen.run import Job, run_job
+from batchgen.run import run_job
 from batchgen.types import SamplingParams
+from tests.support.jobs import change, make_job
 from tests.support.models import BYTES, sharp_params, write_byte_model
 
 INVARIANT = is_batch_invariant(sharp_params(BYTES), BYTES)
@@ -46,7 +47,9 @@ def _model_under_its_name(model, monkeypatch):
 def output(folder, model) -> Path:
     (folder / "p.jsonl").write_text("\n".join(LINES))
     params = SamplingParams(max_tokens=12, temperature=0.9, n=2, logprobs=0)
-    run_job(Job(folder / "p.jsonl", folder / "out.parquet", str(model), params, jobs=1, chunk_rows=8, token_ids=True))
+    run_job(
+        make_job(folder / "p.jsonl", folder / "out.parquet", str(model), params, jobs=1, chunk_rows=8, token_ids=True)
+    )
     return folder / "out.parquet"
 
 
@@ -70,7 +73,7 @@ def first_ok(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return next(row for row in rows if row["status"] == "ok")
 
 
-def test_what_a_run_wrote_comes_out_again(output, model):
+def test_rows_of_a_run_are_generated_again(output, model):
     done = replay(output, 100)
     assert (done.rows, done.ok, done.compared, done.samples) == (len(LINES), OK, OK, 2 * OK)
     assert done.model == model
@@ -80,11 +83,11 @@ def test_what_a_run_wrote_comes_out_again(output, model):
 
 
 @pytest.mark.parametrize("on_too_long", ["truncate-left", "shorten"])
-def test_prompts_that_were_cut_or_empty_come_out_again(folder, tmp_path, model, on_too_long):
-    job = Job(folder / "p.jsonl", tmp_path / "out.parquet", str(model), on_too_long=on_too_long)
+def test_cut_and_empty_prompts_are_generated_again(folder, tmp_path, model, on_too_long):
+    job = make_job(folder / "p.jsonl", tmp_path / "out.parquet", str(model), on_too_long=on_too_long)
     (folder / "p.jsonl").write_text("\n".join(LINES))
-    run_job(replace(job, empty_prompt="unconditional", jobs=1))
-    done = replay(job.output, 100)
+    run_job(change(job, empty_prompt="unconditional", jobs=1))
+    done = replay(job.output.path, 100)
     assert done.differences == ()
     assert done.ok == OK + (2 if on_too_long == "truncate-left" else 1)
 
@@ -130,23 +133,24 @@ def test_one_bit_of_a_log_probability_is_a_difference(output, tmp_path):
         first_ok(rows)["logprobs"] = values.tolist()
 
     (line,) = replay(rewrite(output, tmp_path, flip), 100).differences
-    assert line.startswith("row 0, sample 0: logprobs differs from place 0 on")
+    assert line.startswith("row 0, sample 0: logprobs differs from place 0: ")
 
 
 @pytest.mark.parametrize("key", ["batchgen", "numpy", "blas", "batch_invariant"])
-def test_where_the_makers_differ_values_are_compared_and_it_is_said(output, tmp_path, key):
+def test_values_are_compared_and_a_note_says_so_if_the_arithmetic_differs(output, tmp_path, key):
     def nudge(rows):
         first_ok(rows)["logprobs"][0] += 1e-5
 
-    done = replay(rewrite(output, tmp_path, nudge, **{key: False if key == "batch_invariant" else "another"}), 100)
+    another = {key: False if key == "batch_invariant" else "another"}
+    done = replay(rewrite(output, tmp_path, nudge, **another), 100)
     assert not done.exact
     assert any(key in note for note in done.notes)
     assert done.differences == ()
-    edited = rewrite(output, tmp_path, lambda rows: first_ok(rows).update(completion="x"), **{key: None})
+    edited = rewrite(output, tmp_path, lambda rows: first_ok(rows).update(completion="x"), **another)
     assert len(replay(edited, 100).differences) == 1
 
 
-def test_another_prompt_seed_or_parameter_does_not_come_out(output, tmp_path):
+def test_another_prompt_seed_or_parameter_is_a_difference(output, tmp_path):
     run = json.loads(pq.read_schema(output).metadata[b"batchgen"])
     for name, value in [("seed", 5), ("temperature", 0.0), ("max_tokens", 3)]:
         path = rewrite(output, tmp_path, parameters=run["parameters"] | {name: value})
@@ -186,19 +190,47 @@ def test_rows_that_are_missing_or_moved_are_named(output, tmp_path, change, line
 
 def test_a_file_without_an_ok_row_is_named(tmp_path, model):
     (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n{"prompt": 3}\n')
-    run_job(Job(tmp_path / "p.jsonl", tmp_path / "out.parquet", str(model), jobs=1))
+    run_job(make_job(tmp_path / "p.jsonl", tmp_path / "out.parquet", str(model), jobs=1))
     with pytest.raises(BatchgenError, match="none of its 2 rows is ok"):
         replay(tmp_path / "out.parquet", 3)
 
 
 def test_parameters_of_another_version_are_named(output, tmp_path):
     run = json.loads(pq.read_schema(output).metadata[b"batchgen"])
-    for parameters in (run["parameters"] | {"mirostat": 2}, run["parameters"] | {"top_p": 7}):
+    for parameters, named in (
+        (run["parameters"] | {"mirostat": 2}, "the parameter 'mirostat' is not known here"),
+        (run["parameters"] | {"top_p": 7}, "top_p 7 is out of range"),
+        (None, "'parameters' is not an object"),
+    ):
         path = rewrite(output, tmp_path, parameters=parameters, batchgen="9.9")
-        with pytest.raises(InputError, match=r"written by batchgen 9.9, and this is .*: install that one"):
+        with pytest.raises(InputError, match=rf"\({named}.*it was changed, or batchgen 9.9 wrote it"):
             replay(path, 3)
-    with pytest.raises(InputError, match="names no parameters"):
-        replay(rewrite(output, tmp_path, parameters=None), 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"later": 1}, "'later' is not known here"),
+        ({"rows": "33"}, "rows is not of type int"),
+        ({"trim": None}, "trim is not of type bool"),
+        ({"keep": "id"}, "keep is not a list of strings"),
+        ({"numpy": None}, "numpy is not of type str"),
+        ({"on_too_long": "cut"}, "on_too_long 'cut' is none of reject, .*"),
+        ({"input_formats": ["odt"]}, "format 'odt' is none of auto, .*"),
+    ],
+)
+def test_metadata_that_is_not_a_plan_is_one_error(output, tmp_path, values, named):
+    with pytest.raises(InputError, match=rf"is not a plan of this version \({named}\)"):
+        replay(rewrite(output, tmp_path, **values), 3)
+
+
+def test_a_missing_field_of_the_plan_is_named(output, tmp_path):
+    table = pq.read_table(output)
+    values = json.loads(table.schema.metadata[b"batchgen"])
+    del values["model_hash"]
+    pq.write_table(table.replace_schema_metadata({"batchgen": json.dumps(values)}), tmp_path / "changed.parquet")
+    with pytest.raises(InputError, match=r"is not a plan of this version \('model_hash' is missing\)"):
+        replay(tmp_path / "changed.parquet", 3)
 
 
 def test_the_model_is_known_by_its_hash(output, tmp_path, model, monkeypatch):
@@ -216,7 +248,7 @@ def test_the_model_is_known_by_its_hash(output, tmp_path, model, monkeypatch):
 
 
 def _hash(model: Path) -> str:
-    return module.model_hash(module.load_manifest(model))
+    return Model.open(str(model)).hash
 
 
 def test_the_command_says_what_was_compared(output, tmp_path):
@@ -226,7 +258,7 @@ def test_the_command_says_what_was_compared(output, tmp_path):
     assert "33 input rows, 30 of them ok" in lines[0]
     assert lines[1] == "3 of these generated again (6 samples; --seed 1 chooses them again)"
     assert lines[2].startswith(f"compared {'bit for bit' if INVARIANT else 'by value'}")
-    assert lines[-1] == "verified: all came out the same"
+    assert lines[-1] == "verified: all rows are the same"
 
 
 def test_the_command_exits_1_on_an_edited_file(output, tmp_path):
@@ -242,7 +274,7 @@ def test_the_command_exits_1_on_an_edited_file(output, tmp_path):
     assert "\x1b" not in done.output
 
 
-def test_a_name_with_an_outputs_suffix_is_an_output_and_any_other_a_model(tmp_path):
+def test_a_name_with_the_suffix_of_an_output_is_one_and_any_other_is_a_model(tmp_path):
     missing = CliRunner().invoke(app, ["verify", str(tmp_path / "no.parquet")])
     assert isinstance(missing.exception, InputError)
     assert isinstance(CliRunner().invoke(app, ["verify", "no-such-model"]).exception, ModelError)
@@ -250,19 +282,19 @@ def test_a_name_with_an_outputs_suffix_is_an_output_and_any_other_a_model(tmp_pa
     assert isinstance(CliRunner().invoke(app, ["verify", str(tmp_path / "text")]).exception, InputError)
 
 
-def test_rows_with_parameters_of_their_own_come_out_again(tmp_path, model):
+def test_rows_with_parameters_of_their_own_are_generated_again(tmp_path, model):
     own = [{"max_tokens": 3}, {"seed": 9, "temperature": 1.2}, {"n": 3}, {"stop": ["a", "e"], "echo": True}, {}]
     lines = [json.dumps({"prompt": "the prompt"} | values) for values in own]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     params = SamplingParams(max_tokens=12, temperature=0.9)
-    run_job(Job(tmp_path / "p.jsonl", tmp_path / "out.parquet", str(model), params, jobs=1))
+    run_job(make_job(tmp_path / "p.jsonl", tmp_path / "out.parquet", str(model), params, jobs=1))
     rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [json.loads(row["parameters"] or "{}") for row in rows if row["sample"] == 0] == own
     done = replay(tmp_path / "out.parquet", 10)
     assert (done.compared, done.samples, done.differences) == (5, 7, ())
 
 
-def test_prompts_that_were_token_ids_come_out_again(tmp_path, model):
+def test_prompts_that_were_token_ids_are_generated_again(tmp_path, model):
     """Ids that the tokenizer would not make of their own text, more of them than fit, and several in one line."""
     prompts = [[256, 97], [97, 32], [255, 254], [97] * 200, [[256], [98, 32]], "text "]
     lines = [
@@ -272,7 +304,7 @@ def test_prompts_that_were_token_ids_come_out_again(tmp_path, model):
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "out.parquet"
     params = SamplingParams(max_tokens=12, temperature=0.9)
-    run_job(Job(tmp_path / "p.jsonl", out, str(model), params, jobs=1, on_too_long="truncate-left", trim=True))
+    run_job(make_job(tmp_path / "p.jsonl", out, str(model), params, jobs=1, on_too_long="truncate-left", trim=True))
     rows = pq.read_table(out).to_pylist()
     assert [row["status"] for row in rows] == ["ok"] * 14
     assert json.loads(rows[0]["parameters"])["prompt_token_ids"] == [256, 97]

@@ -1,10 +1,11 @@
-"""report/: the page tells what the output holds, and holds nothing that others wrote as anything but text."""
+"""report/: the page shows what the output holds; what others wrote is only ever text in it."""
 
 import builtins
 import errno
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,14 +21,16 @@ from typer.testing import CliRunner
 
 from batchgen.errors import BatchgenError, InputError, OutputError, UsageError
 from batchgen.jobs.cli import app
-from batchgen.output.schema import output_schema
+from batchgen.output.schema import Columns
 from batchgen.review.report import counts, page, plots
 from batchgen.review.report.counts import SHOWN_REJECTS, SHOWN_SAMPLES, count_output, read_timeline, reason_of
 from batchgen.review.report.markup import Markup, element, join, visible
-from batchgen.review.report.page import generate_command, render, write_report
-from batchgen.run import Job, run_job
+from batchgen.review.report.page import render, write_report
+from batchgen.run import run_job
 from batchgen.types import SamplingParams
+from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
+from tests.support.plans import plan_of
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -81,14 +84,15 @@ ELEMENTS = {
 }  # fmt: skip
 
 
-def write_output(path: Path, rows: list[dict], run: dict | None = None) -> Path:
-    """An output of any rows: what is not given is null."""
-    schema = output_schema()
+def write_output(path: Path, rows: list[dict], plan: dict | None = None) -> Path:
+    """An output of any rows: what is not given is null. `plan` has other fields of its plan."""
+    schema = Columns().schema()
     base = dict.fromkeys(schema.names) | {"sample": 0, "status": "ok"}
-    metadata = {"model": "m", "rows": len(rows), "input": "0" * 64, "parameters": SamplingParams().as_dict()}
+    values = {"model": "m", "rows": len(rows), "input": "0" * 64, "parameters": SamplingParams()}
+    metadata = json.dumps(plan_of(**values | (plan or {})).to_json())
     table = pa.Table.from_pylist([base | {"row": number} | row for number, row in enumerate(rows)], schema)
     with open(path, "wb") as file:  # opened here: Arrow itself does not take every name
-        pq.write_table(table.replace_schema_metadata({"batchgen": json.dumps(metadata | (run or {}))}), file)
+        pq.write_table(table.replace_schema_metadata({"batchgen": metadata}), file)
     return path
 
 
@@ -104,14 +108,15 @@ def real(tmp_path_factory) -> Path:
     lines = [json.dumps({"id": f"r{i}", "prompt": "word " * (1 + i % 20)}) for i in range(60)]
     (folder / "p.jsonl").write_text("\n".join([*lines, "not JSON", '{"prompt": ""}', '{"prompt": ""}']))
     params = SamplingParams(max_tokens=9, temperature=0.7, n=2)
-    run_job(Job(folder / "p.jsonl", folder / "out.parquet", str(write_byte_model(folder / "m")), params, jobs=1))
+    model = str(write_byte_model(folder / "m"))
+    run_job(make_job(folder / "p.jsonl", folder / "out.parquet", model, params, jobs=1, status=False))
     return folder / "out.parquet"
 
 
-# ---- what it tells
+# ---- what it shows
 
 
-def test_the_page_tells_what_the_run_made(real):
+def test_the_page_shows_what_the_run_made(real):
     seen = Page(render(real))
     table = pq.read_table(real)
     assert "123 rows from 63 prompts: 120 ok, 3 rejected, 0 failed." in seen.text
@@ -120,8 +125,11 @@ def test_the_page_tells_what_the_run_made(real):
     assert "not JSON" in seen.text
     assert f"{SHOWN_SAMPLES} completions, drawn from all" in seen.text
     assert "temperature0.7" in seen.text
-    assert "batchgen generate INPUT -o out.parquet --model m --max-tokens 9 --n 2 --temperature 0.7" in seen.text
-    assert "OUTPUT.status.json, beside the output) is not there" in seen.text
+    assert (
+        "batchgen generate INPUT -o out.parquet --model m --input-format jsonl --max-tokens 9 --temperature 0.7 --n 2"
+        in seen.text
+    )
+    assert "OUTPUT.status.json, beside the output) is missing" in seen.text
     assert sum(name == "svg" for name, _ in seen.elements) == 2
     assert seen.names() <= ELEMENTS
 
@@ -217,7 +225,7 @@ def test_the_speed_between_two_points_is_that_of_their_difference():
     assert np.allclose(rates, 5)
 
 
-def test_a_run_with_a_timeline_has_its_speed_drawn(tmp_path):
+def test_the_speed_of_a_timeline_is_drawn(tmp_path):
     path = write_output(tmp_path / "out.parquet", [ok()])
     status = tmp_path / "out.parquet.status.json"
     status.write_text(json.dumps({"timeline": [[0, 0, 0], [0, 0, 0], [60, 1, 600], [120, 2, 1200]]}))
@@ -247,14 +255,14 @@ def test_a_run_ends_where_its_status_says(tmp_path):
         '{"timeline": [[0, 0, 0], [1, 1, Infinity]]}', "\ud800",
     ],
 )  # fmt: skip
-def test_a_status_file_that_tells_of_no_run_is_as_none(tmp_path, status):
+def test_a_status_file_without_a_timeline_counts_as_none(tmp_path, status):
     path = write_output(tmp_path / "out.parquet", [ok()])
     (tmp_path / "out.parquet.status.json").write_text(status, errors="surrogatepass")
     assert read_timeline(path, count_output(path)) is None
     assert "Not known" in Page(render(path)).text
 
 
-def test_a_status_file_of_another_run_is_as_none(tmp_path):
+def test_a_status_file_of_another_run_counts_as_none(tmp_path):
     path = write_output(tmp_path / "out.parquet", [ok()])
     for number, expected in [(1, True), (2, False)]:
         status = {"timeline": [[0, 0, 0], [1, 1, 3]], "ok": number, "rejected": 0}
@@ -262,7 +270,7 @@ def test_a_status_file_of_another_run_is_as_none(tmp_path):
         assert bool(read_timeline(path, count_output(path))) is expected
 
 
-def test_without_the_plotting_library_it_is_named_how_to_have_it(real, tmp_path, monkeypatch):
+def test_the_error_without_the_plotting_library_says_how_to_install_it(real, tmp_path, monkeypatch):
     load = builtins.__import__
 
     def without(name, *rest):
@@ -271,9 +279,7 @@ def test_without_the_plotting_library_it_is_named_how_to_have_it(real, tmp_path,
         return load(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(
-        BatchgenError, match=r"^a report needs matplotlib; install it with: pip install 'batchgen\[report\]'$"
-    ):
+    with pytest.raises(BatchgenError, match=r"^a report needs matplotlib; install it with: pip install matplotlib$"):
         write_report(real, tmp_path / "a.html")
     assert list(tmp_path.iterdir()) == []
 
@@ -306,8 +312,8 @@ def test_nothing_that_a_row_holds_becomes_an_element(tmp_path, text):
         ok(text, prompt=text, id=text, finish_reason=text),
         {"status": "rejected", "error": f"{text}:1: {text}", "id": text},
     ]
-    run = {"model": text, "parameters": {text: text}, text: [text], "input": text, "prompt_column": text, "rows": text}
-    html = render(write_output(tmp_path / "out.parquet", rows, run))
+    plan = {"model": text, "parameters": SamplingParams(stop=(text,)), "keep": (text,), "input": text, "blas": text}
+    html = render(write_output(tmp_path / "out.parquet", rows, plan | {"prompt_column": text, "id_column": text}))
     seen = Page(html)
     assert seen.names() <= ELEMENTS
     assert not any(key.startswith("on") for _, attributes in seen.elements for key in attributes)
@@ -326,7 +332,7 @@ def test_a_file_of_any_name_has_a_page(tmp_path, name):
 def test_huge_prompts_and_empty_completions_do_not_fill_the_page(tmp_path):
     rows = [ok("", prompt="<" * 10**6), ok("x" * 10**6, prompt=None, id="y" * 10**6)]
     rows += [{"status": "rejected", "error": "z" * 10**6}]
-    html = render(write_output(tmp_path / "out.parquet", rows, {"x" * 10**5: "y" * 10**5}))
+    html = render(write_output(tmp_path / "out.parquet", rows, {"blas": "y" * 10**5}))
     assert len(html) < 100_000
     assert "(empty)" in html
     assert "999,400 characters before" in html
@@ -349,40 +355,66 @@ def test_numbers_that_only_another_program_writes_have_a_page(tmp_path, kind):
 
 def test_numbers_beyond_any_run_have_a_page(tmp_path):
     rows = [ok(prompt_tokens=-5, completion_tokens=2**31 - 1), ok(completion_tokens=0), ok(prompt_tokens=None)]
-    assert Page(render(write_output(tmp_path / "out.parquet", rows, {"rows": 10**400, "parameters": [1]}))).text
+    assert Page(render(write_output(tmp_path / "out.parquet", rows, {"rows": 10**400}))).text
 
 
-# ---- how to have it again
+# ---- how to make it again
 
 
-def test_the_command_names_only_options_that_generate_has(real):
-    run = {
+def command_in(page: Page) -> list[str]:
+    """The words of the page's `batchgen generate` command."""
+    line = next(line for line in page.text.splitlines() if "batchgen generate" in line)
+    return shlex.split(line[line.index("batchgen generate") :].partition("INPUT is the file")[0])
+
+
+def test_the_command_names_only_options_that_generate_has(tmp_path):
+    plan = {
         "model": "m", "prompt_column": "text", "id_column": "key", "on_too_long": "shorten", "token_ids": True,
         "empty_prompt": "unconditional", "batch_invariant": False, "chunk_rows": 8, "batch_size": 4, "kv_bytes": 2**20,
-        "parameters": {f: 1 for f in SamplingParams().as_dict()} | {"temperature": 0.5, "ignore_eos": True},
+        "row_params": False, "keep": ("a", "b"), "trim": True, "share_prefixes": False,
     }  # fmt: skip
-    known = {option for p in get_command(app).commands["generate"].params for option in p.opts}
-    # of these, generate has no options: they come by row
-    by_row = {"--logit-bias", "--stop-token-ids"}
-    command = generate_command(run, Path("o.parquet"))
-    assert {word for word in command if word.startswith("-")} - by_row <= known
-    assert ["--kv-memory", str(2**20)] == command[-2:]
+    ones = {name: 1 for name in ("max_tokens", "min_tokens", "top_k", "n", "seed", "logprobs")}
+    given = {"temperature": 0.5, "ignore_eos": True, "stop": ("a b", "-c"), "stop_token_ids": (1, 2)}
+    params = SamplingParams(**ones, **given, logit_bias=((3, -1.0),), bad_words=("x",), echo=True)
+    known = {option for p in get_command(app).commands["generate"].params for option in p.opts + p.secondary_opts}
+    page = Page(render(write_output(tmp_path / "out.parquet", [ok()], plan | {"parameters": params})))
+    command = command_in(page)
+    assert {word.partition("=")[0] for word in command if word.startswith("-")} <= known
+    assert command[command.index("--kv-memory") + 1] == str(2**20)
 
 
 def test_the_command_makes_the_output_again(real, tmp_path, monkeypatch):
-    run = json.loads(pq.read_schema(real).metadata[b"batchgen"])
     monkeypatch.setenv("BATCHGEN_MODELS", str(real.parent))
-    command = generate_command(run, tmp_path / "again.parquet")
+    command = command_in(Page(render(real)))
     command[command.index("INPUT")] = str(real.parent / "p.jsonl")
-    command[command.index("again.parquet")] = str(tmp_path / "again.parquet")
+    command[command.index("out.parquet")] = str(tmp_path / "again.parquet")
     done = CliRunner().invoke(app, [*command[1:], "--progress", "none", "-j", "1"])
     assert done.exit_code == 3, done.output
     assert pq.read_table(tmp_path / "again.parquet").equals(pq.read_table(real))
 
 
-def test_lists_are_an_option_for_each():
-    run = {"model": "m", "parameters": {"stop": ["a b", "c"], "seed": 0}, "batch_invariant": True}
-    assert generate_command(run, Path("o.parquet"))[-4:] == ["--stop", "a b", "--stop", "c"]
+def test_lists_are_an_option_for_each(tmp_path):
+    params = SamplingParams(stop=("a b", "c"))
+    command = command_in(Page(render(write_output(tmp_path / "out.parquet", [ok()], {"parameters": params}))))
+    place = command.index("--stop")
+    assert command[place : place + 4] == ["--stop", "a b", "--stop", "c"]
+
+
+def test_metadata_that_is_not_a_plan_has_no_page(real, tmp_path):
+    table = pq.read_table(real)
+    values = json.loads(table.schema.metadata[b"batchgen"])
+    for change in (
+        {"new": "x"},
+        {"rows": "63"},
+        {"parameters": [1]},
+        {"parameters": {"<script>": 1}},
+        {"trim": 1},
+        {"on_too_long": "x"},
+    ):
+        with open(tmp_path / "out.parquet", "wb") as file:
+            pq.write_table(table.replace_schema_metadata({"batchgen": json.dumps(values | change)}), file)
+        with pytest.raises(InputError, match="is not a plan of this version"):
+            render(tmp_path / "out.parquet")
 
 
 # ---- the command
@@ -407,7 +439,7 @@ def test_a_run_can_write_its_report(real, tmp_path):
 def test_a_run_that_cannot_be_reported_on_does_not_begin(real, tmp_path):
     command = ["generate", str(real.parent / "p.jsonl"), "--model", str(real.parent / "m"), "--report"]
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out.jsonl")])
-    assert "JSON lines have no place" in str(done.exception)
+    assert "which JSON lines lack" in str(done.exception)
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out"), "--format", "dataset"])
     assert "a report is about one output file" in str(done.exception)
     (tmp_path / "out.html").mkdir()
@@ -420,7 +452,7 @@ def test_a_run_that_cannot_be_reported_on_does_not_begin(real, tmp_path):
     ("page", "kind", "line"),
     [
         ("out.parquet", UsageError, "the suffix '.parquet' is not .html"),
-        ("nowhere/x.html", OutputError, "is no folder; create it"),
+        ("nowhere/x.html", OutputError, "is not a folder; create it"),
         ("folder.html", OutputError, "a directory"),
         ("link.html", OutputError, "a symbolic link"),
     ],
@@ -438,7 +470,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(real, tmp_path, monkeypatch)
     def full(temporary: Path, out: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(page.os, "replace", full)
+    monkeypatch.setattr("batchgen.files.os.replace", full)
     with pytest.raises(OutputError, match="x.html: cannot be written: No space left on device"):
         write_report(real, tmp_path / "x.html")
     assert list(tmp_path.iterdir()) == []
@@ -446,7 +478,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(real, tmp_path, monkeypatch)
 
 def test_a_page_does_not_take_the_place_of_its_output(real, tmp_path):
     (tmp_path / "out.html").write_bytes(real.read_bytes())
-    with pytest.raises(UsageError, match="is what the report is about"):
+    with pytest.raises(UsageError, match="is the output itself"):
         write_report(tmp_path / "out.html", tmp_path / "out.html")
 
 
@@ -454,7 +486,7 @@ def test_what_is_no_output_is_named_and_leaves_no_page(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="not a Parquet file"):
         write_report(tmp_path / "x.parquet", tmp_path / "x.html")
-    with pytest.raises(UsageError, match="JSON lines have no place"):
+    with pytest.raises(UsageError, match="which JSON lines lack"):
         write_report(tmp_path / "x.jsonl", tmp_path / "x.html")
     assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
 

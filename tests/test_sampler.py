@@ -1,4 +1,4 @@
-"""engine/sampler.py against written-out references, and its draws against the exact distribution."""
+"""engine/sampler.py against plain references, and its draws against the exact distribution."""
 
 from dataclasses import replace
 
@@ -16,11 +16,11 @@ def sequence(random: float | None = 0.5, token_ids=(), prompt_ids=(0,), **params
     sampling = SamplingParams(**{"max_tokens": 100, "temperature": 0.0 if random is None else 1.0} | params)
     draws = None if random is None else np.full(100, random)
     prompt = Prompt(0, tuple(prompt_ids), sampling, (0,))
-    return Sequence(prompt, 0, 0, seed=0, token_ids=list(token_ids), random=draws)
+    return Sequence(prompt, 0, 0, token_ids=list(token_ids), random=draws)
 
 
 def allowed(logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
-    """The exact distribution that a token is drawn from, by sorting everything, in float64."""
+    """The exact distribution of a drawn token, in float64, by sorting all tokens."""
     x = logits.astype(np.float64) / temperature
     if top_k:
         x[x < np.sort(x)[-min(top_k, len(x))]] = -np.inf
@@ -50,7 +50,7 @@ def allowed(logits: np.ndarray, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) 
     ],
 )
 def test_draws_follow_the_exact_distribution(n_vocab, filters):
-    """An even comb of random numbers must hit each token in proportion to its probability."""
+    """Evenly spaced random numbers must draw each token in proportion to its probability."""
     logits = np.random.default_rng(n_vocab).normal(0, 2.5, n_vocab).astype(np.float32)
     n = 4000
     comb = (np.arange(n) + 0.5) / n
@@ -62,15 +62,17 @@ def test_draws_follow_the_exact_distribution(n_vocab, filters):
     assert not found[expected == 0].any()
 
 
-def test_min_p_reaches_past_the_first_candidates_in_any_company():
-    """Rows whose first candidates differ in number: the shorter ones are filled up, which is not where they end."""
+def test_min_p_reaches_past_the_first_candidates_in_any_batch():
+    """Rows with fewer candidates than others are filled up; the filling must not count as their end."""
     flat = np.random.default_rng(1).normal(0, 0.1, (3, 20_000)).astype(np.float32)
-    flat[1, :200] = 1.0  # ties: more candidates than the others'
+    flat[1, :200] = 1.0  # equal logits: more candidates than in the other rows
     together = [sequence(0.999, min_p=0.01) for _ in flat]
     tokens = sampler.sample(flat.copy(), together, eos_id=None)
     for row, token in enumerate(tokens):
         assert sampler.sample(flat[row : row + 1].copy(), [sequence(0.999, min_p=0.01)], eos_id=None) == [token]
-        assert np.argsort(-flat[row], kind="stable").tolist().index(token) > 10_000  # 0.999 of the way is far down
+        assert (
+            np.argsort(-flat[row], kind="stable").tolist().index(token) > 10_000
+        )  # random number 0.999: far down the order
 
 
 def test_random_draws_pass_a_chi_square_test():
@@ -91,10 +93,10 @@ def test_random_draws_pass_a_chi_square_test():
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_row_is_sampled_as_if_it_were_alone(data):
+def test_a_row_is_sampled_as_if_alone(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
-    n_vocab = data.draw(st.sampled_from([3, 64, 200, 9000, 20_000]))  # from 16,384 on not all are sorted
-    n_row = data.draw(st.integers(1, 9) | st.just(60))  # 52 are sorted at once
+    n_vocab = data.draw(st.sampled_from([3, 64, 200, 9000, 20_000]))  # from 16,384 on, 128 candidates need no full sort
+    n_row = data.draw(st.integers(1, 9) | st.just(60))  # up to 52 rows are sorted together
     logits = (rng.normal(0, 3, (n_row, n_vocab)) // data.draw(st.sampled_from([1e-9, 0.5, 3]))).astype(np.float32)
     kind = st.fixed_dictionaries(
         {},
@@ -121,11 +123,11 @@ def test_a_row_is_sampled_as_if_it_were_alone(data):
 
 
 @given(st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([5, 64, 1000, 6401]), st.booleans())
-def test_candidates_are_the_largest_and_all_their_ties(seed, k, n_vocab, coarse):
+def test_find_largest_returns_the_k_largest_and_all_that_equal_the_kth(seed, k, n_vocab, coarse):
     logits = np.random.default_rng(seed).normal(0, 2, (3, n_vocab)).astype(np.float32)
     if coarse:
         logits = np.round(logits)
-    ids, values = sampler.candidates(logits, k)
+    ids, values = sampler.find_largest(logits, k)
     for row in range(3):
         order = np.argsort(-logits[row], kind="stable")
         kth = logits[row, order[min(k, n_vocab) - 1]]
@@ -148,7 +150,7 @@ def test_the_last_random_number_never_draws_a_forbidden_token():
             assert sampler.sample(logits.copy(), [sequence(u, **filters)], None)[0] in (7, 9)
 
 
-def test_penalties_are_those_of_their_papers():
+def test_penalties_follow_their_papers():
     logits = np.array([2.0, -1.0, 0.5, 3.0, 1.0], np.float32)
     base = {"token_ids": (1, 1, 3), "prompt_ids": (0, 3)}
     row = logits.copy()
@@ -180,15 +182,13 @@ def test_log_softmax_sums_to_one():
 
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6), st.data())
 def test_no_bad_word_is_ever_completed(prompt_ids, token_ids, data):
-    """As transformers' NoBadWordsLogitsProcessor: a word's last token goes where the rest of it stands."""
+    """As in transformers' NoBadWordsLogitsProcessor: a word's last token is forbidden after the rest of the word."""
     word = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
     words = data.draw(st.lists(word, max_size=4))
     one = sequence(prompt_ids=tuple([0, *prompt_ids]), token_ids=token_ids)
     one.prompt = replace(one.prompt, bad_words=tuple(words))
     row = np.zeros(4, np.float32)
     sampler.penalise(row, one, None)
-    said = [0, *prompt_ids, *token_ids]
-    forbidden = {token for token in range(4) for w in words if [*said, token][-len(w) :] == list(w)}
+    context = [0, *prompt_ids, *token_ids]
+    forbidden = {token for token in range(4) for w in words if [*context, token][-len(w) :] == list(w)}
     assert set(np.flatnonzero(np.isneginf(row)).tolist()) == forbidden
-    if words:
-        assert sampler._needs_penalties(one)

@@ -1,11 +1,11 @@
-"""engine/scheduler.py: what is shared, in which order, and that memory always suffices for somebody."""
+"""engine/scheduler.py: shared prefixes, their order, and memory that always suffices for one sequence."""
 
 import os
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.engine.scheduler import Prefix, Scheduler, Waiting, find_prefixes, tokens_needed
+from batchgen.engine.scheduler import Prefix, PromptGroup, Scheduler, find_prefixes, tokens_needed
 from batchgen.engine.sequence import Prompt, expand, sample_seeds
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.kv_cache import BLOCK, LANES, KVArena
@@ -13,7 +13,7 @@ from batchgen.types import SamplingParams
 
 CONFIG = GPT2Config(n_vocab=10, n_ctx=512, n_embd=2, n_head=1, n_layer=1)
 
-# prompts as runs of equal blocks and a tail: "AAB" + 3 tokens
+# prompts of whole blocks and a tail: "AAB" + 3 tokens
 texts = st.lists(st.sampled_from("ABC"), max_size=5).flatmap(
     lambda blocks: st.integers(0 if blocks else 1, 70).map(
         lambda tail: tuple(ord(b) - ord("A") for b in blocks for _ in range(BLOCK)) + (9,) * tail
@@ -21,10 +21,9 @@ texts = st.lists(st.sampled_from("ABC"), max_size=5).flatmap(
 )
 
 
-def waiting(token_ids: tuple[int, ...], n: int = 1) -> Waiting:
-    return Waiting(
-        token_ids, expand([Prompt(0, token_ids, SamplingParams(n=n, temperature=1.0), sample_seeds(0, 0, n))])
-    )
+def group_of(token_ids: tuple[int, ...], n: int = 1) -> PromptGroup:
+    prompt = Prompt(0, token_ids, SamplingParams(n=n, temperature=1.0), sample_seeds(0, 0, n))
+    return PromptGroup(token_ids, expand([prompt]))
 
 
 def tokens_of(prefix: Prefix | None) -> tuple[int, ...]:
@@ -32,8 +31,8 @@ def tokens_of(prefix: Prefix | None) -> tuple[int, ...]:
 
 
 @given(st.lists(texts, unique=True, max_size=8), st.integers(1, 3))
-def test_a_shared_prefix_is_the_longest_that_two_sequences_have_in_blocks(prompts, n):
-    items = [waiting(prompt, n) for prompt in prompts]
+def test_a_shared_prefix_is_all_whole_blocks_that_two_sequences_share(prompts, n):
+    items = [group_of(prompt, n) for prompt in prompts]
     families = find_prefixes(items)
     assert sorted(p.token_ids for family in families for p in family) == sorted(prompts)
     for item in items:
@@ -50,14 +49,14 @@ def test_a_shared_prefix_is_the_longest_that_two_sequences_have_in_blocks(prompt
 
 
 @given(st.lists(texts, unique=True, max_size=8), st.integers(1, 3))
-def test_prompts_that_agree_on_part_of_a_block_copy_it_and_read_their_last_token_themselves(prompts, n):
-    items = [waiting(prompt, n) for prompt in prompts]
+def test_prompts_that_share_part_of_a_block_copy_it_and_read_their_last_token_themselves(prompts, n):
+    items = [group_of(prompt, n) for prompt in prompts]
     find_prefixes(items)
     for item in items:
         start = item.shared.end if item.shared else 0
         others = [o for o in items if o is not item and o.shared is item.shared]
-        agreed = [len(os.path.commonprefix([item.token_ids[start:-1], o.token_ids[start:-1]])) for o in others]
-        assert (item.copied is not None) == (max(agreed, default=0) >= LANES)
+        shared = [len(os.path.commonprefix([item.token_ids[start:-1], o.token_ids[start:-1]])) for o in others]
+        assert (item.copied is not None) == (max(shared, default=0) >= LANES)
         if item.copied:
             family = [o for o in items if o.copied is item.copied]
             common = os.path.commonprefix([o.token_ids[start:-1] for o in family])
@@ -68,25 +67,25 @@ def test_prompts_that_agree_on_part_of_a_block_copy_it_and_read_their_last_token
 
 
 @given(st.lists(texts, unique=True, min_size=1, max_size=8))
-def test_families_are_the_prompts_with_a_first_block_in_common(prompts):
-    for family in find_prefixes([waiting(prompt) for prompt in prompts]):
+def test_a_family_is_the_prompts_that_share_a_first_block(prompts):
+    for family in find_prefixes([group_of(prompt) for prompt in prompts]):
         roots = {id(p.prefix.path[0]) if p.prefix else None for p in family}
         assert len(roots) == 1
         assert len(family) == 1 or roots != {None}
 
 
 @given(st.lists(st.tuples(texts, st.integers(1, 40), st.integers(1, 4)), min_size=1, max_size=8), st.integers(1, 5))
-def test_everybody_gets_in_with_memory_for_one(prompts, max_batch):
-    """With an arena that just holds the longest sequence alone, all are still let in, one after another."""
+def test_all_sequences_run_with_memory_for_one(prompts, max_batch):
+    """An arena that holds just the longest sequence still admits all, one after another."""
     params = [SamplingParams(max_tokens=m, n=n, temperature=1.0) for _, m, n in prompts]
-    asked = [
+    requests = [
         Prompt(row, ids, p, sample_seeds(0, row, p.n))
         for row, ((ids, _, _), p) in enumerate(zip(prompts, params, strict=True))
     ]
-    room = max(tokens_needed(len(p.token_ids), p.params.max_tokens) for p in asked)
-    scheduler = Scheduler(expand(asked), KVArena(CONFIG, room), max_batch, share_prefixes=True)
+    room = max(tokens_needed(len(p.token_ids), p.params.max_tokens) for p in requests)
+    scheduler = Scheduler(expand(requests), KVArena(CONFIG, room), max_batch, share_prefixes=True)
     started = []
-    while scheduler.busy:
+    while scheduler.is_busy:
         scheduler.admit()
         assert len(scheduler.running) + scheduler.n_pending <= max_batch
         prefills, ready = scheduler.next_prefills(100)
@@ -97,12 +96,14 @@ def test_everybody_gets_in_with_memory_for_one(prompts, max_batch):
                 assert not prefill.segment.length
                 prefill.segment.length = prefill.copied.length
             prefill.segment.length += prefill.n_row
-        for leader, followers in ready:
-            assert leader.segment.end == len(leader.prompt.token_ids)
-            scheduler.start(leader, followers)
-            started += [leader, *followers]
+        for sequences in ready:
+            assert sequences[0].segment.end == len(sequences[0].prompt.token_ids)
+            scheduler.start(sequences)
+            started += sequences
         if not prefills:
             scheduler.finish(scheduler.running[0])
-    assert sorted((s.prompt.row, s.sample) for s in started) == [(p.row, s) for p in asked for s in range(p.params.n)]
+    assert sorted((s.prompt.row, s.sample) for s in started) == [
+        (p.row, s) for p in requests for s in range(p.params.n)
+    ]
     assert scheduler.arena.free == [(0, scheduler.arena.n_tokens)]
     assert not scheduler.prefixes

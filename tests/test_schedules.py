@@ -1,4 +1,4 @@
-"""jobs/crontab.example and the systemd units: what they run exists, and they take each exit code for what it is."""
+"""jobs/crontab.example and the systemd units: their commands exist, and they handle each exit code correctly."""
 
 import configparser
 import re
@@ -27,12 +27,12 @@ def unit(name: str) -> configparser.ConfigParser:
     return parser
 
 
-def test_there_is_a_nightly_run_and_one_for_what_failed():
+def test_there_is_a_nightly_run_and_one_for_failed_rows():
     assert len(cron_commands()) == 2
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 75, 130, 137, 143])
-def test_cron_mails_of_an_exit_code_exactly_when_something_is_wrong(tmp_path, code):
+def test_cron_mails_exactly_the_exit_codes_of_failed_runs(tmp_path, code):
     stub = tmp_path / "batchgen"
     stub.write_text(f"#!/bin/sh\nexit {code}\n")
     stub.chmod(0o755)
@@ -53,7 +53,7 @@ def test_every_option_is_one_of_the_command(command):
         assert option in help_text
 
 
-def test_systemd_takes_rejected_rows_and_the_time_limit_for_success():
+def test_systemd_counts_rejected_rows_and_the_time_limit_as_success():
     codes = unit("batchgen.service")["Service"]["SuccessExitStatus"].split()
     assert {int(code) for code in codes} | {0} == SUCCESSES
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,19 @@ from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import Array, nest, random_tensors
 from batchgen.models import shards
-from batchgen.models.shards import load_manifest, load_params, model_hash, shard_shapes, verify_shards, write_model
+from batchgen.models.shards import (
+    Description,
+    load_manifest,
+    load_params,
+    model_hash,
+    shard_shapes,
+    verify_shards,
+    write_model,
+)
 
 CONFIG = GPT2Config(n_vocab=50, n_ctx=16, n_embd=8, n_head=2, n_layer=2)
 TENSORS = random_tensors(CONFIG)
+TINY = Description("tiny", CONFIG, {"format": "random"})
 SHARD = "h1.mlp.c_fc.w.npy"  # the one that the tests damage
 
 
@@ -47,12 +57,12 @@ def written_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path, written_model: Path) -> Path:
-    return shutil.copytree(written_model, tmp_path / "model")  # writing one syncs every file, which takes its time
+    return shutil.copytree(written_model, tmp_path / "model")  # faster than writing one, which syncs every file
 
 
 def _write(directory: Path, tokenizer_dir: Path, tensors: dict[str, Any] = TENSORS, **options: Any) -> Path:
-    options = {"name": "tiny", "source": {"format": "random"}} | options
-    write_model(directory, CONFIG, iter(tensors.items()), tokenizer_dir=tokenizer_dir, **options)
+    description = replace(TINY, **{name: options.pop(name) for name in ("name", "source") if name in options})
+    write_model(directory, description, iter(tensors.items()), tokenizer_dir=tokenizer_dir, **options)
     return directory
 
 
@@ -78,7 +88,7 @@ def _snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
 # --- writing and reading --------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read_back_bit_for_bit(model: Path) -> None:
+def test_a_written_model_is_read_back_bit_for_bit(model: Path) -> None:
     ordered = {name: TENSORS[name] for name in shard_shapes(CONFIG)}
     _assert_equal(load_params(model), nest(ordered, CONFIG.n_layer))
 
@@ -96,7 +106,7 @@ def test_a_shard_that_numpy_writes_is_read(model: Path) -> None:
     _assert_equal(load_params(model)["blocks"][1]["mlp"]["c_fc"]["w"][None], TENSORS["h1/mlp/c_fc/w"][None])
 
 
-def test_lm_head_is_wte_transposed_whatever_the_block(
+def test_lm_head_is_wte_transposed_for_every_block_size(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashes = set()
@@ -116,7 +126,7 @@ def test_params_are_plain_read_only_contiguous_arrays(model: Path) -> None:
         assert not array.flags.writeable
 
 
-def test_the_order_and_layout_of_the_tensors_given_do_not_matter(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_the_order_and_the_layout_of_given_tensors_do_not_matter(tmp_path: Path, tokenizer_dir: Path) -> None:
     other: dict[str, Any] = {name: np.asfortranarray(TENSORS[name]) for name in reversed(TENSORS)}
     other["wpe"] = other["wpe"].astype(">f4")
     other["ln_f/g"] = other["ln_f/g"].astype("f8")
@@ -132,7 +142,7 @@ def test_the_manifest_holds_the_hash_of_every_file(model: Path) -> None:
         assert hashlib.sha256((model / name).read_bytes()).hexdigest() == expected
 
 
-def test_the_manifest_comes_back_as_given_and_pickles(model: Path) -> None:
+def test_the_manifest_is_read_back_and_pickles(model: Path) -> None:
     manifest = load_manifest(model)
     assert (manifest.name, manifest.config, manifest.source) == ("tiny", CONFIG, {"format": "random"})
     assert pickle.loads(pickle.dumps(manifest)) == manifest
@@ -148,7 +158,7 @@ def test_the_model_hash_changes_with_one_weight_config_or_vocabulary(tmp_path: P
     assert all(len(text) == 16 for text in hashes)
 
 
-def test_hugging_face_vocabulary_names_are_taken(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_hugging_faces_vocabulary_names_are_accepted(tmp_path: Path, tokenizer_dir: Path) -> None:
     (tokenizer_dir / "encoder.json").rename(tokenizer_dir / "vocab.json")
     (tokenizer_dir / "vocab.bpe").rename(tokenizer_dir / "merges.txt")
     model = _write(tmp_path / "model", tokenizer_dir)
@@ -156,10 +166,10 @@ def test_hugging_face_vocabulary_names_are_taken(tmp_path: Path, tokenizer_dir: 
     assert (model / "vocab.bpe").read_bytes() == (tokenizer_dir / "merges.txt").read_bytes()
 
 
-def test_a_missing_vocabulary_is_found_before_the_tensors_are_asked_for(tmp_path: Path) -> None:
+def test_a_missing_vocabulary_is_found_before_a_tensor_is_read(tmp_path: Path) -> None:
     tensors = iter(TENSORS.items())
     with pytest.raises(ModelError, match=r"neither encoder\.json nor vocab\.json"):
-        write_model(tmp_path / "model", CONFIG, tensors, name="tiny", source={}, tokenizer_dir=tmp_path)
+        write_model(tmp_path / "model", TINY, tensors, tokenizer_dir=tmp_path)
     assert len(list(tensors)) == len(TENSORS)
 
 
@@ -167,8 +177,8 @@ def test_a_missing_vocabulary_is_found_before_the_tensors_are_asked_for(tmp_path
     ("change", "message"),
     [
         ({"wpe": None}, "tensor wpe is missing"),
-        ({"h2/ln_1/g": np.ones(8, "f4")}, "tensor 'h2/ln_1/g' is none of a GPT-2 of 2 layers"),
-        ({"../../escape": np.ones(8, "f4")}, "is none of a GPT-2"),
+        ({"h2/ln_1/g": np.ones(8, "f4")}, "tensor 'h2/ln_1/g' does not belong to a GPT-2 of 2 layers"),
+        ({"../../escape": np.ones(8, "f4")}, "does not belong to a GPT-2"),
         ({"ln_f/g": np.ones(9, "f4")}, r"tensor ln_f/g: expected shape \[8\] from the config, found \[9\]"),
         ({"ln_f/g": np.ones(8, "i4")}, "tensor ln_f/g: expected floating point numbers, found int32"),
         ({"ln_f/g": np.full(8, np.nan, "f4")}, "tensor ln_f/g: holds nan"),
@@ -177,7 +187,7 @@ def test_a_missing_vocabulary_is_found_before_the_tensors_are_asked_for(tmp_path
         ({"lm_head": TENSORS["lm_head"] + np.float32(1)}, "lm_head is not wte transposed"),
     ],
 )
-def test_tensors_that_are_no_gpt2_are_refused_and_leave_nothing(
+def test_tensors_that_are_not_a_gpt2_are_refused_and_leave_nothing(
     change: dict[str, Any], message: str, tmp_path: Path, tokenizer_dir: Path
 ) -> None:
     tensors = {name: array for name, array in (TENSORS | change).items() if array is not None}
@@ -189,7 +199,7 @@ def test_tensors_that_are_no_gpt2_are_refused_and_leave_nothing(
 def test_a_tensor_that_comes_twice_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
     twice = [*TENSORS.items(), ("wpe", TENSORS["wpe"])]
     with pytest.raises(ModelError, match="tensor wpe came twice"):
-        write_model(tmp_path / "model", CONFIG, twice, name="tiny", source={}, tokenizer_dir=tokenizer_dir)
+        write_model(tmp_path / "model", TINY, twice, tokenizer_dir=tokenizer_dir)
 
 
 @pytest.mark.parametrize("text", ["", "a\nb", "\x1b[31m", "\ud800", "x" * 501])
@@ -202,17 +212,17 @@ def test_a_name_or_source_that_cannot_be_shown_on_one_line_is_refused(
         _write(tmp_path / "model", tokenizer_dir, source={"from": text})
 
 
-# --- the place where a model goes -----------------------------------------------------------------------
+# --- the directory of a new model -----------------------------------------------------------------------
 
 
-def test_the_model_has_the_users_umask(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_the_model_gets_the_users_umask(tmp_path: Path, tokenizer_dir: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
     model = _write(tmp_path / "model", tokenizer_dir)
     assert stat.S_IMODE(model.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
-def test_missing_parents_are_made_and_an_empty_directory_is_taken(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_missing_parents_are_made_and_an_empty_directory_is_used(tmp_path: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "empty").mkdir()
     for directory in (tmp_path / "a" / "b" / "model", tmp_path / "empty"):
         verify_shards(_write(directory, tokenizer_dir))
@@ -224,18 +234,18 @@ def test_writing_the_same_model_again_changes_no_file(model: Path, tokenizer_dir
     assert _snapshot(model) == before
 
 
-def test_another_model_is_refused_and_left_as_it_is(model: Path, tokenizer_dir: Path) -> None:
+def test_another_model_is_refused_and_stays(model: Path, tokenizer_dir: Path) -> None:
     before = _snapshot(model)
     with pytest.raises(ModelError, match="holds another model"):
         _write(model, tokenizer_dir, random_tensors(CONFIG, seed=1))
     other = GPT2Config(50, 16, 8, 2, 1)
     with pytest.raises(ModelError, match="holds another model"):
-        write_model(model, other, random_tensors(other).items(), name="x", source={}, tokenizer_dir=tokenizer_dir)
+        write_model(model, Description("x", other, {}), random_tensors(other).items(), tokenizer_dir=tokenizer_dir)
     assert _snapshot(model) == before
     assert {path.name for path in model.parent.iterdir()} == {"model", "tokenizer"}
 
 
-def test_a_damaged_copy_of_the_same_model_is_not_taken_for_it(model: Path, tokenizer_dir: Path) -> None:
+def test_a_damaged_copy_of_the_same_model_is_refused(model: Path, tokenizer_dir: Path) -> None:
     _flip(model / SHARD, -1)
     with pytest.raises(ModelError, match=f"{SHARD}: is damaged"):
         _write(model, tokenizer_dir)
@@ -248,7 +258,7 @@ def test_a_replaced_model_is_never_rewritten_in_place(model: Path, tokenizer_dir
     inodes = {path.stat().st_ino for path in model.iterdir()}
     other = random_tensors(CONFIG, seed=1)
     _write(model, tokenizer_dir, other, replace=True)
-    np.testing.assert_array_equal(params["wte"], TENSORS["wte"])  # whoever has the old one mapped goes on with it
+    np.testing.assert_array_equal(params["wte"], TENSORS["wte"])  # a process that has mapped the old model keeps it
     np.testing.assert_array_equal(load_params(model)["wte"], other["wte"])
     assert not inodes & {path.stat().st_ino for path in model.iterdir()}
 
@@ -256,7 +266,7 @@ def test_a_replaced_model_is_never_rewritten_in_place(model: Path, tokenizer_dir
 def test_files_beside_a_model_are_kept_when_it_is_replaced(model: Path, tokenizer_dir: Path) -> None:
     (model / "README.md").write_text("about")
     (model / "data.npy").write_text("not a shard's name")
-    (model / "h9.ln_1.g.npy").write_text("a shard of some deeper model")
+    (model / "h9.ln_1.g.npy").write_text("a shard of a deeper model")
     _write(model, tokenizer_dir, replace=True)
     assert (model / "README.md").read_text() == "about"
     assert (model / "data.npy").exists()
@@ -264,7 +274,7 @@ def test_files_beside_a_model_are_kept_when_it_is_replaced(model: Path, tokenize
 
 
 @pytest.mark.parametrize("replace", [False, True])
-def test_what_is_no_model_is_never_replaced_by_one(replace: bool, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_a_path_that_is_not_a_model_is_never_replaced(replace: bool, tmp_path: Path, tokenizer_dir: Path) -> None:
     (tmp_path / "home" / "documents").mkdir(parents=True)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ModelError, match="home"):
@@ -275,7 +285,7 @@ def test_what_is_no_model_is_never_replaced_by_one(replace: bool, tmp_path: Path
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_the_old_model_comes_back_if_the_new_one_cannot_be_renamed(
+def test_the_old_model_is_restored_if_the_new_one_cannot_be_renamed(
     model: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = _snapshot(model)
@@ -292,7 +302,7 @@ def test_the_old_model_comes_back_if_the_new_one_cannot_be_renamed(
     assert _snapshot(model) == before
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(
+def test_a_full_disk_gives_one_line_and_leaves_nothing(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
@@ -380,7 +390,7 @@ def _version_2(path: Path) -> None:
         (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "is not a file"),
     ],
 )
-def test_a_bad_shard_is_refused_by_name_before_it_is_mapped(damage: Any, message: str, model: Path) -> None:
+def test_a_bad_shard_is_named_before_it_is_mapped(damage: Any, message: str, model: Path) -> None:
     damage(model / SHARD)
     with pytest.raises(ModelError, match=f"{SHARD}: .*{message}"):
         load_params(model)
@@ -400,7 +410,7 @@ def test_a_pickled_shard_is_not_unpickled(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["h1.mlp.c_fc.w.npy", "lm_head.npy", "encoder.json", "vocab.bpe"])
-def test_a_flipped_bit_is_caught_and_named(name: str, model: Path) -> None:
+def test_a_flipped_bit_is_found_and_its_file_named(name: str, model: Path) -> None:
     verify_shards(model)
     expected = hashlib.sha256((model / name).read_bytes()).hexdigest()
     _flip(model / name, -3)
@@ -409,7 +419,7 @@ def test_a_flipped_bit_is_caught_and_named(name: str, model: Path) -> None:
         verify_shards(model)
 
 
-def test_the_first_bad_file_is_the_one_named(model: Path) -> None:
+def test_the_first_bad_file_is_named(model: Path) -> None:
     for name in (SHARD, "wpe.npy", "ln_f.b.npy"):
         _flip(model / name, -1)
     with pytest.raises(ModelError, match=r"wpe\.npy: is damaged"):
@@ -493,7 +503,7 @@ def _drop(*path: str) -> Any:
         ),
     ],
 )
-def test_a_wrong_manifest_is_refused_with_the_place(change: Any, message: str, model: Path) -> None:
+def test_the_error_for_a_wrong_manifest_names_the_place(change: Any, message: str, model: Path) -> None:
     values = json.loads((model / "manifest.json").read_text())
     change(values)
     (model / "manifest.json").write_text(json.dumps(values))
@@ -522,7 +532,7 @@ def test_a_wrong_manifest_is_refused_with_the_place(change: Any, message: str, m
     ],
     ids=lambda data: ascii(data[:20]),
 )
-def test_a_manifest_that_is_not_one_is_refused_in_one_short_line(data: bytes, model: Path) -> None:
+def test_an_invalid_manifest_gives_one_short_line(data: bytes, model: Path) -> None:
     (model / "manifest.json").write_bytes(data)
     with pytest.raises(ModelError, match=r"manifest\.json") as caught:
         load_manifest(model)
@@ -546,7 +556,7 @@ def test_a_directory_without_a_manifest_is_not_a_model(tmp_path: Path) -> None:
             load_manifest(directory)
 
 
-# --- fuzzing: a ModelError or the right weights, and nothing else ---------------------------------------
+# --- fuzzing: either a ModelError or the right weights ---------------------------------------
 
 FUZZ = settings(
     max_examples=int(os.environ.get("BATCHGEN_FUZZ", "300")),
@@ -556,7 +566,7 @@ FUZZ = settings(
 )
 EDITS = st.lists(
     st.tuples(st.floats(0, 1), st.integers(0, 3), st.binary(max_size=8)), min_size=1, max_size=4
-)  # (where, bytes removed, bytes put there)
+)  # (place, number of bytes removed, bytes inserted)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -565,8 +575,8 @@ JSON = st.recursive(
 
 
 def _edit(data: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
-    for where, removed, inserted in edits:
-        position = int(where * len(data))
+    for place, removed, inserted in edits:
+        position = int(place * len(data))
         data = data[:position] + inserted + data[position + removed :]
     return data
 
@@ -579,18 +589,18 @@ def _load_or_refuse(directory: Path) -> None:
         problem = str(error)
     else:
         _assert_equal(params, nest({name: TENSORS[name] for name in shard_shapes(CONFIG)}, CONFIG.n_layer))
-    assert problem.isprintable()  # and so one line, of characters that any terminal can be sent
+    assert problem.isprintable()  # one line of characters that a terminal can show
 
 
 def _fresh(model: Path, file: str, data: bytes) -> None:
-    """Put a new file in the place of one that an earlier example may still have mapped."""
+    """Replace a file by a new one; an earlier example may still have mapped the old one."""
     (model / file).unlink()
     (model / file).write_bytes(data)
 
 
 @FUZZ
 @given(edits=EDITS)
-def test_any_bytes_for_a_manifest_load_rightly_or_are_refused(edits: list[Any], model: Path) -> None:
+def test_edited_bytes_of_a_manifest_load_correctly_or_are_refused(edits: list[Any], model: Path) -> None:
     original = (model / "manifest.json").read_bytes()
     _fresh(model, "manifest.json", _edit(original, edits))
     try:
@@ -601,7 +611,7 @@ def test_any_bytes_for_a_manifest_load_rightly_or_are_refused(edits: list[Any], 
 
 @FUZZ
 @given(data=st.data(), value=JSON)
-def test_any_value_in_a_manifest_loads_rightly_or_is_refused(data: Any, value: Any, model: Path) -> None:
+def test_any_value_in_a_manifest_loads_correctly_or_is_refused(data: Any, value: Any, model: Path) -> None:
     original = (model / "manifest.json").read_bytes()
     values = node = json.loads(original)
     while True:
@@ -619,7 +629,7 @@ def test_any_value_in_a_manifest_loads_rightly_or_is_refused(data: Any, value: A
 
 @FUZZ
 @given(edits=EDITS)
-def test_any_bytes_for_a_shards_header_load_rightly_or_are_refused(edits: list[Any], model: Path) -> None:
+def test_edited_bytes_of_a_shards_header_load_correctly_or_are_refused(edits: list[Any], model: Path) -> None:
     original = (model / SHARD).read_bytes()
     start = len(original) - 4 * math.prod(TENSORS["h1/mlp/c_fc/w"].shape)
     _fresh(model, SHARD, _edit(original[:start], edits) + original[start:])
@@ -629,7 +639,25 @@ def test_any_bytes_for_a_shards_header_load_rightly_or_are_refused(edits: list[A
         _fresh(model, SHARD, original)
 
 
-# --- weight of the module -------------------------------------------------------------------------------
+# --- untrusted values in errors -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": 1}, "an object of 1"),
+        ([1, 2], "a list of 2"),
+        ("a\nb\u00e4", r"'a\nb\xe4'"),
+        (ValueError("first line\nsecond line"), "first line"),
+        (ValueError(), "ValueError"),
+        ("x" * 400, "'" + "x" * 296 + "..."),
+    ],
+)
+def test_show_gives_one_short_line(value: object, text: str) -> None:
+    assert shards.show(value) == text
+
+
+# --- imports -------------------------------------------------------------------------------
 
 
 def test_reading_models_imports_neither_tensorflow_nor_requests() -> None:

@@ -1,10 +1,11 @@
-"""sources.py: what is given becomes files in a known order, each of them there; what is not is named."""
+"""sources.py: an input is a list of files in a known order; a missing file is named."""
 
 import gzip
 import hashlib
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import InputError, OutputError
-from batchgen.input.readers import check_input, read_requests, scan_input
+from batchgen.input.prompts import Prompts
 from batchgen.input.sources import Source, find_sources, local_paths
-from batchgen.output.writer import check_output
-from batchgen.types import Rejected, SamplingParams
+from batchgen.output.place import check_folder, refuse_input
+from batchgen.types import Rejected
+from tests.support.inputs import PARAMS, open_prompts, read, refusal, scan
 
-PARAMS = SamplingParams(max_tokens=8)
+GOOD = b'{"id": "a", "prompt": "Once"}'
 
 
 def line(prompt: str) -> bytes:
@@ -43,19 +45,13 @@ def write(path: Path, *prompts: str) -> Path:
     return path
 
 
-def prompts_of(inputs: Any) -> list[str | None]:
-    return [row.prompt for row in read_requests(inputs, params=PARAMS)]
+def prompts_of(files: Any) -> list[str | None]:
+    rows = files.requests(PARAMS) if isinstance(files, Prompts) else read(files)
+    return [row.prompt for row in rows]
 
 
 def names(inputs: Any) -> list[str]:
     return [source.name for source in find_sources(inputs)]
-
-
-def refusal(inputs: Any, **options: Any) -> str:
-    with pytest.raises(InputError) as caught:
-        check_input(inputs, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -77,8 +73,8 @@ def stdin(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_rows_run_on_over_the_files_in_the_order_given(here: Path) -> None:
     files = [write(here / name, name, "x") for name in ("b.parquet", "c.csv", "a.jsonl", "d.jsonl.gz", "e.jsonl.zst")]
-    rows = list(read_requests(files, params=PARAMS, first_row=5))
-    assert [row.row for row in rows] == list(range(5, 15))
+    rows = read(files)
+    assert [row.row for row in rows] == list(range(10))
     assert [row.prompt for row in rows] == [text for file in files for text in (file.name, "x")]
     assert [row.place for row in rows[::2]] == [
         "b.parquet:row 0",
@@ -87,10 +83,10 @@ def test_rows_run_on_over_the_files_in_the_order_given(here: Path) -> None:
         "d.jsonl.gz:1",
         "e.jsonl.zst:1",
     ]
-    assert scan_input(files).rows == 10
+    assert scan(files).rows == 10
 
 
-def test_places_tell_files_of_one_name_apart(here: Path) -> None:
+def test_places_of_files_with_one_name_differ(here: Path) -> None:
     for folder in ("x", "y"):
         write(here / folder / "p.jsonl", "a")
     write(here / "q.jsonl", "a")
@@ -98,25 +94,25 @@ def test_places_tell_files_of_one_name_apart(here: Path) -> None:
     assert names(["x/p.jsonl", "q.jsonl"]) == ["p.jsonl", "q.jsonl"]
 
 
-def test_the_hash_is_that_of_the_bytes_in_order_whatever_the_names(here: Path) -> None:
+def test_the_hash_depends_on_bytes_and_order_not_on_names(here: Path) -> None:
     a, b = write(here / "a.jsonl", "1"), write(here / "b.jsonl", "2")
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (a, b)]
-    facts = scan_input([a, b])
+    facts = scan([a, b])
     assert facts.sha256 == hashlib.sha256("".join(f"{value}\n" for value in hashes).encode()).hexdigest()
     assert facts.bytes == a.stat().st_size + b.stat().st_size
-    assert scan_input([b, a]).sha256 != facts.sha256
+    assert scan([b, a]).sha256 != facts.sha256
     joined = here / "joined.jsonl"
     joined.write_bytes(a.read_bytes() + b.read_bytes())
-    assert scan_input(joined).sha256 == hashlib.sha256(joined.read_bytes()).hexdigest()
+    assert scan(joined).sha256 == hashlib.sha256(joined.read_bytes()).hexdigest()
     a.rename(here / "z.jsonl")
-    assert scan_input([here / "z.jsonl", b]) == facts
+    assert scan([here / "z.jsonl", b]) == facts
 
 
-def test_what_folders_say_is_part_of_the_hash(here: Path) -> None:
+def test_the_partition_is_part_of_the_hash(here: Path) -> None:
     for folder in ("x", "y"):
         write(here / folder / "lang=en" / "p.jsonl", "a")
     write(here / "z" / "lang=de" / "p.jsonl", "a")
-    assert scan_input("x").sha256 == scan_input("y").sha256 != scan_input("z").sha256
+    assert scan("x").sha256 == scan("y").sha256 != scan("z").sha256
 
 
 def test_a_file_that_is_named_twice_is_refused(here: Path) -> None:
@@ -126,15 +122,16 @@ def test_a_file_that_is_named_twice_is_refused(here: Path) -> None:
     assert "named twice" in refusal(["./a.jsonl", "link.jsonl"])
 
 
-def test_no_input_is_refused() -> None:
-    assert refusal("").startswith("an empty name is no input; name a file")
+def test_an_empty_list_of_inputs_is_refused() -> None:
+    assert refusal("").startswith("an empty name is not an input; name a file")
     assert refusal([]) == "no input; name a file, a directory, a glob, or - for standard input"
 
 
-def test_one_bad_file_among_many_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_bad_file_among_many(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [write(here / f"{n:03}.jsonl", "x") for n in range(30)]
     files[17].write_bytes(b"\xff" * 100)
     assert refusal(files).startswith(f"{files[17]}: none of the first 1 rows is a JSON object")
+    write(files[17], "x")
     before = open
 
     def refuse(path: Any, *more: Any, **options: Any) -> Any:
@@ -146,11 +143,53 @@ def test_one_bad_file_among_many_is_named(here: Path, monkeypatch: pytest.Monkey
     assert refusal(files) == f"{files[20]}: cannot be read: Permission denied"
 
 
-def test_sources_can_be_given_again(here: Path) -> None:
-    write(here / "a.jsonl", "x")
-    found = find_sources("a.jsonl")
-    assert find_sources(found) == found
-    assert prompts_of(found) == ["x"]
+# ---- files that are refused
+
+
+def test_a_missing_file_names_its_nearest(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_bytes(GOOD)
+    assert f"did you mean {tmp_path}/prompts.jsonl?" in refusal(tmp_path / "promts.jsonl")
+    assert "check the name" in refusal(tmp_path / "entirely different.parquet")
+    assert "no such file" in refusal(tmp_path / "nowhere" / "prompts.jsonl")
+
+
+def test_only_regular_files_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").mkdir()
+    os.mkfifo(tmp_path / "f.jsonl")
+    assert "no file in this directory" in refusal(tmp_path / "d.jsonl")
+    assert "a pipe or device" in refusal(tmp_path / "f.jsonl")
+    assert "cannot be read" in refusal(tmp_path / "d.jsonl" / ("x" * 300))
+
+
+@pytest.fixture
+def unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(GOOD)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")  # as root, file modes refuse nothing
+
+    monkeypatch.setattr("builtins.open", refuse)
+    yield path
+    monkeypatch.undo()
+
+
+def test_an_unreadable_file_is_refused(unreadable: Path) -> None:
+    assert refusal(unreadable) == f"{unreadable}: cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("name", ["p.xlsx", "p", "p.txt.gz", "p.parquet.gz", "p.gz", "p.csv.bz2"])
+def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(GOOD)
+    assert "rename or convert" in refusal(tmp_path / name)
+
+
+def test_places_can_be_written_if_the_name_of_the_file_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"p\xff.jsonl")
+    path.write_bytes(b"nonsense")
+    (row,) = read(path)
+    assert isinstance(row, Rejected)
+    assert row.error.encode().startswith("p\ufffd.jsonl:1: not JSON".encode())
 
 
 # ---- globs
@@ -194,7 +233,7 @@ def test_a_file_of_another_kind_in_a_directory_is_refused_not_skipped(here: Path
     write(here / "d" / "a.jsonl", "x")
     (here / "d" / "README.md").write_text("# Prompts")
     error = refusal("d")
-    assert error.startswith("d/README.md: the suffix '.md' is none of .parquet, .jsonl, ")
+    assert error.startswith("d/README.md: unknown format; use .parquet, .jsonl, ")
     assert "name the others with a glob" in error
     assert prompts_of("d/*.jsonl") == ["x"]
 
@@ -205,13 +244,13 @@ def test_an_empty_directory_is_refused(here: Path) -> None:
     assert refusal("d").startswith("d: no file in this directory")
 
 
-def test_links_are_followed_but_not_in_a_circle(here: Path) -> None:
+def test_links_are_followed_but_a_circle_is_refused(here: Path) -> None:
     write(here / "elsewhere" / "a.jsonl", "a")
     (here / "d").mkdir()
     (here / "d" / "link").symlink_to(here / "elsewhere")
     assert prompts_of("d") == ["a"]
     (here / "elsewhere" / "back").symlink_to(here / "d")
-    assert "a link to a directory that it is in" in refusal("d")
+    assert "a link to a directory that contains it" in refusal("d")
 
 
 def test_a_dangling_link_is_named(here: Path) -> None:
@@ -243,10 +282,10 @@ def test_an_output_in_an_input_directory_is_refused(here: Path) -> None:
     sources = find_sources("d")
     for out in ("d/out.parquet", "d/deeper/out.jsonl"):
         with pytest.raises(OutputError, match="it would be in the input d and be read with it"):
-            check_output(Path(out), local_paths(sources))
-    check_output(here / "out.parquet", local_paths(sources))
+            check_folder(Path(out), local_paths(sources))
+    check_folder(here / "out.parquet", local_paths(sources))
     with pytest.raises(OutputError, match="this is the input"):
-        check_output(here / "d" / "deeper" / "a.jsonl", local_paths(find_sources("d/deeper/*.jsonl")))
+        refuse_input(here / "d" / "deeper" / "a.jsonl", local_paths(find_sources("d/deeper/*.jsonl")))
 
 
 # ---- what was changed meanwhile
@@ -256,8 +295,8 @@ def test_an_output_in_an_input_directory_is_refused(here: Path) -> None:
 @pytest.mark.parametrize("change", ["rewritten", "replaced", "gone"])
 def test_a_file_that_changes_while_it_is_read_is_noticed(here: Path, name: str, change: str) -> None:
     path = write(here / name, "a", "b")
-    found = find_sources([path, write(here / "z.jsonl", "z")])
-    rows = read_requests(found, params=PARAMS)
+    prompts = open_prompts([path, write(here / "z.jsonl", "z")])
+    rows = prompts.requests(PARAMS)
     next(rows)
     if change == "rewritten":
         path.write_bytes(path.read_bytes())
@@ -269,39 +308,39 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(here: Path, name: str, 
     with pytest.raises(InputError, match=rf"{name}: the file was changed while it was being read; run again"):
         list(rows)
     with pytest.raises(InputError):
-        scan_input(found)
+        prompts.scan()
 
 
 # ---- standard input
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
-def test_standard_input_is_told_by_its_bytes_and_read_as_often_as_needed(here: Path, stdin: Any, suffix: str) -> None:
+def test_standard_input_is_recognized_by_its_bytes_and_can_be_read_again(here: Path, stdin: Any, suffix: str) -> None:
     path = write(here / f"a.{suffix}", "Once", "upon")
     stdin(path.read_bytes())
-    sources = check_input("-", spool=here)
-    assert scan_input(sources) == scan_input(path)
-    interleaved = zip(*(read_requests(sources, params=PARAMS) for _ in range(2)), strict=True)
+    prompts = open_prompts("-", spool=here)
+    assert prompts.scan() == scan(path)
+    interleaved = zip(*(prompts.requests(PARAMS) for _ in range(2)), strict=True)
     assert [(a.prompt, b.prompt) for a, b in interleaved] == [("Once", "Once"), ("upon", "upon")]
-    assert [row.place for row in read_requests(sources, params=PARAMS)][0] in ("stdin:1", "stdin:row 0")
+    assert [row.place for row in prompts.requests(PARAMS)][0] in ("stdin:1", "stdin:row 0")
     assert sorted(os.listdir(here)) == [path.name]  # the copy has no name
 
 
-def test_standard_input_can_be_csv_if_that_is_said(here: Path, stdin: Any) -> None:
+def test_standard_input_can_be_csv_if_the_format_is_named(here: Path, stdin: Any) -> None:
     stdin(b"prompt\nOnce\n")
-    assert prompts_of(check_input("-", input_format="csv")) == ["Once"]
+    assert prompts_of(open_prompts("-", format="csv")) == ["Once"]
     stdin(b"prompt\nOnce\n")
     assert "none of the first 2 rows is a JSON object" in refusal("-")
 
 
 def test_standard_input_may_be_one_of_several(here: Path, stdin: Any) -> None:
     stdin(line("s"))
-    assert prompts_of(check_input([write(here / "a.jsonl", "a"), "-"])) == ["a", "s"]
+    assert prompts_of(open_prompts([write(here / "a.jsonl", "a"), "-"])) == ["a", "s"]
     stdin(line("s"))
     assert "named twice" in refusal(["-", "-"])
 
 
-def test_a_terminal_is_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     leader, follower = os.openpty()
     with open(follower, "rb") as terminal:
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=terminal))
@@ -320,11 +359,11 @@ def test_no_room_for_standard_input_is_one_line(here: Path, stdin: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["p", "p.txt", "p.parquet"])
-def test_a_format_that_is_named_is_believed(here: Path, name: str) -> None:
+def test_a_named_format_overrides_the_suffix(here: Path, name: str) -> None:
     (here / name).write_bytes(line("Once"))
-    assert prompts_of(check_input(name, input_format="jsonl")) == ["Once"]
+    assert prompts_of(open_prompts(name, format="jsonl")) == ["Once"]
     with pytest.raises(InputError, match=rf"^{name}: not a Parquet file"):
-        check_input(name, input_format="parquet")
+        open_prompts(name, format="parquet")
 
 
 @pytest.mark.parametrize("damage", ["cut", "tail", "none", "one byte"])
@@ -333,7 +372,7 @@ def test_a_damaged_zstd_is_found_by_the_scan(here: Path, damage: str) -> None:
     packed = pa.compress(b"".join(line(str(n**7)) for n in range(5000)), codec="zstd", asbytes=True)
     spoilt = {"cut": packed[: len(packed) // 2], "tail": packed + b"tail", "none": line("x"), "one byte": packed[:1]}
     path.write_bytes(spoilt[damage])
-    for call in (scan_input, prompts_of):
+    for call in (scan, prompts_of):
         with pytest.raises(InputError, match=r"^p\.jsonl\.zst:\d+: the zstd data is truncated or damaged here"):
             call(path)
     if damage in ("none", "one byte"):
@@ -346,14 +385,14 @@ def test_zstd_of_several_frames_is_read_to_its_end(here: Path) -> None:
     assert prompts_of(path) == ["a", "b", "c"]
 
 
-def test_a_packed_file_that_is_packed_twice_is_named(here: Path) -> None:
+def test_a_file_that_is_packed_twice_is_refused(here: Path) -> None:
     path = here / "p.jsonl.zst"
     path.write_bytes(pa.compress(gzip.compress(line("x")), codec="zstd", asbytes=True))
     assert "this is a gzip file, not JSON lines" in refusal(path)
 
 
 @pytest.mark.parametrize("uri", ["foo://x/y.jsonl", "http://127.0.0.1:9/x.jsonl", "s3://", "s3://bucket/a b.jsonl"])
-def test_an_address_that_cannot_be_read_is_named(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_an_address_that_cannot_be_read(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # which would be looked for, for some seconds
     assert refusal(uri).startswith(f"{uri}: ")
 
@@ -364,8 +403,8 @@ def test_a_file_address_is_a_local_file(here: Path) -> None:
     assert refusal(f"file://{here}/b.jsonl").startswith(f"{here}/b.jsonl: no such file; did you mean {here}/a.jsonl?")
 
 
-def test_a_source_is_rejected_by_the_row_not_by_the_file(here: Path) -> None:
+def test_a_bad_row_is_rejected_and_its_file_is_not(here: Path) -> None:
     (here / "a.jsonl").write_bytes(b"nonsense\n" + line("x"))
-    rows = list(read_requests(["a.jsonl"], params=PARAMS))
+    rows = read(["a.jsonl"])
     assert [type(row) for row in rows][0] is Rejected
     assert isinstance(find_sources("a.jsonl")[0], Source)

@@ -1,11 +1,11 @@
-"""stopping.py: what ends a text is found as if it were searched whole, however the tokens cut it."""
+"""text/stopping.py: a text ends at the same stop string however its tokens cut it."""
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchgen.engine.sequence import Prompt, Sequence
-from batchgen.text.stopping import StopMatcher, StopStrings, bad_word_ids, completed_text, first_stop, whole_characters
+from batchgen.text.stopping import StopMatcher, StopStrings, bad_word_ids, completed_text, find_stop, whole_characters
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import SamplingParams
 from tests.support.models import write_byte_vocabulary
@@ -17,7 +17,7 @@ STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=5), min_size=1, max_size
 
 
 class Pieces:
-    """A tokenizer whose tokens are any bytes at all: token i is the i-th piece."""
+    """A tokenizer whose token i is piece i, of any bytes."""
 
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
@@ -29,8 +29,8 @@ class Pieces:
         return b"".join(self.pieces[token] for token in ids)
 
 
-def naive_first_stop(data: bytes, stops: list[bytes], start: int) -> tuple[int, int] | None:
-    """Every place is tried: the least end past start, then the least beginning."""
+def naive_find_stop(data: bytes, stops: list[bytes], start: int) -> tuple[int, int] | None:
+    """Tries every place: the first end after start, then the first beginning."""
     for end in range(start + 1, len(data) + 1):
         for begin in range(end):
             if data[begin:end] in stops:
@@ -46,23 +46,23 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 @given(st.binary(max_size=20) | TEXTS.map(str.encode), STOPS, st.integers(0, 8))
 def test_the_stop_string_that_ends_first_is_found(data, stops, start):
     encoded = [stop.encode() for stop in stops]
-    assert first_stop(data, encoded, start) == naive_first_stop(data, encoded, start)
+    assert find_stop(data, encoded, start) == naive_find_stop(data, encoded, start)
 
 
-def test_of_two_that_end_together_the_longer_counts():
-    assert first_stop(b"xabc", [b"c", b"abc", b"bc"]) == (1, 4)
-    assert first_stop(b"abcd", [b"abcd", b"bc"]) == (1, 3)
+def test_the_longer_of_two_stop_strings_with_the_same_end_is_found():
+    assert find_stop(b"xabc", [b"c", b"abc", b"bc"]) == (1, 4)
+    assert find_stop(b"abcd", [b"abcd", b"bc"]) == (1, 3)
 
 
 @given(TEXTS, STOPS, st.lists(st.integers(0, 100), max_size=30), st.integers(0, 6))
-def test_streaming_stops_at_the_piece_where_the_whole_text_would(text, stops, places, unheeded):
-    """Pieces end anywhere, in the middle of characters too, and may be empty."""
+def test_a_stream_stops_at_the_piece_that_completes_the_stop_string(text, stops, places, n_ignored):
+    """Pieces may end within characters and may be empty."""
     encoded = [stop.encode() for stop in stops]
     pieces = cut(text.encode(), places)
-    start = len(b"".join(pieces[:unheeded]))
+    start = len(b"".join(pieces[:n_ignored]))
     matcher = StopMatcher(encoded)
-    stopped = next((i for i, p in enumerate(pieces) if matcher.push(p, heed=i >= unheeded)), None)
-    found = naive_first_stop(text.encode(), encoded, start)
+    stopped = next((i for i, p in enumerate(pieces) if matcher.push(p, can_stop=i >= n_ignored)), None)
+    found = naive_find_stop(text.encode(), encoded, start)
     if found is None:
         assert stopped is None
     else:
@@ -71,14 +71,14 @@ def test_streaming_stops_at_the_piece_where_the_whole_text_would(text, stops, pl
 
 
 @given(TEXTS, STOPS, st.lists(st.integers(0, 100), max_size=30), st.integers(0, 4), st.booleans())
-def test_the_text_does_not_depend_on_how_it_was_cut(text, stops, places, min_tokens, include):
-    """What a sequence that was stopped in time is cut to, is what the whole text is cut to."""
+def test_the_text_does_not_depend_on_its_tokens(text, stops, places, min_tokens, include):
+    """A sequence that stops early has the same text as the whole sequence."""
     pieces = cut(text.encode(), places)
     params = SamplingParams(
         max_tokens=len(pieces), min_tokens=min(min_tokens, len(pieces)), stop=tuple(stops), include_stop=include
     )
     tokenizer = Pieces(pieces)
-    sequence = Sequence(Prompt(0, (0,), params, (0,)), 0, 0, 0)
+    sequence = Sequence(Prompt(0, (0,), params, (0,)), 0, 0)
     should_stop = StopStrings(tokenizer)
     for token in range(len(pieces)):
         sequence.token_ids.append(token)
@@ -98,10 +98,10 @@ def test_the_text_does_not_depend_on_how_it_was_cut(text, stops, places, min_tok
 
 @given(st.binary(max_size=12))
 @example(b"a\xed\xa0")
-def test_whole_characters_are_all_of_the_text_but_an_incomplete_last_one(data):
+def test_whole_characters_leaves_out_only_an_incomplete_last_character(data):
     found, whole = whole_characters(data), data.decode("utf-8", "replace")
     assert whole in (found, found + "\ufffd")
-    if whole != found:  # then some bytes complete it
+    if whole != found:  # then some bytes complete the last character
         tails = (
             bytes([a, b, c][:n]) for n in (1, 2, 3) for a in (0x80, 0x9F, 0xA0, 0xBF) for b in (0x80,) for c in (0x80,)
         )
@@ -117,14 +117,14 @@ def test_a_completion_never_ends_within_a_character(character):
     assert whole_characters(b"a\x83") == "a\ufffd"
 
 
-def test_a_sequence_without_stop_strings_is_left_alone():
-    sequence = Sequence(Prompt(0, (0,), SamplingParams(), (0,)), 0, 0, 0, token_ids=[1])
+def test_a_sequence_without_stop_strings_needs_no_matcher():
+    sequence = Sequence(Prompt(0, (0,), SamplingParams(), (0,)), 0, 0, token_ids=[1])
     should_stop = StopStrings(Pieces([]))
     assert should_stop(sequence) is None
     assert not should_stop._matchers
 
 
-def test_bad_words_are_spelled_as_at_the_start_and_within_a_text():
+def test_bad_words_are_encoded_with_and_without_a_space_before_them():
     tokenizer = Tokenizer.load(gpt2_vocabulary_dir())
     words = ("fox", " fox", "ice cream", "\n")
     assert set(bad_word_ids(words, tokenizer)) == {
@@ -133,7 +133,7 @@ def test_bad_words_are_spelled_as_at_the_start_and_within_a_text():
     assert bad_word_ids((), tokenizer) == ()
 
 
-def test_a_bad_word_that_the_vocabulary_cannot_spell_is_none(tmp_path):
+def test_a_bad_word_with_a_byte_that_the_vocabulary_lacks_is_ignored(tmp_path):
     tokenizer = Tokenizer.load(write_byte_vocabulary(tmp_path / "v"))
     tokenizer._byte_ids[ord("q")] = -1
     assert bad_word_ids(("q", "a"), tokenizer) == ((97,), (32, 97))

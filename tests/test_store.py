@@ -1,4 +1,4 @@
-"""object_store.py: in a store an output is whole or not there, whatever dies; the store is a local one, of moto's."""
+"""store.py, upload.py: an output in a store is complete or absent, even if a run is killed. The store is moto's."""
 
 import json
 import os
@@ -15,13 +15,15 @@ from typing import Any
 import pyarrow.dataset as ds
 import pytest
 
-from batchgen import run
 from batchgen.errors import BatchgenError, BusyError, OutputError, UsageError
+from batchgen.job import Job
 from batchgen.jobs import cli
 from batchgen.output import store as object_store
-from batchgen.output.store import parse_address, stand_in
-from batchgen.run import Job, run_job
+from batchgen.output import upload
+from batchgen.output.store import parse_address
+from batchgen.run import run_job
 from batchgen.types import SamplingParams
+from tests.support.jobs import change, make_job
 from tests.support.models import write_byte_model
 
 pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install '.[dev]')")
@@ -61,24 +63,29 @@ def store(servers: Proxy) -> Iterator[Proxy]:
 @pytest.fixture
 def job(folder: Path, tmp_path: Path) -> Job:
     params = SamplingParams(max_tokens=5, temperature=0.8)
-    address = "s3://out/april/"
-    out = stand_in(address, tmp_path)
-    return Job(folder / "p.jsonl", out, str(folder / "bytes"), params, jobs=1, chunk_rows=4, destination=address)
+    options = {"work_dir": tmp_path, "status": False, "jobs": 1, "chunk_rows": 4}
+    return make_job(folder / "p.jsonl", "s3://out/april/", str(folder / "bytes"), params, **options)
+
+
+def work_dir(job: Job) -> Path:
+    assert job.output.work_dir
+    return job.output.work_dir
 
 
 def to_file(job: Job, name: str) -> Job:
-    return replace(job, destination=f"s3://out/{name}", output=stand_in(f"s3://out/{name}", job.output.parent))
+    return change(job, out=f"s3://out/{name}")
 
 
 def locally(job: Job, name: str) -> Path:
     """The same run with an output here."""
-    run_job(replace(job, destination=None, output=job.output.with_name(name), dataset="." not in name))
-    return job.output.with_name(name)
+    path = work_dir(job) / name
+    run_job(change(job, out=path, work_dir=None, dataset="." not in name))
+    return path
 
 
 def command(job: Job) -> subprocess.Popen[str]:
     """The same run as a command."""
-    arguments = ["generate", job.input, "-o", job.destination, "--work-dir", job.output.parent, "--model", job.model]
+    arguments = ["generate", *job.input.files, "-o", job.output.path, "--work-dir", work_dir(job), "--model", job.model]
     arguments += ["--max-tokens", 5, "--temperature", 0.8, "--jobs", 1, "--chunk-rows", 4, "--show", 0]
     line = [sys.executable, "-m", "batchgen", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -86,7 +93,7 @@ def command(job: Job) -> subprocess.Popen[str]:
 
 
 def held_at(store: Proxy, number: int, ending: str = ".parquet") -> threading.Event:
-    """Have the store keep the put of this number waiting, and all after it; the event is set when it is there."""
+    """Hold up the put of this number and all later ones; the event is set when that put arrives."""
     reached = threading.Event()
 
     def rule(method: str, path: str) -> int | None:
@@ -107,7 +114,7 @@ def held_at(store: Proxy, number: int, ending: str = ".parquet") -> threading.Ev
 # ---- what is written
 
 
-def test_a_dataset_is_that_of_a_local_run_and_its_manifest_lists_it(job: Job, store: Proxy, tmp_path: Path) -> None:
+def test_a_dataset_is_that_of_a_local_run_and_its_success_file_lists_it(job: Job, store: Proxy, tmp_path: Path) -> None:
     local = locally(job, "local")
     summary = run_job(job)
     found = store.objects("april/")
@@ -141,21 +148,21 @@ def test_one_object_has_the_bytes_of_a_local_file(job: Job, store: Proxy, name: 
 def test_an_object_of_several_pieces_is_whole(
     job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(object_store, "PIECE_BYTES", 6 * PIECE)  # S3 takes none of less than 5 MiB but the last
+    monkeypatch.setattr(object_store, "PIECE_BYTES", 6 * PIECE)  # of S3, at least 5 MiB but for the last
     (tmp_path / "big").write_bytes(os.urandom(20 * PIECE))
     there = object_store.open_store(parse_address("s3://out/big"))
-    object_store.publish_file(there, tmp_path / "big")
+    upload.publish_file(there, tmp_path / "big")
     assert store.objects()["big"] == (tmp_path / "big").read_bytes()
 
 
-# ---- whatever dies in between
+# ---- a run or a store that fails
 
 
 def test_a_run_killed_while_it_uploads_sends_no_part_twice(job: Job, store: Proxy, tmp_path: Path) -> None:
     reached = held_at(store, 4)
     run = command(job)
     assert reached.wait(60)
-    time.sleep(0.3)  # so that it has noted what is there
+    time.sleep(0.3)  # until it has noted what is there
     run.kill()
     run.communicate()
     there = store.objects("april/")
@@ -173,7 +180,7 @@ def test_a_run_killed_while_it_uploads_sends_no_part_twice(job: Job, store: Prox
     assert sorted(os.listdir(tmp_path)) == ["april.status.json", "local"]
 
 
-def test_a_run_killed_at_its_manifest_completes_it(job: Job, store: Proxy) -> None:
+def test_a_run_killed_at_its_success_file_puts_it_when_resumed(job: Job, store: Proxy) -> None:
     reached = held_at(store, 0, "_SUCCESS")
     run = command(job)
     assert reached.wait(60)
@@ -187,7 +194,7 @@ def test_a_run_killed_at_its_manifest_completes_it(job: Job, store: Proxy) -> No
     assert store.objects("april/").keys() == there.keys() - {"_RUN"} | {"_SUCCESS"}
 
 
-def test_a_run_that_was_killed_after_its_manifest_finds_it(
+def test_a_run_killed_after_its_success_file_finds_it_when_resumed(
     job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dies(*_: object) -> None:
@@ -230,9 +237,9 @@ def test_an_upload_that_fails_in_the_middle_is_never_seen(
     store.rule = lambda method, path: status if "partNumber=3" in path else None
     there = object_store.open_store(parse_address("s3://out/big"), retries=1)
     with pytest.raises(OutputError, match=r"^s3://out/big: "):
-        object_store.publish_file(there, tmp_path / "big")
+        upload.publish_file(there, tmp_path / "big")
     assert store.objects() == {"big": b"previous"}
-    assert any(method == "DELETE" and "uploadId=" in path for method, path in store.seen)  # given up there too
+    assert any(method == "DELETE" and "uploadId=" in path for method, path in store.seen)  # it is aborted there too
 
 
 def test_a_signal_does_not_wait_for_the_store(job: Job, store: Proxy) -> None:
@@ -241,26 +248,28 @@ def test_a_signal_does_not_wait_for_the_store(job: Job, store: Proxy) -> None:
     assert reached.wait(60)
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=10)
-    assert (run.returncode, err.splitlines()[0]) == (143, "batchgen: terminated; run the same command again to go on")
+    assert (run.returncode, err.splitlines()[0]) == (143, "batchgen: terminated; run the same command again to resume")
     store.reset()
     assert run_job(job).resumed == N
 
 
 @pytest.mark.parametrize("status", [0, 503])
-def test_a_store_that_fails_for_a_while_is_asked_again(job: Job, store: Proxy, status: int) -> None:
+def test_requests_are_repeated_if_a_store_fails_for_a_while(job: Job, store: Proxy, status: int) -> None:
     store.rule = lambda method, path: status if len(store.seen) % 3 == 0 else None
     run_job(job)
     assert len(store.objects("april/")) == N // 4 + 1
 
 
-def test_a_store_that_fails_for_good_costs_no_work(job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_chunks_are_kept_if_a_store_fails_for_good(
+    job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(object_store.open_store, "__kwdefaults__", {"retries": 1})
     store.rule = lambda method, path: 503 if method == "PUT" and path.endswith(".parquet") else None
     with pytest.raises(OutputError) as caught:
         run_job(job)
     text = str(caught.value)
     assert "s3://out/april/: the test says so (SlowDown); what is finished is kept in" in text
-    assert text.endswith("april.batchgen: run the same command again to go on")
+    assert text.endswith("april.batchgen: run the same command again to resume")
     assert "\n" not in text
     store.reset()
     assert run_job(job).resumed == N
@@ -287,7 +296,7 @@ def test_a_part_that_is_damaged_in_the_store_is_sent_again(
     assert store.objects("april/")[damaged[0]][:4] == b"PAR1"
 
 
-def test_what_another_begun_run_left_is_not_in_the_dataset(
+def test_parts_of_a_discarded_run_are_not_in_the_dataset(
     job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def dies(*_: object) -> None:
@@ -298,39 +307,39 @@ def test_what_another_begun_run_left_is_not_in_the_dataset(
         with pytest.raises(KeyboardInterrupt):
             run_job(job)
     before = store.objects("april/")
-    run_job(replace(job, restart=True, params=replace(job.params, seed=9)))
+    run_job(change(job, restart=True, params=replace(job.sampling, seed=9)))
     after = store.objects("april/")
     assert len(after) == N // 4 + 1
     assert len(before.keys() & after.keys()) <= 1  # at most the part that holds nothing drawn
 
 
-def test_work_for_one_address_is_not_gone_on_with_for_another(job: Job, store: Proxy, monkeypatch: Any) -> None:
+def test_work_for_one_address_is_not_resumed_for_another(job: Job, store: Proxy, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run, "publish", lambda *_: (_ for _ in ()).throw(BatchgenError("stopped")))
+        patch.setattr(upload, "publish_dataset", lambda *_: (_ for _ in ()).throw(BatchgenError("stopped")))
         with pytest.raises(BatchgenError, match="stopped"):
             run_job(job)
-    elsewhere = "s3://out/other/april/"
-    assert stand_in(elsewhere, job.output.parent) == job.output
-    with pytest.raises(UsageError, match="the work there is for s3://out/april/; go on with that"):
-        run_job(replace(job, destination=elsewhere))
+    with pytest.raises(
+        UsageError, match="the work there is for s3://out/april/; resume that run, or choose another --work-dir"
+    ):
+        run_job(change(job, out="s3://out/other/april/"))
     run_job(job)
 
 
 # ---- two runs
 
 
-def test_of_two_runs_the_second_is_told_before_it_works(job: Job, store: Proxy, tmp_path: Path) -> None:
+def test_of_two_runs_the_second_is_refused_before_it_works(job: Job, store: Proxy, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    other = replace(job, output=stand_in(str(job.destination), tmp_path / "other"))
+    other = change(job, work_dir=tmp_path / "other")
     reached = held_at(store, 2)
     run = command(job)
     assert reached.wait(60)
     with pytest.raises(BusyError, match=r"^s3://out/april/: another run writes there \(.*/april.batchgen on "):
-        run_job(replace(other, model="no such model"))
+        run_job(change(other, model="no such model"))
     run.kill()
     run.communicate()
     store.reset()
-    with pytest.raises(BusyError, match="go on with that one, or, if it is gone for good, delete what is below"):
+    with pytest.raises(BusyError, match="resume that run, or, if it is gone for good, delete what is below"):
         run_job(other)
     run_job(job)
     with pytest.raises(OutputError, match="a complete dataset is there, which is never replaced"):
@@ -338,7 +347,7 @@ def test_of_two_runs_the_second_is_told_before_it_works(job: Job, store: Proxy, 
     assert os.listdir(tmp_path / "other") == []
 
 
-def test_of_two_that_begin_at_once_one_has_the_prefix(job: Job, store: Proxy, tmp_path: Path) -> None:
+def test_one_of_two_runs_that_begin_together_gets_the_prefix(job: Job, store: Proxy, tmp_path: Path) -> None:
     both = threading.Barrier(2)
 
     def rule(method: str, path: str) -> int | None:
@@ -349,7 +358,7 @@ def test_of_two_that_begin_at_once_one_has_the_prefix(job: Job, store: Proxy, tm
 
     store.rule = rule
     (tmp_path / "other").mkdir()
-    other = replace(job, output=stand_in(str(job.destination), tmp_path / "other"))
+    other = change(job, work_dir=tmp_path / "other")
     runs = [command(job), command(other)]
     errors = [run.communicate(timeout=120)[1] for run in runs]
     assert sorted(run.returncode for run in runs) == [3, 75]
@@ -358,16 +367,18 @@ def test_of_two_that_begin_at_once_one_has_the_prefix(job: Job, store: Proxy, tm
     assert len(store.objects("april/")) == N // 4 + 1
 
 
-def test_a_manifest_that_another_put_first_stands(job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_success_file_that_another_run_put_first_stays(
+    job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = json.dumps({"run": "theirs", "parts": []}).encode()
-    was = object_store.send_parts
+    was = upload.send_parts
 
     def slowly(*arguments: Any) -> Any:
         sent = was(*arguments)
         store.put("april/_SUCCESS", theirs)
         return sent
 
-    monkeypatch.setattr(object_store, "send_parts", slowly)
+    monkeypatch.setattr(upload, "send_parts", slowly)
     with pytest.raises(OutputError, match="another run has completed a dataset there first"):
         run_job(job)
     found = store.objects("april/")
@@ -376,7 +387,7 @@ def test_a_manifest_that_another_put_first_stands(job: Job, store: Proxy, monkey
 
 
 @pytest.mark.parametrize("how", ["ignored", "refused", "switched off"])
-def test_a_store_without_conditions_is_looked_at_first(
+def test_a_store_without_conditions_is_listed_first(
     job: Job, store: Proxy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
 ) -> None:
     monkeypatch.setattr(object_store.open_store, "__kwdefaults__", {"retries": 0})
@@ -389,7 +400,7 @@ def test_a_store_without_conditions_is_looked_at_first(
     run_job(job)
     assert "this store has no conditional put: no other run may write there meanwhile" in caplog.text
     assert len(store.objects("april/")) == N // 4 + 1
-    other = replace(job, output=stand_in(str(job.destination), tmp_path / "other"))
+    other = change(job, work_dir=tmp_path / "other")
     (tmp_path / "other").mkdir()
     with pytest.raises(OutputError, match="a complete dataset is there"):
         run_job(other)
@@ -400,35 +411,36 @@ def test_a_store_without_conditions_is_looked_at_first(
 
 def refused(job: Job) -> str:
     with pytest.raises((OutputError, UsageError, BusyError)) as caught:
-        run_job(replace(job, model="no such model"))  # which is looked for later
+        run_job(change(job, model="no such model"))  # which is looked for later
     assert "\n" not in str(caught.value)
-    assert not list(job.output.parent.glob("*.batchgen"))
+    assert not list(work_dir(job).glob("*.batchgen"))
     return str(caught.value)
 
 
-def test_what_is_there_and_no_dataset_is_left_alone(job: Job, store: Proxy) -> None:
+def test_objects_that_are_not_of_a_dataset_are_left_alone(job: Job, store: Proxy) -> None:
     store.put("april/notes.txt", b"mine")
-    assert "something else than a dataset of batchgen is there (notes.txt); choose another prefix" in refused(job)
+    assert "something other than a dataset of batchgen is there (notes.txt); choose another prefix" in refused(job)
     store.put("april2/00000000-0123456789abcdef.parquet", b"mine")
-    assert "1 parts of a run that did not end are there" in refused(replace(job, destination="s3://out/april2/"))
+    assert "1 parts of a run that did not end are there" in refused(change(job, out="s3://out/april2/"))
     assert store.objects() == {"april/notes.txt": b"mine", "april2/00000000-0123456789abcdef.parquet": b"mine"}
 
 
 @pytest.mark.parametrize("name", ["april/", "x.parquet"])
 def test_a_bucket_that_is_not_there_is_one_line(job: Job, store: Proxy, name: str) -> None:
-    line = refused(replace(job, destination=f"s3://nowhere/{name}"))
+    line = refused(change(job, out=f"s3://nowhere/{name}"))
     assert line == f"s3://nowhere/{name}: there is no such bucket; create it or check its name"
 
 
 @pytest.mark.parametrize("method", ["PUT", "GET", "POST"])  # POST deletes
-def test_a_missing_permission_is_one_line(job: Job, store: Proxy, method: str) -> None:
+def test_a_missing_permission_is_an_error_of_one_line(job: Job, store: Proxy, method: str) -> None:
     store.rule = lambda m, path: 403 if m == method else None
     assert refused(job) == (
-        "s3://out/april/: not permitted: the test says so (AccessDenied); to list, get, put and delete there is needed"
+        "s3://out/april/: not permitted: the test says so (AccessDenied); "
+        "batchgen needs to list, get, put and delete there"
     )
 
 
-def test_no_keys_are_one_line(job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_keys_are_an_error_of_one_line(job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
@@ -444,7 +456,7 @@ def test_keys_of_a_profile_are_used(job: Job, store: Proxy, monkeypatch: pytest.
     assert run_job(job).rows == N
 
 
-def test_a_store_that_does_not_answer_is_one_line(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer_is_an_error_of_one_line(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     assert "the store does not answer; check AWS_ENDPOINT_URL and the network" in refused(job)
@@ -456,20 +468,20 @@ def test_a_store_that_does_not_answer_is_one_line(job: Job, monkeypatch: pytest.
         ("s3://out/april", "neither a file nor a dataset: a file ends in .parquet or .jsonl, and a dataset in /"),
         ("s3:///april/", "not an address that can be written"),
         ("hdfs://out/april/", "not an address that can be written; use s3://bucket/"),
-        ("s3://out/april/?colour=red", "'colour' is no option of an address"),
+        ("s3://out/april/?colour=red", "'colour' is not an option of an address"),
         ("abfs://container/april/", "Account must be specified; check the address"),
     ],
 )
 def test_what_is_no_address_is_one_line(job: Job, address: str, line: str) -> None:
-    assert line in refused(replace(job, destination=address))
+    assert line in refused(change(job, out=address))
 
 
-def test_options_that_a_store_has_no_place_for_are_refused(job: Job, store: Proxy) -> None:
+def test_options_of_local_files_are_refused(job: Job, store: Proxy) -> None:
     assert "--retry-failed is for an output that is a local file" in refused(
-        replace(to_file(job, "x.parquet"), retry_failed=True)
+        change(to_file(job, "x.parquet"), retry_failed=True)
     )
     store.put("p.jsonl", b'{"prompt": "a"}\n')
-    assert "this is the input" in refused(replace(to_file(job, "p.jsonl"), input="s3://out/p.jsonl"))
+    assert "this is the input" in refused(change(to_file(job, "p.jsonl"), files="s3://out/p.jsonl"))
     assert not store.puts("x.parquet")
 
 
@@ -482,10 +494,16 @@ def test_options_that_a_store_has_no_place_for_are_refused(job: Job, store: Prox
         (["generate", "p.jsonl", "-o", "s3://out/x.parquet", "--report"], 2, "--report: a report is about one output"),
     ],
 )
-def test_commands_for_local_files_say_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, line: str
+def test_commands_for_local_files_refuse_an_address(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    arguments: list[str],
+    code: int,
+    line: str,
 ) -> None:
-    monkeypatch.setattr(cli, "_heed_signals", lambda: None)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(cli, "_handle_signals", lambda: None)
     monkeypatch.setattr(cli, "log_for_people", lambda: None)
     monkeypatch.setattr(sys, "argv", ["batchgen", *arguments])
     with pytest.raises(SystemExit) as end:
@@ -494,11 +512,9 @@ def test_commands_for_local_files_say_so(
     assert capsys.readouterr().err.startswith(f"batchgen: {line}")
 
 
-def test_without_obstore_the_line_says_how_to_have_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_obstore_the_line_says_how_to_install_it(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    assert refused(job).endswith(
-        "needs obstore, which is not installed; install it with: pip install 'batchgen[store]'"
-    )
+    assert refused(job).endswith("needs obstore, which is not installed; install it with: pip install obstore")
 
 
 # ---- addresses
@@ -510,11 +526,10 @@ def test_keys_in_an_address_are_used_and_not_shown(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
     options = f"region=eu-central-1&scheme=http&endpoint_override={store.url.removeprefix('http://')}"
-    status = tmp_path / "status.json"
-    keyed = replace(job, destination=f"s3://me:hi%2Fdden@out/april/?{options}", status=status)
+    keyed = change(job, out=f"s3://me:hi%2Fdden@out/april/?{options}", status=True)
     assert run_job(keyed).output == "s3://out/april/"
-    assert "dden" not in status.read_text()
-    assert "me:" not in refused(replace(keyed, destination=f"s3://me:hidden@nowhere/x.parquet?{options}"))
+    assert "dden" not in (tmp_path / "april.status.json").read_text()
+    assert "me:" not in refused(change(keyed, out=f"s3://me:hidden@nowhere/x.parquet?{options}"))
 
 
 @pytest.mark.parametrize(

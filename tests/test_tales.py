@@ -1,4 +1,4 @@
-"""data/models/tales, the embedded model: whole, small, and it has learned."""
+"""data/models/tales, the embedded model: complete, small, and trained."""
 
 import csv
 import re
@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from batchgen.gpt2.forward import gpt2
-from batchgen.models.registry import DEFAULT_MODEL, find_model
+from batchgen.job import DEFAULT_MODEL
+from batchgen.models.registry import find_model
 from batchgen.models.shards import load_manifest, load_params, verify_shards
 from batchgen.text.tokenizer import Tokenizer
 
 TALES = Path(__file__).parents[1] / "data" / "models" / "tales"
 
-# written for this test, so that no training text can hold it
+# written for this test, so no training text holds it
 STORY = (
     "Once upon a time there was a poor woodcutter who lived with his daughter at the edge of a great forest. "
     '"Father," said the girl one evening, "I will go out into the world and seek my fortune." So she took a loaf '
@@ -23,10 +24,10 @@ STORY = (
 
 
 def test_the_default_model_is_the_embedded_one():
-    assert find_model(DEFAULT_MODEL) == TALES
+    assert find_model(DEFAULT_MODEL).samefile(TALES)
 
 
-def test_the_embedded_model_is_whole_and_small():
+def test_the_embedded_model_is_undamaged_and_small():
     verify_shards(TALES)
     assert sum(path.stat().st_size for path in TALES.iterdir()) < 12_000_000
 
@@ -38,8 +39,8 @@ def test_the_vocabulary_fits_the_model():
     assert tokenizer.decode(tokenizer.encode(STORY)) == STORY
 
 
-def test_the_embedded_model_has_learned():
-    """A tale it has never seen costs it far less than the ln(2560) = 7.8 nats a token of knowing nothing."""
+def test_the_embedded_model_predicts_an_unseen_tale():
+    """An unseen tale costs far less than the ln(2560) = 7.8 nats per token of a uniform guess."""
     tokenizer, config = Tokenizer.load(TALES), load_manifest(TALES).config
     ids = [tokenizer.eos_id, *tokenizer.encode(STORY)]
     logits = gpt2(ids[:-1], **load_params(TALES), n_head=config.n_head).astype(np.float64)
@@ -48,7 +49,7 @@ def test_the_embedded_model_has_learned():
     assert loss < 3.5
 
 
-def test_the_readme_states_the_loss_that_was_measured():
+def test_the_readme_states_the_measured_loss():
     with open(TALES / "loss.csv", encoding="utf-8") as file:
         last = list(csv.DictReader(file))[-1]
     stated = re.search(r"held-out text \| ([0-9.]+) nats", (TALES / "README.md").read_text(encoding="utf-8"))

@@ -1,3 +1,5 @@
+"""text/tokenizer.py against a plain reference and tiktoken, and its errors for damaged vocabulary files."""
+
 import json
 import pickle
 import random
@@ -19,7 +21,7 @@ from tests.support.vocabulary import gpt2_vocabulary_dir, tiktoken_gpt2
 if TYPE_CHECKING:
     import tiktoken
 
-# The oracle: the algorithm of GPT-2's encoder as it is told, with no thought of speed and nothing of batchgen's.
+# The reference: the algorithm of GPT-2's encoder, written plainly and without batchgen's code.
 
 SPLIT = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
@@ -29,8 +31,8 @@ LETTERS = {byte: chr(byte) for byte in VISIBLE} | {byte: chr(256 + i) for i, byt
 Rank = dict[tuple[str, str], int]
 
 
-def merge_as_told(symbols: list[str], rank: Rank) -> list[str]:
-    """Find the earliest merge that applies anywhere, apply it wherever it does from left to right; begin again."""
+def reference_merge(symbols: list[str], rank: Rank) -> list[str]:
+    """Find the pair of lowest rank, merge all its occurrences from left to right, and repeat."""
     while candidates := [pair for pair in pairwise(symbols) if pair in rank]:
         left, right = min(candidates, key=lambda pair: rank[pair])
         done: list[str] = []
@@ -45,15 +47,15 @@ def merge_as_told(symbols: list[str], rank: Rank) -> list[str]:
     return symbols
 
 
-def ids_as_told(text: str, encoder: dict[str, int], rank: Rank) -> list[int]:
+def reference_ids(text: str, encoder: dict[str, int], rank: Rank) -> list[int]:
     ids: list[int] = []
     for piece in SPLIT.findall(text):
-        ids += [encoder[token] for token in merge_as_told([LETTERS[byte] for byte in piece.encode()], rank)]
+        ids += [encoder[token] for token in reference_merge([LETTERS[byte] for byte in piece.encode()], rank)]
     return ids
 
 
-# Texts of all kinds. Characters newer than this Python's Unicode tables are in ANYTHING only: whether they are
-# letters depends on the tables of `regex` or of tiktoken.
+# Texts of all kinds. Only ANYTHING has characters newer than this Python's Unicode tables: `regex` and tiktoken
+# may disagree whether they are letters.
 
 ANYTHING = st.characters(exclude_categories=["Cs"])
 ASSIGNED = st.characters(exclude_categories=["Cs", "Cn"])
@@ -109,15 +111,15 @@ def tiktoken_encoding(gpt2_dir: Path) -> "tiktoken.Encoding":
     return tiktoken_gpt2(gpt2_dir)
 
 
-# The law: the same ids as the original, for every string and every vocabulary.
+# The law: the same ids as OpenAI's encoder for every string and every vocabulary.
 
 
 @settings(max_examples=1000, deadline=None)
 @given(text=texts(ANYTHING))
-def test_ids_equal_the_original_for_every_string(
+def test_ids_equal_the_reference_for_every_string(
     gpt2: Tokenizer, gpt2_files: tuple[dict[str, int], Rank], text: str
 ) -> None:
-    assert gpt2.encode(text) == ids_as_told(text, *gpt2_files)
+    assert gpt2.encode(text) == reference_ids(text, *gpt2_files)
 
 
 @settings(max_examples=1000, deadline=None)
@@ -149,8 +151,8 @@ def test_known_texts_have_their_known_ids(gpt2: Tokenizer, text: str, ids: list[
     assert gpt2.encode(text) == ids
 
 
-# All strings of up to 4 of "ab" are tokens, and any pairs of them merge in any order, such as ("ab", "a") before
-# ("a", "b"), which no training makes: there a merge must be done everywhere before the next is looked for.
+# All strings of up to 4 letters of "ab" are tokens, and their pairs merge in any order. Training makes no order such as
+# ("ab", "a") before ("a", "b"): with it, all occurrences of a pair must merge before the next pair is chosen.
 AB_TOKENS = ["a", "b"]
 for _ in range(3):
     AB_TOKENS += [token + letter for token in AB_TOKENS for letter in "ab" if token + letter not in AB_TOKENS]
@@ -161,11 +163,13 @@ AB_PAIRS = [(left, right) for left in AB_TOKENS for right in AB_TOKENS if left +
 
 @settings(max_examples=500, deadline=None)
 @given(merges=st.permutations(AB_PAIRS), n_merges=st.integers(0, len(AB_PAIRS)), text=st.text("ab", max_size=80))
-def test_merges_are_the_original_for_every_vocabulary(merges: list[tuple[str, str]], n_merges: int, text: str) -> None:
+def test_merges_equal_the_reference_for_every_vocabulary(
+    merges: list[tuple[str, str]], n_merges: int, text: str
+) -> None:
     merges = merges[:n_merges]
     merged = [(AB_ENCODER[left], AB_ENCODER[right], AB_ENCODER[left + right]) for left, right in merges]
     ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merged)}
-    expected = [AB_ENCODER[token] for token in merge_as_told(list(text), {pair: i for i, pair in enumerate(merges)})]
+    expected = [AB_ENCODER[token] for token in reference_merge(list(text), {pair: i for i, pair in enumerate(merges)})]
     assert merge_short([AB_ENCODER[letter] for letter in text], ranks, merged) == expected
     assert merge_long([AB_ENCODER[letter] for letter in text], ranks, merged) == expected
     assert Tokenizer(AB_ENCODER, merges, AB_BYTES).encode(text) == expected
@@ -183,13 +187,13 @@ def test_a_text_splits_into_the_pieces_of_its_runs(text: str) -> None:
     assert [piece for run in RUNS.findall(text) for piece in PIECES.findall(run)] == SPLIT.findall(text)
 
 
-def test_runs_and_pieces_know_the_same_spaces() -> None:
+def test_runs_and_pieces_have_the_same_spaces() -> None:
     characters = [chr(code) for code in range(0x110000)]
     spaces = [character for character in characters if RUNS.findall(f"a{character}") != [f"a{character}"]]
     assert spaces == regex.findall(r"\s", "".join(characters))
 
 
-# Long pieces: the work grows with the length, not with its square.
+# Long pieces: the work grows with n log n, not with the square of the length n.
 
 
 class CountedRanks(dict[tuple[int, int], int]):
@@ -203,7 +207,7 @@ class CountedRanks(dict[tuple[int, int], int]):
 @pytest.mark.parametrize(
     "letters", ["a", "ab", "aab", "abcdefghijklmnopqrstuvwxyz", "0123456789", "!", "\u0301", "漢字"]
 )
-def test_merging_looks_up_three_pairs_for_a_symbol_at_most(gpt2: Tokenizer, letters: str) -> None:
+def test_merge_long_looks_up_at_most_three_pairs_for_each_symbol(gpt2: Tokenizer, letters: str) -> None:
     ranks = CountedRanks(gpt2._ranks)
     text = "".join(random.Random(0).choices(letters, k=20_000))
     symbols = [gpt2._byte_ids[byte] for byte in text.encode()]
@@ -229,7 +233,7 @@ def test_merging_looks_up_three_pairs_for_a_symbol_at_most(gpt2: Tokenizer, lett
     ],
     ids=lambda text: ascii(text[:4]),
 )
-def test_a_huge_piece_comes_back_whole(gpt2: Tokenizer, text: str) -> None:
+def test_a_huge_piece_decodes_to_itself(gpt2: Tokenizer, text: str) -> None:
     assert gpt2.decode(gpt2.encode(text)) == text
 
 
@@ -245,11 +249,11 @@ def test_the_cache_is_bounded_and_changes_no_ids(monkeypatch: pytest.MonkeyPatch
         assert max(map(len, cache)) <= 12
 
 
-# Halves of surrogate pairs are not text.
+# Halves of surrogate pairs.
 
 
 @pytest.mark.parametrize(("text", "place"), [("\ud800", "character 0 "), ("abc é\udfffx", "character 5 ")])
-def test_half_a_surrogate_pair_is_refused_by_place_and_code_point(gpt2: Tokenizer, text: str, place: str) -> None:
+def test_half_a_surrogate_pair_is_refused_with_place_and_code_point(gpt2: Tokenizer, text: str, place: str) -> None:
     with pytest.raises(InputError, match=rf"{place}.*U\+(D800|DFFF)"):
         gpt2.encode(text)
 
@@ -259,7 +263,7 @@ def test_half_a_surrogate_pair_is_refused_by_place_and_code_point(gpt2: Tokenize
 
 @settings(max_examples=300, deadline=None)
 @given(text=texts(ANYTHING))
-def test_decode_gives_back_every_text(gpt2: Tokenizer, text: str) -> None:
+def test_decode_inverts_encode_for_every_text(gpt2: Tokenizer, text: str) -> None:
     assert gpt2.decode(gpt2.encode(text)) == text
     assert gpt2.decode_bytes(gpt2.encode(text)) == text.encode()
 
@@ -281,7 +285,7 @@ def test_decode_equals_tiktokens(gpt2: Tokenizer, tiktoken_encoding: "tiktoken.E
     assert gpt2.decode(ids) == tiktoken_encoding.decode(ids)
 
 
-def test_every_token_decodes_by_its_letters(gpt2: Tokenizer) -> None:
+def test_every_token_decodes_to_the_bytes_of_its_letters(gpt2: Tokenizer) -> None:
     byte_of = {letter: byte for byte, letter in LETTERS.items()}
     for token, token_id in gpt2.encoder.items():
         assert gpt2.decode_bytes([token_id]) == bytes(byte_of[letter] for letter in token)
@@ -293,12 +297,12 @@ def test_an_id_outside_the_vocabulary_becomes_the_replacement_character(gpt2: To
     assert gpt2.decode([15496, token_id, 995]) == "Hello\ufffd world"
 
 
-def test_the_end_of_text_has_an_id_that_no_text_encodes_to(gpt2: Tokenizer) -> None:
+def test_end_of_text_has_an_id_but_its_text_encodes_otherwise(gpt2: Tokenizer) -> None:
     assert (gpt2.n_vocab, gpt2.eos_id) == (50257, 50256)
     assert gpt2.decode([50256]) == "<|endoftext|>"
 
 
-def test_no_token_has_more_bytes_than_the_longest(gpt2: Tokenizer) -> None:
+def test_longest_token_bytes_is_the_most_bytes_of_a_token(gpt2: Tokenizer) -> None:
     lengths = [len(gpt2.decode_bytes([token_id])) for token_id in range(gpt2.n_vocab)]
     assert max(lengths) == gpt2.longest_token_bytes == 128
 
@@ -314,7 +318,7 @@ def test_streamed_texts_add_up_to_decode(gpt2: Tokenizer, batches: list[list[int
     assert "".join(texts) + stream.flush() == gpt2.decode([token_id for ids in batches for token_id in ids])
 
 
-def test_a_stream_gives_a_character_with_its_last_byte(gpt2: Tokenizer) -> None:
+def test_a_stream_returns_a_character_with_its_last_byte(gpt2: Tokenizer) -> None:
     ids = gpt2.encode("a漢b")
     assert len(ids) > 3  # the character is spread over several ids
     stream = StreamDecoder(gpt2)
@@ -322,14 +326,14 @@ def test_a_stream_gives_a_character_with_its_last_byte(gpt2: Tokenizer) -> None:
     assert stream.flush() == ""
 
 
-def test_a_flushed_stream_is_as_new(gpt2: Tokenizer) -> None:
+def test_a_flushed_stream_can_start_again(gpt2: Tokenizer) -> None:
     stream = StreamDecoder(gpt2)
     assert stream.push(gpt2.encode("漢")[:1]) == ""
     assert stream.flush() == "\ufffd"
     assert stream.push(gpt2.encode("漢")) + stream.flush() == "漢"
 
 
-# Vocabulary files: what is read, and what is refused.
+# Vocabulary files: accepted and refused ones.
 
 TINY = {"a": 0, "b": 1, "c": 2, "Ġ": 3, "ab": 4, "abc": 5, "Ġa": 6, "<|endoftext|>": 7}
 TINY_MERGES = ["a b", "ab c", "Ġ a"]
@@ -353,7 +357,7 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def test_a_tiny_vocabulary_merges_in_its_order(write: Write) -> None:
+def test_a_tiny_vocabulary_merges_in_the_order_of_its_file(write: Write) -> None:
     tokenizer = Tokenizer.load(write())
     assert tokenizer.encode("abcab abc a") == [5, 4, 3, 5, 6]
     assert tokenizer.decode([5, 4, 3, 5, 6, 7]) == "abcab abc a<|endoftext|>"
@@ -365,7 +369,7 @@ def test_a_tiny_vocabulary_merges_in_its_order(write: Write) -> None:
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("final", [[], [""]])
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
-def test_all_forms_of_the_files_make_the_same_tokenizer(
+def test_all_forms_of_the_files_give_the_same_tokenizer(
     write: Write, names: tuple[str, str], version: list[str], newline: str, final: list[str], bom: str
 ) -> None:
     keys_reversed = newline.join(json.dumps(dict(reversed(TINY.items())), indent=1, ensure_ascii=False).split("\n"))
@@ -375,12 +379,12 @@ def test_all_forms_of_the_files_make_the_same_tokenizer(
     assert tokenizer.encoder == TINY
 
 
-def test_get_encoder_reads_the_model_of_that_name(write: Write) -> None:
+def test_get_encoder_loads_the_model_of_that_name(write: Write) -> None:
     directory = write()
     assert get_encoder(directory.name, str(directory.parent)).encode("abc") == [5]
 
 
-def test_a_loaded_tokenizer_can_be_sent_to_a_worker(write: Write) -> None:
+def test_a_loaded_tokenizer_pickles(write: Write) -> None:
     tokenizer = Tokenizer.load(write())
     tokenizer.encode("abc")
     assert pickle.loads(pickle.dumps(tokenizer)).encode("abcab abc a") == [5, 4, 3, 5, 6]
@@ -391,7 +395,7 @@ def test_a_vocabulary_may_have_no_merges(write: Write, merges: str) -> None:
     assert Tokenizer.load(write(merges=merges)).encode("ab") == [0, 1]
 
 
-def test_a_byte_that_the_vocabulary_lacks_is_refused_by_name(write: Write) -> None:
+def test_a_byte_that_the_vocabulary_lacks_is_named_in_the_error(write: Write) -> None:
     with pytest.raises(InputError, match=r"byte 0x78 of ' x'"):
         Tokenizer.load(write()).encode("ab abc x")
 
@@ -419,14 +423,14 @@ def _with(**changes: Any) -> dict[str, Any]:
         ("[1, 2]", r"\[1, 2\] is not a JSON object"),
         ("null", "None is not a JSON object"),
         ("{}", "not a JSON object"),
-        ('{"a": 0, "a": 1}', "'a' stands twice"),
+        ('{"a": 0, "a": 1}', "the key 'a' appears twice"),
         ('{"a": ' + "9" * 5000 + "}", "not a JSON object"),
         (_with(z="8"), "the id of 'z' is '8', not an integer"),
         (_with(z=8.0), "the id of 'z' is 8.0, not an integer"),
         (_with(z=True), "the id of 'z' is True, not an integer"),
         (_with(z=None), "the id of 'z' is None, not an integer"),
         (_with(z=[[[[[[[[[8]]]]]]]]]), "the id of 'z' is .*, not an integer"),
-        ('{"a": NaN}', "the id of 'a' is nan, not an integer"),
+        ('{"a": NaN}', "not a JSON object.*NaN is not JSON"),
         (_with(z=7), "0 to 8, each once; 8 is missing"),
         (_with(z=9), "0 to 8, each once; 8 is missing"),
         (_with(z=-1), "0 to 8, each once; 8 is missing"),
@@ -439,7 +443,7 @@ def _with(**changes: Any) -> dict[str, Any]:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_hostile_vocabulary_is_refused_with_its_place(write: Write, encoder: Any, says: str) -> None:
+def test_a_damaged_vocabulary_is_refused_with_its_place(write: Write, encoder: Any, says: str) -> None:
     with pytest.raises(ModelError, match=rf"encoder\.json: .*{says}"):
         Tokenizer.load(write(encoder, merges=""))
 
@@ -459,10 +463,10 @@ def test_a_hostile_vocabulary_is_refused_with_its_place(write: Write, encoder: A
         ("z b\n", ":1: 'z' is not in the vocabulary"),
         ("a z\n", ":1: 'z' is not in the vocabulary"),
         ("a c\n", ":1: 'ac' is not in the vocabulary"),
-        ("a b\nab c\na b\n", ":3: 'a b' stands in line 1 too"),
+        ("a b\nab c\na b\n", ":3: 'a b' is also in line 1"),
     ],
 )
-def test_hostile_merges_are_refused_with_their_line(write: Write, merges: str | bytes, says: str) -> None:
+def test_damaged_merges_are_refused_with_their_line(write: Write, merges: str | bytes, says: str) -> None:
     with pytest.raises(ModelError, match=rf"vocab\.bpe{says}"):
         Tokenizer.load(write(merges=merges))
 
@@ -473,7 +477,7 @@ def test_merges_of_another_alphabet_are_refused(write: Write) -> None:
 
 
 @pytest.mark.parametrize("present", [[], ["encoder.json"], ["merges.txt"], ["encoder.json", "merges.txt"]])
-def test_missing_files_are_named_in_both_spellings(tmp_path: Path, present: list[str]) -> None:
+def test_missing_files_are_named_with_both_names(tmp_path: Path, present: list[str]) -> None:
     for name in present:
         (tmp_path / name).write_text("{}")
     with pytest.raises(ModelError, match=r"encoder\.json and vocab\.bpe, nor vocab\.json and merges\.txt"):

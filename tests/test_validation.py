@@ -1,4 +1,4 @@
-"""The length law: prompt_tokens + max_tokens <= n_ctx, whatever the policy; and the words of every rejection."""
+"""validation.py: prompt_tokens + max_tokens <= n_ctx for every policy, and a remedy for every rejection."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.errors import InputError
-from batchgen.input.validation import OnTooLong, validate
+from batchgen.input.validation import make_check
+from batchgen.job import EmptyPrompt, OnTooLong, Policy
 from batchgen.types import Rejected, Request, SamplingParams, TokenizedRequest
 
 N_CTX = 1024
 
 
 class Letters:
-    """One token a character, its code point; counts how often it was asked."""
+    """One token for each character, its code point; counts the calls of encode."""
 
     eos_id: int | None = 50256
     n_vocab = 50257
@@ -32,6 +33,17 @@ class Letters:
         return "".join(map(chr, ids))
 
 
+def validate(
+    request: Request | Rejected,
+    tokenizer: Letters,
+    n_ctx: int,
+    on_too_long: OnTooLong = "reject",
+    empty_prompt: EmptyPrompt = "reject",
+    trim: bool = False,
+) -> TokenizedRequest | Rejected:
+    return make_check(tokenizer, n_ctx, Policy(on_too_long, empty_prompt, trim))(request)
+
+
 def request(prompt: str, max_tokens: int = 40, min_tokens: int = 0) -> Request:
     return Request(16, "prompts.jsonl:17", "a", prompt, SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens))
 
@@ -46,7 +58,7 @@ def rejected(outcome: TokenizedRequest | Rejected) -> Rejected:
     return outcome
 
 
-def test_a_short_prompt_passes_with_all_it_had() -> None:
+def test_a_short_prompt_passes_unchanged() -> None:
     got = accepted(validate(request("fox"), Letters(), N_CTX))
     assert got == TokenizedRequest(16, "prompts.jsonl:17", "a", "fox", (102, 111, 120), SamplingParams())
 
@@ -68,7 +80,7 @@ def test_one_token_too_many_is_rejected_with_place_values_limit_and_remedy() -> 
 
 
 @pytest.mark.parametrize("length", [1024, 1500])
-def test_where_no_max_tokens_helps_none_is_named(length: int) -> None:
+def test_if_no_max_tokens_helps_none_is_named(length: int) -> None:
     got = rejected(validate(request("x" * length), Letters(), N_CTX))
     assert got.error == (
         f"prompts.jsonl:17: {length} prompt tokens + 40 max_tokens exceed n_ctx 1024; pass --on-too-long truncate-left"
@@ -85,9 +97,7 @@ def test_where_no_max_tokens_helps_none_is_named(length: int) -> None:
         (1024, "truncate-left", "lower max_tokens below 1024"),
     ],
 )
-def test_max_tokens_of_the_whole_context_names_what_would_help(
-    length: int, on_too_long: OnTooLong, remedy: str
-) -> None:
+def test_max_tokens_of_the_whole_context_has_its_own_remedy(length: int, on_too_long: OnTooLong, remedy: str) -> None:
     got = rejected(validate(request("x" * length, max_tokens=1024), Letters(), N_CTX, on_too_long))
     assert got.error.endswith(f"+ 1024 max_tokens exceed n_ctx 1024; {remedy}")
 
@@ -215,7 +225,7 @@ def test_a_parameter_with_a_token_outside_the_vocabulary_rejects_the_row(name: s
     accepted(validate(several("a", **{name: inside}), Letters(), N_CTX))
 
 
-def test_trim_takes_spaces_off_the_end_alone() -> None:
+def test_trim_removes_spaces_from_the_end_only() -> None:
     got = accepted(validate(several(" a b\n  ", (32,), "c "), Letters(), N_CTX, trim=True))
     assert [text for text, _ in got.prompts] == [" a b\n", " ", "c"]
     assert accepted(validate(several("a "), Letters(), N_CTX)).prompt == "a "

@@ -9,13 +9,15 @@ from typer.testing import CliRunner
 
 from batchgen import planning as planner
 from batchgen.errors import BatchgenError, ModelError
+from batchgen.files import sha256_of
 from batchgen.gpt2.forward import gpt2
 from batchgen.gpt2.pico import generate
 from batchgen.jobs.cli import app
 from batchgen.models import verify
+from batchgen.models.model import Model
 from batchgen.models.openai import CONFIGS, KNOWN_COMPLETIONS, KNOWN_LOGITS, Completion, Logits
 from batchgen.models.registry import list_models
-from batchgen.models.shards import file_sha256, load_manifest, load_params
+from batchgen.models.shards import load_manifest
 from batchgen.models.verify import openai_size, verify_model
 from batchgen.planning import check_memory
 from batchgen.text.tokenizer import Tokenizer
@@ -29,9 +31,10 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def published(model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make the tiny model OpenAI's: its shape, its vocabulary, its completions and logits are the known ones."""
-    params, manifest, tokenizer = load_params(model), load_manifest(model), Tokenizer.load(model)
+def published(model: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """Make the tiny model one of OpenAI's: its config, vocabulary, completions and logits are the known ones."""
+    opened = Model.load(model)
+    params, manifest, tokenizer = opened.load_params(), opened.manifest, opened.load_tokenizer()
     pico = {name: value for name, value in params.items() if name != "lm_head"}
     new = generate(list(b"abc"), pico, BYTES.n_head, 12)
     row = gpt2(list(b"xyz"), **params, n_head=BYTES.n_head)[-1]
@@ -43,39 +46,41 @@ def published(model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     logits = Logits("xyz", {first: float(row[first]), second: float(row[second])})
     monkeypatch.setattr(verify, "KNOWN_LOGITS", {"124M": (logits,)})
     assert tokenizer.encode("abc") == list(b"abc")
-    return model
+    return opened
 
 
-def test_a_right_model_is_found_right_line_by_line(published: Path) -> None:
+def test_an_intact_model_gives_a_line_for_each_check(published: Model) -> None:
     assert list(verify_model(published)) == [
         f"files: {len(BYTES.tensor_shapes()) + 1} shards and 2 vocabulary files have the length, header and sha256 "
-        "that the manifest says",
+        "of the manifest",
         "weights: all finite; lm_head is wte transposed",
         "vocabulary: 257 tokens, ids 0 to 256",
         "vocabulary: OpenAI's own, by sha256",
-        "completions: 2 published greedy ones, and the logits after 1 prompts, come out",
+        "completions: equal to 2 published ones; logits: equal after 1 prompts",
     ]
 
 
-def test_what_was_not_checked_is_said(model: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_check_is_reported(published: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "KNOWN_COMPLETIONS", {})
     monkeypatch.setattr(verify, "KNOWN_LOGITS", {})
-    assert list(verify_model(published))[-1].startswith("completions: none of 124M are published")
+    assert list(verify_model(published))[-1].startswith(
+        "completions: not checked, because batchgen knows no published ones of 124M"
+    )
     monkeypatch.setattr(verify, "CONFIGS", CONFIGS)
-    assert list(verify_model(published))[-1] == "completions: none are known of this model, so none were checked"
+    assert list(verify_model(published))[-1] == "completions: not checked, because none are known of this model"
 
 
-def test_another_model_under_openais_name_is_found_out(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_with_openais_name_is_refused(published: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     known = verify.KNOWN_COMPLETIONS["124M"][0]
     wrong = (known.completion[0], (int(known.completion[1]) + 1) % 256, *known.completion[2:])
     monkeypatch.setattr(verify, "KNOWN_COMPLETIONS", {"124M": (Completion("abc", wrong),)})  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="124M: token 1 after 'abc' should be .*is not the model that it says"):
+    with pytest.raises(ModelError, match="124M: token 1 after 'abc' is .*, not .*is not the model"):
         list(verify_model(published))
     monkeypatch.setattr(verify, "KNOWN_COMPLETIONS", {})
     right = verify.KNOWN_LOGITS["124M"][0].largest
     for largest in ({token: value + 0.1 for token, value in right.items()}, dict.fromkeys([0, 1], 0.0)):
         monkeypatch.setattr(verify, "KNOWN_LOGITS", {"124M": (Logits("xyz", largest),)})
-        with pytest.raises(ModelError, match="logits after 'xyz' should be"):
+        with pytest.raises(ModelError, match="logits after 'xyz' are"):
             list(verify_model(published))
     monkeypatch.setattr(verify, "known_file", lambda size, name: (None, "0" * 64))
     with pytest.raises(ModelError, match="encoder.json: is not OpenAI's"):
@@ -83,30 +88,30 @@ def test_another_model_under_openais_name_is_found_out(published: Path, monkeypa
 
 
 def _rewrite(model: Path, shard: str, change: Callable[[np.ndarray], object]) -> None:
-    """Change a shard and the manifest with it: what a stranger could send."""
+    """Change a shard and its hash in the manifest, as an attacker could."""
     array = np.load(model / shard)
     change(array)
     np.save(model / shard, array)
     manifest = json.loads((model / "manifest.json").read_text())
     for entry in manifest["tensors"].values():
         if entry["file"] == shard:
-            entry["sha256"] = file_sha256(model / shard)
+            entry["sha256"] = sha256_of(model / shard)
     (model / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_weights_that_no_conversion_writes_are_found(model: Path) -> None:
+def test_nan_in_a_shard_is_found(model: Path) -> None:
     _rewrite(model, "h1.mlp.c_fc.w.npy", lambda array: array.__setitem__((3, 4), np.nan))
     with pytest.raises(ModelError, match="tensor h1/mlp/c_fc/w holds nan or infinity"):
-        list(verify_model(model))
+        list(verify_model(Model.load(model)))
 
 
-def test_a_head_that_is_not_wtes_is_found(model: Path) -> None:
+def test_a_tied_head_that_is_not_wte_is_found(model: Path) -> None:
     _rewrite(model, "lm_head.npy", lambda array: array.__setitem__((3, 4), 9))
     with pytest.raises(ModelError, match="lm_head is not wte transposed"):
-        list(verify_model(model))
+        list(verify_model(Model.load(model)))
 
 
-def test_a_flipped_bit_is_named(model: Path) -> None:
+def test_the_file_of_a_flipped_bit_is_named(model: Path) -> None:
     data = bytearray((model / "wpe.npy").read_bytes())
     data[-3] ^= 1
     (model / "wpe.npy").write_bytes(data)
@@ -115,7 +120,7 @@ def test_a_flipped_bit_is_named(model: Path) -> None:
     assert "ok" not in result.output
 
 
-def test_verifying_is_remembered_for_these_very_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verification_is_recorded_for_exactly_these_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCHGEN_MODELS", str(tmp_path))
     model = write_byte_model(tmp_path / "mine")
     assert _verified("mine") is None
@@ -134,7 +139,7 @@ def _verified(name: str) -> str | None:
     return next(info.verified for info in list_models() if info.name == name)
 
 
-def test_only_a_model_of_openais_name_and_shape_is_taken_for_one(model: Path) -> None:
+def test_a_model_claims_to_be_openais_by_name_and_config(model: Path) -> None:
     manifest = load_manifest(model)
     assert openai_size(manifest) is None  # its name, but not its shape
     right = replace(manifest, config=CONFIGS["355M"])
@@ -143,7 +148,7 @@ def test_only_a_model_of_openais_name_and_shape_is_taken_for_one(model: Path) ->
     assert openai_size(replace(right, name="x", source={"model": "OpenAI's 355M"})) == "355M"
 
 
-def test_the_known_texts_are_the_ids_that_gpt2s_vocabulary_gives() -> None:
+def test_known_texts_encode_to_the_published_ids() -> None:
     tokenizer = Tokenizer.load(gpt2_vocabulary_dir())
     assert tokenizer.encode(KNOWN_LOGITS["124M"][0].prompt) == [6601, 32704, 795, 30132, 2985, 284]
     turing = KNOWN_COMPLETIONS["124M"][0]
@@ -155,7 +160,7 @@ def test_the_known_texts_are_the_ids_that_gpt2s_vocabulary_gives() -> None:
             assert together == tokenizer.encode(known.prompt) + tokenizer.encode(known.completion)
 
 
-def test_a_model_that_memory_cannot_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_larger_than_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["1558M"]
     monkeypatch.setattr(planner, "available_memory", lambda: 4 * 10**9)
     with pytest.raises(BatchgenError, match=r"1558M needs 7.\d GB of memory \(6.6 of weights, .* and 4.0 GB are free"):

@@ -12,13 +12,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from batchgen.engine.engine import LARGEST_BATCH
 from batchgen.gpt2.config import GPT2Config
 from batchgen.output.ledger import work_directory
+from batchgen.output.schema import Columns
 from batchgen.planning import default_kv_bytes
 from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
-from batchgen.workers import worker
-from batchgen.workers.worker import ChunkError, Marker, WorkerSetup, read_sightings, run_chunk
+from batchgen.workers import complete
+from batchgen.workers.marker import read_sightings
+from batchgen.workers.worker import ChunkError, WorkerSetup, run_chunk
 from tests.support.models import BYTES, write_byte_model
 
 pytestmark = pytest.mark.processes
@@ -42,8 +43,7 @@ def setup(model: Path, **changes) -> WorkerSetup:
     values = {"model": str(model), "model_hash": "", "kv_bytes": default_kv_bytes(BYTES), "max_batch": 8}
     values |= {
         "share_prefixes": True,
-        "token_ids": True,
-        "logprobs": False,
+        "columns": Columns(token_ids=True),
         "parent": os.getpid(),
         "params": SamplingParams(),
     }
@@ -96,7 +96,7 @@ def test_rows_in_are_rows_out_in_order(model, attempt):
 
 
 @pytest.mark.parametrize("items", [(rejected(0),), (request(0, max_tokens=1),), tuple(map(rejected, range(20)))])
-def test_a_chunk_of_one_kind_is_done_too(model, attempt, items):
+def test_a_chunk_with_only_one_kind_of_row_is_done(model, attempt, items):
     rows = part(run_chunk(setup(model), Chunk(0, items), attempt))
     assert [row["row"] for row in rows] == [item.row for item in items]
 
@@ -119,7 +119,7 @@ def test_a_chunk_done_again_is_the_same_part(model, attempt):
     assert run_chunk(setup(model, max_batch=16), Chunk(4, MIXED.items), attempt).sha256 != first.sha256  # its receipt
 
 
-def test_a_seed_is_given_exactly_where_something_was_drawn(model, attempt):
+def test_only_sampled_rows_have_a_seed(model, attempt):
     rows = part(run_chunk(setup(model), MIXED, attempt))
     assert {row["row"] for row in rows if row["seed"] is not None} == {98}
     assert len({row["seed"] for row in rows if row["row"] == 98}) == 3
@@ -129,45 +129,7 @@ def test_a_worker_is_sent_paths_and_numbers_and_no_weights():
     assert len(pickle.dumps(setup(Path("/models/tales")))) < 1000
 
 
-# ---- progress
-
-
-def test_a_marker_says_what_its_worker_is_on(tmp_path):
-    marker = Marker(tmp_path, 4)
-    marker.add(1, 20, 300)
-    marker.on([7, 8], [1, 2, 3])
-    [seen] = read_sightings(tmp_path)
-    assert (seen.pid, seen.chunk) == (os.getpid(), 4)
-    assert (seen.rows, seen.prompt_tokens, seen.completion_tokens) == (1, 20, 300)
-    assert (seen.suspects, seen.running, seen.in_flight) == ((7, 8), (1, 2, 3), (7, 8, 1, 2, 3))
-    marker.on([1])
-    assert read_sightings(tmp_path)[0].pulse > seen.pulse
-    assert read_sightings(tmp_path)[0].in_flight == (1,)
-    assert read_sightings(tmp_path)[0].working
-    marker.done()
-    [seen] = read_sightings(tmp_path)
-    assert (seen.working, seen.rows, seen.in_flight) == (False, 1, ())
-
-
-def test_a_next_chunk_counts_from_nothing_and_its_pulse_goes_on(tmp_path):
-    Marker(tmp_path, 4).add(1, 20, 300)
-    before = read_sightings(tmp_path)[0].pulse
-    Marker(tmp_path, 5)
-    [seen] = read_sightings(tmp_path)
-    assert (seen.chunk, seen.rows, seen.completion_tokens) == (5, 0, 0)
-    assert seen.pulse > before
-
-
-def test_a_marker_holds_as_many_rows_as_can_be_in_flight(tmp_path):
-    marker = Marker(tmp_path, 0)
-    marker.on(range(LARGEST_BATCH), range(LARGEST_BATCH, 3 * LARGEST_BATCH))
-    assert read_sightings(tmp_path)[0].in_flight == tuple(range(2 * LARGEST_BATCH))
-
-
-def test_a_marker_that_is_just_being_made_says_nothing(tmp_path):
-    (tmp_path / "worker-1").touch()
-    (tmp_path / "worker-2").write_bytes(bytes(16))
-    assert read_sightings(tmp_path) == []
+# ---- its marker
 
 
 def test_a_chunk_counts_its_input_rows_and_its_tokens(model, attempt):
@@ -177,8 +139,8 @@ def test_a_chunk_counts_its_input_rows_and_its_tokens(model, attempt):
     assert seen.completion_tokens == receipt.completion_tokens
 
 
-def test_what_a_chunk_raises_tells_what_was_in_flight(model, attempt, monkeypatch):
-    monkeypatch.setattr(worker, "completed_row", lambda *_: 1 / 0)
+def test_the_error_of_a_chunk_carries_the_rows_in_flight(model, attempt, monkeypatch):
+    monkeypatch.setattr(complete, "completed_row", lambda *_: 1 / 0)
     with pytest.raises(ChunkError, match="ZeroDivisionError") as error:
         run_chunk(setup(model), MIXED, attempt)
     assert error.value.sighting.chunk == 3
@@ -192,12 +154,12 @@ def test_what_a_chunk_raises_tells_what_was_in_flight(model, attempt, monkeypatc
 
 
 def processes_of(session: int) -> list[int]:
-    """The living processes of a session: those of a command that was started in one of its own, and their children."""
+    """The living processes of a session: a command started in its own session, and its children."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # it is over
+        except OSError:  # it has ended
             continue
         if int(its_session) == session and state != "Z":
             found.append(int(path.parent.name))
@@ -205,7 +167,7 @@ def processes_of(session: int) -> list[int]:
 
 
 def wait_for(condition, seconds: float) -> bool:
-    """Give up after that many seconds: many times what it takes."""
+    """Wait until the condition holds, at most so many seconds: many times what it takes."""
     until = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < until:
         time.sleep(0.02)
@@ -213,7 +175,7 @@ def wait_for(condition, seconds: float) -> bool:
 
 
 class Run:
-    """`batchgen generate` with two workers in a session of its own, to be disturbed."""
+    """`batchgen generate` with two workers in its own session, to be interrupted."""
 
     def __init__(self, model: Path, prompts: Path, out: Path) -> None:
         self.out = out
@@ -247,9 +209,9 @@ class Run:
         assert self.process.poll() is None, self.process.communicate()
 
     def finish(self) -> int:
-        """Wait for the end and return the exit code; what was said on standard error is in `said`.
+        """Wait for the end and return the exit code; the lines of standard error are in `said`.
 
-        loky's tracker may say there that it cleared away what a process that left at once had no time for.
+        Without those of loky's tracker, which reports what a process did not clean up because it left at once.
         """
         _, err = self.process.communicate(timeout=120)
         self.said = [line for line in err.splitlines() if not re.search(r"resource_tracker|warnings\.warn", line)]
@@ -267,13 +229,7 @@ def disturbed(tmp_path_factory) -> tuple[Path, Path, bytes]:
     return model, prompts, (folder / "out.parquet").read_bytes()
 
 
-def test_only_markers_are_sightings(attempt):
-    Path(attempt, "worker-3.example-17-ab").mkdir()  # another's
-    Path(attempt, "worker-17").write_bytes(b"")  # just being made
-    assert read_sightings(Path(attempt)) == []
-
-
-def test_a_worker_is_not_retired_for_what_it_maps():
+def test_loky_does_not_restart_a_worker_that_maps_much_memory():
     code = (
         "import os; from joblib.externals.loky import process_executor as loky; import batchgen.workers.worker;"
         "loky._USE_PSUTIL = True; batchgen.workers.worker.become_worker(os.getppid()); print(loky._USE_PSUTIL)"
@@ -303,13 +259,13 @@ def test_workers_die_with_a_killed_parent_and_the_next_run_finishes(disturbed, t
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-def test_a_stopped_run_says_one_line_leaves_no_worker_and_can_be_gone_on_with(disturbed, tmp_path, number, code, word):
+def test_a_stopped_run_prints_one_line_leaves_no_worker_and_can_be_resumed(disturbed, tmp_path, number, code, word):
     model, prompts, expected = disturbed
     run = Run(model, prompts, tmp_path / "out.parquet")
     run.wait_for_parts(2)
     (os.killpg if number == signal.SIGINT else os.kill)(run.process.pid, number)  # Ctrl-C goes to all of them
     assert run.finish() == code
-    assert run.said == [f"batchgen: {word}; run the same command again to go on"]
+    assert run.said == [f"batchgen: {word}; run the same command again to resume"]
     assert wait_for(lambda: processes_of(run.process.pid) == [], 15)
     assert sorted(os.listdir(work_directory(run.out))) == ["lock", "parts", "plan.json"]
     assert Run(model, prompts, run.out).finish() == 0
@@ -317,11 +273,11 @@ def test_a_stopped_run_says_one_line_leaves_no_worker_and_can_be_gone_on_with(di
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
-def test_ctrl_c_while_workers_start_is_one_line_too(disturbed, tmp_path):
+def test_ctrl_c_while_workers_start_prints_one_line(disturbed, tmp_path):
     model, prompts, _ = disturbed
     run = Run(model, prompts, tmp_path / "out.parquet")
     workers = lambda: run.process.poll() is not None or len(processes_of(run.process.pid)) >= 4  # noqa: E731
     assert wait_for(workers, 60)
     os.killpg(run.process.pid, signal.SIGINT)
     assert run.finish() == 130
-    assert run.said == ["batchgen: interrupted; run the same command again to go on"]
+    assert run.said == ["batchgen: interrupted; run the same command again to resume"]

@@ -1,1 +1,1 @@
-"""Token ids in, token ids out: continuous batching over `gpt2`. Sees no text, no files, no processes."""
+"""Token ids in, token ids out: continuous batching over gpt2/, without text, files or processes."""

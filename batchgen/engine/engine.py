@@ -1,7 +1,8 @@
-"""The engine: schedule, forward, sample, step after step, until every prompt has its completions."""
+"""The engine: schedule, forward, sample, one step after another, until every prompt has its completions."""
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,40 +14,71 @@ from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.forward import Forward
 from batchgen.gpt2.kv_cache import KVArena
 from batchgen.gpt2.params import Params
+from batchgen.options import say
 from batchgen.types import FinishReason
 
-MAX_BATCH = 256  # sequences in flight; past it products gain nothing
+MAX_BATCH = 256  # sequences in flight by default; larger products are no faster
 LARGEST_BATCH = 4096
 MAX_ROWS = 1024  # rows of one pass
 MIB = 2**20
 
-# told before every step which rows have their prompts read to the end in it, and which go on
-OnStep = Callable[[list[int], list[int]], None]
+# Called before each step with the rows that finish prefill and the rows that decode.
+OnStep: TypeAlias = Callable[[list[int], list[int]], None]
 
-# asked after every token that a sequence has got; what it answers ends the sequence there
-ShouldStop = Callable[[Sequence], FinishReason | None]
+# Called after each new token of a sequence; a reason ends the sequence.
+ShouldStop: TypeAlias = Callable[[Sequence], FinishReason | None]
+
+# The completions that a step finishes, and the token that each of its sequences gets.
+Step: TypeAlias = tuple[list[Completion], list[tuple[Sequence, int]]]
 
 
 def kv_bytes_per_token(config: GPT2Config) -> int:
+    """Bytes of keys and values, float32, of one position in all layers."""
     return 2 * config.n_layer * config.n_embd * 4
 
 
 def check_limits(config: GPT2Config, kv_bytes: int, max_batch: int) -> None:
-    """Raise UsageError, saying what would do, where an engine cannot be built within these limits."""
+    """Raise UsageError, with a remedy, if no engine can work within these limits."""
     if not 1 <= max_batch <= LARGEST_BATCH:
         raise UsageError(
-            f"--batch-size {max_batch} is out of range (1 to {LARGEST_BATCH}); past {MAX_BATCH} nothing gains"
+            f"{say('batch_size', max_batch)} is out of range (1 to {LARGEST_BATCH}); "
+            f"more than {MAX_BATCH} sequences gain no speed"
         )
     needed = tokens_needed(config.n_ctx, 0) * kv_bytes_per_token(config)
     if kv_bytes < needed:
         raise UsageError(
             f"memory budget {kv_bytes / MIB:.0f} MiB is too small for one sequence of n_ctx {config.n_ctx}: "
-            f"its keys and values need {needed / MIB:.0f} MiB; raise --kv-memory to {-(-needed // MIB)}M"
+            f"its keys and values need {needed / MIB:.0f} MiB; "
+            f"raise {say('kv_bytes')} to {-(-needed // MIB)}M ({needed} bytes)"
         )
 
 
+def _check_prompts(prompts: Seq[Prompt], config: GPT2Config) -> None:
+    """Raise UsageError for a prompt that does not fit the model's arrays; callers validate prompts before."""
+    for prompt in prompts:
+        ids = np.asarray(prompt.token_ids)  # [n_prompt]
+        p = prompt.params
+        if not len(ids) or len(ids) + p.max_tokens > config.n_ctx:
+            raise UsageError(
+                f"row {prompt.row}: {len(ids)} prompt tokens + {p.max_tokens} max_tokens; "
+                f"there must be at least one prompt token, and at most n_ctx {config.n_ctx} in all"
+            )
+        bad = [token for word in prompt.bad_words for token in word]
+        named = [*p.stop_token_ids, *(token for token, _ in p.logit_bias), *bad]
+        for token in (int(ids.min()), int(ids.max()), *named):
+            if not 0 <= token < config.n_vocab:
+                raise UsageError(f"row {prompt.row}: token id {token} is outside the vocabulary of {config.n_vocab}")
+
+
+def _adjacency(sequence: Sequence) -> tuple[int, int]:
+    """Sort key: sequences that share a prefix become adjacent, the others are in order of length."""
+    assert sequence.segment is not None
+    has_shared_prefix = sequence.segment.parent is not None
+    return (sequence.order, 0) if has_shared_prefix else (-1, sequence.segment.end)
+
+
 class Engine:
-    """One model with its buffers and its cache, to be used for one list of prompts after another."""
+    """One model with its buffers and its cache, for any number of calls, one after another."""
 
     def __init__(
         self,
@@ -58,63 +90,23 @@ class Engine:
         max_batch: int = MAX_BATCH,
         share_prefixes: bool = True,
     ) -> None:
-        """kv_bytes bounds the keys and values in flight; raises UsageError where not even one sequence fits."""
-        self.config, self.eos_id, self.share_prefixes = config, eos_id, share_prefixes
-        self.max_batch = max_batch
+        """kv_bytes bounds the memory for keys and values. Raises UsageError if not even one sequence fits."""
         check_limits(config, kv_bytes, max_batch)
+        self.config, self.eos_id, self.max_batch, self.share_prefixes = config, eos_id, max_batch, share_prefixes
         largest = max_batch * tokens_needed(config.n_ctx, 0)
         self.arena = KVArena(config, min(kv_bytes // kv_bytes_per_token(config), largest))
         self.forward = Forward(params, config, max_rows=max(MAX_ROWS, max_batch), max_logits=max_batch)
 
-    def generate(
-        self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None
-    ) -> Iterator[Completion]:
-        """Complete the prompts; yields each sample as it ends, so not in the prompts' order."""
-        for finished, _ in self.steps(prompts, on_step, should_stop):
-            yield from finished
-
-    def steps(
-        self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None
-    ) -> Iterator[tuple[list[Completion], list[tuple[Sequence, int]]]]:
-        """One step of all running sequences after another: what it finished, and each sequence's new token.
-
-        should_stop must judge a sequence by its own tokens for completions not to depend on their company.
-        """
-        self._check(prompts)
-        scheduler = Scheduler(expand(prompts), self.arena, self.max_batch, self.share_prefixes)
-        try:
-            while scheduler.busy:
-                yield self._step(scheduler, on_step, should_stop)
-        finally:  # a caller that stops listening leaves no memory taken
-            self.arena.clear()
-
-    def _step(
-        self, scheduler: Scheduler, on_step: OnStep | None, should_stop: ShouldStop | None
-    ) -> tuple[list[Completion], list[tuple[Sequence, int]]]:
-        scheduler.admit()
-        running = scheduler.running
-        running.sort(key=_neighbours)
-        prefills, ready = scheduler.next_prefills(self.forward.max_rows - len(running))
-        if on_step:
-            starting = [sequence for leader, followers in ready for sequence in (leader, *followers)]
-            on_step([s.prompt.row for s in starting], [s.prompt.row for s in running])
-        last_ids = [sequence.token_ids[-1] for sequence in running]
-        segments = [sequence.segment for sequence in running if sequence.segment is not None]
-        logits = self.forward(last_ids, segments, prefills)
-        sampled = list(running)
-        source = list(range(len(running)))  # the row of logits of each
-        for row, (leader, followers) in enumerate(ready, start=len(running)):
-            scheduler.start(leader, followers)
-            sampled += [leader, *followers]
-            source += [row] * (1 + len(followers))
-        if len(source) > len(logits):
-            logits = logits[source]
-        tokens = sample(logits, sampled, self.eos_id)
-        return self._append(scheduler, sampled, tokens, should_stop), list(zip(sampled, tokens, strict=True))
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        p = sequence.params
+        if token in p.stop_token_ids or (token == self.eos_id and not p.ignore_eos):
+            return "stop"
+        return "length" if len(sequence.token_ids) + 1 >= p.max_tokens else None
 
     def _append(
         self, scheduler: Scheduler, sequences: list[Sequence], tokens: list[int], should_stop: ShouldStop | None
     ) -> list[Completion]:
+        """Append its token to each sequence, except a stop token; returns the completions of sequences that end."""
         finished: list[Completion] = []
         for sequence, token in zip(sequences, tokens, strict=True):
             reason = self._finish_reason(sequence, token)
@@ -129,32 +121,46 @@ class Engine:
                 finished += sequence.completions(reason)
         return finished
 
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        p = sequence.params
-        if token in p.stop_token_ids or (token == self.eos_id and not p.ignore_eos):
-            return "stop"
-        return "length" if len(sequence.token_ids) + 1 >= p.max_tokens else None
+    def _step(self, scheduler: Scheduler, on_step: OnStep | None, should_stop: ShouldStop | None) -> Step:
+        """Schedule, forward, sample, append."""
+        scheduler.admit()
+        running = scheduler.running
+        running.sort(key=_adjacency)
+        prefills, ready = scheduler.next_prefills(self.forward.max_rows - len(running))
+        if on_step:
+            on_step([s.prompt.row for same in ready for s in same], [s.prompt.row for s in running])
+        last_ids = [sequence.token_ids[-1] for sequence in running]
+        segments = [sequence.segment for sequence in running if sequence.segment is not None]
+        logits = self.forward(last_ids, segments, prefills)  # [n_running + n_ready, n_vocab]
+        sampled = list(running)
+        source = list(range(len(running)))  # the row of logits of each sequence; those of one prompt share a row
+        for row, same in enumerate(ready, start=len(running)):
+            scheduler.start(same)
+            sampled += same
+            source += [row] * len(same)
+        if len(source) > len(logits):
+            logits = logits[source]  # [n_sampled, n_vocab]
+        tokens = sample(logits, sampled, self.eos_id)
+        return self._append(scheduler, sampled, tokens, should_stop), list(zip(sampled, tokens, strict=True))
 
-    def _check(self, prompts: Seq[Prompt]) -> None:
-        """The caller has validated the prompts; this guards the arrays against a caller that has not."""
-        n_vocab, n_ctx = self.config.n_vocab, self.config.n_ctx
-        for prompt in prompts:
-            ids = np.asarray(prompt.token_ids)
-            p = prompt.params
-            if not len(ids) or len(ids) + p.max_tokens > n_ctx:
-                raise UsageError(
-                    f"row {prompt.row}: {len(ids)} prompt tokens + {p.max_tokens} max_tokens; "
-                    f"there must be at least one and at most n_ctx {n_ctx}"
-                )
-            bad = [token for word in prompt.bad_words for token in word]
-            named = [*p.stop_token_ids, *(token for token, _ in p.logit_bias), *bad]
-            for token in (int(ids.min()), int(ids.max()), *named):
-                if not 0 <= token < n_vocab:
-                    raise UsageError(f"row {prompt.row}: token id {token} is outside the vocabulary of {n_vocab}")
+    def steps(
+        self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None
+    ) -> Iterator[Step]:
+        """Complete the prompts; yields each step.
 
+        If should_stop depends on more than the sequence's own tokens, completions depend on their batch.
+        """
+        _check_prompts(prompts, self.config)
+        scheduler = Scheduler(expand(prompts), self.arena, self.max_batch, self.share_prefixes)
+        try:
+            while scheduler.is_busy:
+                yield self._step(scheduler, on_step, should_stop)
+        finally:  # also if the caller closes the iterator early
+            self.arena.clear()
 
-def _neighbours(sequence: Sequence) -> tuple[int, int]:
-    """Sort key that brings together sequences that share a prefix, then those of similar length."""
-    assert sequence.segment is not None
-    shares = sequence.segment.parent is not None
-    return (sequence.order, 0) if shares else (-1, sequence.segment.end)
+    def generate(
+        self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None
+    ) -> Iterator[Completion]:
+        """Complete the prompts; yields each sample when it ends, so not in the order of the prompts."""
+        for finished, _ in self.steps(prompts, on_step, should_stop):
+            yield from finished

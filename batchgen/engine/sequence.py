@@ -1,4 +1,4 @@
-"""What the engine is asked for (Prompt), what it is doing (Sequence) and what came of it (Completion)."""
+"""The records of the engine: its input (Prompt), its state (Sequence) and its output (Completion)."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -9,33 +9,29 @@ import numpy.typing as npt
 from batchgen.gpt2.kv_cache import Segment
 from batchgen.types import FinishReason, SamplingParams
 
-LOOP_PERIOD = 64
-LOOP_REPEATS = 3
-LOOP_TOKENS = 24
+LOOP_PERIOD = 64  # a loop is a block of up to this many tokens,
+LOOP_REPEATS = 3  # at least this many times in a row,
+LOOP_TOKENS = 24  # and at least this many tokens in all
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt; seeds has a seed for each of its params.n samples. `row` is the caller's key, handed back.
+    """One prompt. A row with several prompts numbers their samples consecutively."""
 
-    Prompts of one row count their samples on: those of this one are first_sample, first_sample + 1, ...
-    bad_words are token sequences of which none may be completed by a generated token.
-    """
-
-    row: int
+    row: int  # the caller's key, returned with each completion
     token_ids: tuple[int, ...]
     params: SamplingParams
-    seeds: tuple[int, ...]
-    first_sample: int = 0
-    bad_words: tuple[tuple[int, ...], ...] = ()
+    seeds: tuple[int, ...]  # one for each of the params.n samples
+    first_sample: int = 0  # the number of this prompt's first sample within the row
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that no generated token may complete
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sample of one prompt, without the token that ended it.
 
-    logprobs are of the tokens under the model itself (before penalties and temperature); top_logprobs the most
-    likely tokens at each position with theirs, best first.
+    logprobs are those of the model itself, before penalties and temperature. top_logprobs has the most likely tokens
+    at each position as (token id, log-probability), best first.
     """
 
     row: int
@@ -47,7 +43,7 @@ class Completion:
 
 
 def sample_seeds(seed: int, row: int, n: int, first: int = 0) -> tuple[int, ...]:
-    """The seeds of n samples of a row, from the first on: from (seed, row, sample) alone, 63 bits each."""
+    """The seeds of n samples of a row, 63 bits each; a seed depends on (seed, row, sample) alone."""
     return tuple(
         int(np.random.SeedSequence((seed, row, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         for sample in range(first, first + n)
@@ -55,24 +51,24 @@ def sample_seeds(seed: int, row: int, n: int, first: int = 0) -> tuple[int, ...]
 
 
 def uniforms(seed: int, n: int) -> npt.NDArray[np.float64]:
-    """The n random numbers in [0, 1) that draw a sample's tokens; the i-th depends on (seed, i) alone (Philox)."""
+    """[n] random numbers in [0, 1) that draw a sample's tokens; number i depends on (seed, i) alone (Philox)."""
     return np.random.Generator(np.random.Philox(key=seed)).random(n)
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sample being generated. Its keys and values end in `segment`, a path of segments back to position 0."""
+    """The state of one sample in generation."""
 
     prompt: Prompt
     sample: int
-    order: int  # neighbours in this order share prefixes
     seed: int
-    duplicates: list[tuple[int, int]] = field(default_factory=list)  # (row, sample) of the requests equal to this
-    segment: Segment | None = None
+    order: int = 0  # set by the scheduler; sequences that share a prefix are adjacent
+    duplicates: list[tuple[int, int]] = field(default_factory=list)  # (row, sample) of equal greedy requests
+    segment: Segment | None = None  # the last on the path of its keys and values
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    random: npt.NDArray[np.float64] | None = None  # made when the first is drawn: many sequences may be waiting
+    random: npt.NDArray[np.float64] | None = None  # [max_tokens], made for the first draw: many sequences may wait
 
     @property
     def params(self) -> SamplingParams:
@@ -84,8 +80,8 @@ class Sequence:
             self.random = uniforms(self.seed, self.params.max_tokens)
         return float(self.random[len(self.token_ids)])
 
-    def ends_in(self, tail: tuple[int, ...]) -> bool:
-        """Whether prompt and generated tokens together end in these."""
+    def ends_with(self, tail: tuple[int, ...]) -> bool:
+        """Whether prompt and generated tokens together end with these tokens."""
         n_prompt = max(len(tail) - len(self.token_ids), 0)
         generated = tail[n_prompt:]
         if generated and tuple(self.token_ids[-len(generated) :]) != generated:
@@ -93,25 +89,25 @@ class Sequence:
         return not n_prompt or self.prompt.token_ids[-n_prompt:] == tail[:n_prompt]
 
     def completions(self, finish_reason: FinishReason) -> list[Completion]:
-        """The finished sample, once for every request that it answers."""
-        wanted, n = self.params.logprobs is not None, len(self.token_ids)  # a stop token's log-probability goes with it
+        """The finished sample, for its own request and for each duplicate."""
+        has_logprobs, n = self.params.logprobs is not None, len(self.token_ids)  # [:n] leaves out that of a stop token
         return [
             Completion(
                 row,
                 sample,
                 tuple(self.token_ids),
                 finish_reason,
-                tuple(self.logprobs[:n]) if wanted else None,
-                tuple(self.top_logprobs[:n]) if wanted else None,
+                tuple(self.logprobs[:n]) if has_logprobs else None,
+                tuple(self.top_logprobs[:n]) if has_logprobs else None,
             )
             for row, sample in [(self.prompt.row, self.sample), *self.duplicates]
         ]
 
 
 def is_loop(token_ids: list[int]) -> bool:
-    """Whether the tokens end in a block of 1 to LOOP_PERIOD tokens, LOOP_REPEATS times or more, LOOP_TOKENS in all.
+    """Whether the tokens end in a loop: LOOP_REPEATS or more of a block of up to LOOP_PERIOD, LOOP_TOKENS in all.
 
-    A block of 1 counts from 24 times on, one of 5 from 5 times on, one of 20 from 3 times on.
+    So a block of 1 token must occur 24 times, a block of 5 tokens 5 times, a block of 20 tokens 3 times.
     """
     for period in range(1, min(LOOP_PERIOD, len(token_ids) // LOOP_REPEATS) + 1):
         if token_ids[-1] != token_ids[-1 - period]:
@@ -123,18 +119,16 @@ def is_loop(token_ids: list[int]) -> bool:
 
 
 def expand(prompts: Seq[Prompt]) -> list[Sequence]:
-    """A sequence for every sample; equal greedy requests are one sequence, sampled ones never are."""
+    """A sequence for each sample; equal greedy requests share one sequence, equal sampled requests do not."""
     sequences: list[Sequence] = []
     greedy: dict[tuple[tuple[int, ...], SamplingParams], Sequence] = {}
     for prompt in prompts:
         for sample, seed in enumerate(prompt.seeds, start=prompt.first_sample):
-            if not prompt.params.greedy:
-                sequences.append(Sequence(prompt, sample, 0, seed))
-                continue
             key = (prompt.token_ids, prompt.params)
-            if key in greedy:
+            if prompt.params.greedy and key in greedy:
                 greedy[key].duplicates.append((prompt.row, sample))
-            else:
-                greedy[key] = Sequence(prompt, sample, 0, seed)
-                sequences.append(greedy[key])
+                continue
+            sequences.append(Sequence(prompt, sample, seed))
+            if prompt.params.greedy:
+                greedy[key] = sequences[-1]
     return sequences

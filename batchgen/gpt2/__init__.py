@@ -1,1 +1,1 @@
-"""GPT-2 in NumPy: its configuration, its parameters, its forward pass."""
+"""GPT-2 in NumPy: the whole model on one page (pico.py), its configuration, its parameters, the fast forward pass."""

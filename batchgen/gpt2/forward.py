@@ -1,45 +1,47 @@
-"""GPT-2's forward pass over packed rows with a KV cache: picoGPT's functions, each writing where it is told.
+"""GPT-2's forward pass over packed rows with a KV cache: picoGPT's functions, which write into buffers of the caller.
 
-A *row* is one position of one sequence. One pass takes rows of many sequences at once: whole prompts (prefill)
-and last tokens (decode) go through the same matrix products, and only attention looks at whose they are.
+A *row* is one position of one sequence. One pass takes rows of many sequences: whole prompts (prefill) and last tokens
+(decode) go through the same matrix products, and only attention separates the sequences.
 
-What makes a row's bits independent of its neighbours, on a BLAS whose matrix products are so (`engine/probe.py`):
-every product has at least `min_rows` rows; every sum over keys has a fixed order (kv_cache.BLOCK); nothing else
-mixes rows. Everything is float32: NumPy 2 promotes to float64 on contact with an np.float64, so constants are
-Python floats.
+A row's bits do not depend on the other rows, if the BLAS computes each row of a product alike (`engine/probe.py` checks
+that): every product has at least `min_rows` rows; every sum over keys has a fixed order (kv_cache.BLOCK); nothing else
+mixes rows. Everything is float32. NumPy 2 promotes to float64 on contact with an np.float64, so constants are Python
+floats.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, Unpack
 
 import numpy as np
 
 from batchgen.gpt2.config import LAYER_NORM_EPS, GPT2Config
 from batchgen.gpt2.kv_cache import BLOCK, LANES, KVArena, Segment, round_up
-from batchgen.gpt2.params import Array, Block, Linear, Norm, Params
+from batchgen.gpt2.params import Array, Block, Linear, Params
 
 QUERY_BLOCK = 64  # queries of a prompt that attend together: the scores of one block stay in the L2 cache
 DECODE_GROUP = 32  # sequences whose scores are normalised together
-ROW_BLOCK = 32  # rows through the elementwise part of an MLP at a time: 32 x 3072 floats stay in the L2 cache
+ROW_BLOCK = 32  # rows that pass through gelu together: 32 x 3072 floats stay in the L2 cache
 
-# OpenBLAS computes products of up to 100**3 multiplications with other kernels, which do not split long sums as
-# the large ones do.
+# OpenBLAS has other kernels for products of up to 100**3 multiplications, which split long sums differently.
 _SMALL_PRODUCT = 100**3
+
+_QUERIES, _KEYS, _VALUES = range(3)  # the thirds of c_attn's output
 
 
 def min_rows(config: GPT2Config) -> int:
-    """The fewest rows of a product with weights: never 1 (another routine), never so few that BLAS calls it small."""
+    """The fewest rows of a product with weights: at least 2, as BLAS has another routine for 1, and not a small one."""
     smallest = config.n_embd * min(config.n_embd, config.inner_dim, config.n_vocab)
     return min(max(2, _SMALL_PRODUCT // smallest + 1), 1024)
 
 
-# --- picoGPT's functions ---------------------------------------------------------------------------------------
+# ---- picoGPT's functions
 
 
 def gelu(x: Array, scratch: Array) -> Array:
     """x -> x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x**3), in place: tanh's GELU (Hendrycks, 2016), rearranged.
 
-    0.5 (1 + tanh u) = 1 / (1 + exp(-2u)); where exp overflows to infinity the quotient is the correct 0.
+    0.5 (1 + tanh u) = 1 / (1 + exp(-2u)); if exp overflows to infinity, the quotient is 0, which is correct.
     """
     t = np.multiply(x, x, out=scratch)
     t *= -2 * 0.7978845608028654 * 0.044715
@@ -51,9 +53,9 @@ def gelu(x: Array, scratch: Array) -> Array:
 
 
 def softmax(x: Array, n_block: int) -> Array:
-    """Exponentials over the last axis [..., n_block*BLOCK] in place, unnormalised, and their sums [..., 1].
+    """Replace x [..., n_block*BLOCK] by its exponentials, not normalised, and return their sums [..., 1].
 
-    Summed block onto block and then within one: the same bits whatever number of masked blocks follows.
+    The blocks are added up first and the elements of the total last, so that more masked blocks change no bit.
     """
     x -= x.max(axis=-1, keepdims=True)
     np.exp(x, out=x)
@@ -62,7 +64,7 @@ def softmax(x: Array, n_block: int) -> Array:
 
 
 def layer_norm(x: Array, g: Array, b: Array, out: Array, eps: float = LAYER_NORM_EPS) -> Array:
-    """[n_row, n_embd] -> [n_row, n_embd], each row to mean 0 and variance 1, then scaled and shifted."""
+    """[n_row, n_embd] -> [n_row, n_embd]: rows to mean 0 and variance 1, then * g + b."""
     np.subtract(x, x.mean(axis=-1, keepdims=True), out=out)
     scale = np.vecdot(out, out)[:, None]  # [n_row, 1]
     scale /= x.shape[-1]
@@ -75,7 +77,7 @@ def layer_norm(x: Array, g: Array, b: Array, out: Array, eps: float = LAYER_NORM
 
 
 def linear(x: Array, w: Array, b: Array, out: Array) -> Array:
-    """[n_row, in] @ [in, out] + [out] -> [n_row, out]."""
+    """[n_row, n_in] @ [n_in, n_out] + [n_out] -> [n_row, n_out]."""
     np.matmul(x, w, out=out)
     out += b
     return out
@@ -83,7 +85,7 @@ def linear(x: Array, w: Array, b: Array, out: Array) -> Array:
 
 def ffn(x: Array, c_fc: Linear, c_proj: Linear, hidden: Array, scratch: Array, out: Array) -> Array:
     """[n_row, n_embd] -> [n_row, inner_dim] -> [n_row, n_embd]."""
-    np.matmul(x, c_fc["w"], out=hidden)
+    np.matmul(x, c_fc["w"], out=hidden)  # [n_row, n_embd] @ [n_embd, inner_dim] -> [n_row, inner_dim]
     for first in range(0, len(hidden), ROW_BLOCK):
         rows = hidden[first : first + ROW_BLOCK]
         rows += c_fc["b"]
@@ -91,40 +93,52 @@ def ffn(x: Array, c_fc: Linear, c_proj: Linear, hidden: Array, scratch: Array, o
     return linear(hidden, **c_proj, out=out)
 
 
-# --- attention -------------------------------------------------------------------------------------------------
+# ---- attention
 
 
 @dataclass(slots=True, eq=False)
 class Prefill:
-    """Consecutive positions of one segment, read in this pass as rows first_row ... first_row + n_row - 1."""
+    """Consecutive positions of one segment that one pass reads."""
 
     segment: Segment
     token_ids: Sequence[int]
-    n_logits: int = 0  # of how many of its last rows the logits are wanted
-    copied: Segment | None = None  # what the segment, empty so far, begins with; read before, or earlier in this pass
-    first_row: int = 0  # set by the pass
+    n_logits: int = 0  # the caller needs the logits of this many last rows
+    copied: Segment | None = None  # copy its content into the empty segment first; it is complete before this prefill
+    first_row: int = 0  # set by the pass, as is first_position
     first_position: int = 0
 
     @property
     def n_row(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def rows(self) -> slice:
+        """Its rows of the pass."""
+        return slice(self.first_row, self.first_row + self.n_row)
 
-# left @ right[layer] -> out, for every layer: cutting views costs as much as a small product, so it is done once a pass
-Product = tuple[Array, Array, Array]
+
+# (left, right, out) of left @ right[layer] -> out in every layer. A pass makes these views once: making them costs as
+# much as a small product.
+Product: TypeAlias = tuple[Array, Array, Array]
 
 
 def score_product(q: Array, segment: Segment, n_key: int, out: Array) -> Product:
-    """[n_head, n_q, d_head] @ [n_layer, n_head, d_head, n_key] -> the segment's columns of out [n_head, n_q, all keys].
+    """Queries times keys: [n_head, n_q, d_head] @ [n_head, d_head, n_key] -> the segment's columns of out.
 
-    n_key is rounded up to LANES: the columns past it get whatever the cache holds, for the caller to mask.
+    out is [n_head, n_q, all keys]. n_key is rounded up to LANES: the caller masks the columns after it, whose content
+    is arbitrary.
     """
     width = round_up(n_key, LANES)
     return q, segment.k[:, :, :, :width], out[:, :, segment.start : segment.start + width]
 
 
 def value_products(p: Array, segment: Segment, n_key: int, out: Array) -> Iterator[Product]:
-    """[n_head, n_q, all keys] weights, values -> out [n_head, n_block, n_q, d_head]: the sum of each block of keys."""
+    """Weights times values, block by block of keys -> the segment's blocks of out [n_head, n_block, n_q, d_head].
+
+    p is [n_head, n_q, all keys].
+    Whole blocks: [n_head, n_full, n_q, BLOCK] @ [n_head, n_full, BLOCK, d_head] -> [n_head, n_full, n_q, d_head].
+    The rest: [n_head, n_q, n_rest] @ [n_head, n_rest, d_head] -> [n_head, n_q, d_head].
+    """
     n_head, n_q, _ = p.shape
     first_block, n_full = segment.start // BLOCK, n_key // BLOCK
     whole = n_full * BLOCK
@@ -143,20 +157,20 @@ def n_blocks(n_key: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class _DecodeGroup:
-    """Neighbouring decode rows whose scores lie in one array [n_seq, n_head, 2, n_block*BLOCK].
+    """Adjacent decode rows whose scores lie in one array [n_seq, n_head, 2, n_block*BLOCK].
 
-    The axis of 2 is for a segment that one sequence has alone: its query is a row, and a row of zeros, since a
-    product of a single row is another routine with other bits.
+    The axis of 2 holds a query and a row of zeros. A product with a segment of one sequence alone has both rows,
+    since BLAS has another routine, with other bits, for a single row.
     """
 
     rows: slice
     n_block: int
-    new_keys: list[Array]  # of each sequence, [n_layer, n_head, d_head]: where this pass's key goes
+    new_keys: list[Array]  # for each sequence [n_layer, n_head, d_head]: this pass writes the new key there
     new_values: list[Array]
     pairs: Array  # [n_seq, n_head, 2, d_head] queries and zeros
     p: Array  # [n_seq, n_head, n_block*BLOCK] scores, then weights
-    last_keys: Array  # the columns of p that not every sequence has
-    mask: Array  # [n_seq, 1, n_last_key] 0 where there is a key, -inf elsewhere
+    last_keys: Array  # [n_seq, n_head, n_last_key]: the columns of p that some sequence does not have
+    mask: Array  # [n_seq, 1, n_last_key]: 0 if the sequence has the key, else -inf
     o: Array  # [n_seq, n_head, n_block, d_head] weighted values
     past_end: list[Array]  # parts of o that no product writes
     scores: list[Product]
@@ -164,7 +178,7 @@ class _DecodeGroup:
 
 
 def _cut_into_groups(segments: Sequence[Segment]) -> Iterator[slice]:
-    """Rows of neighbours with one number of blocks, or with a first segment in common."""
+    """Groups of up to DECODE_GROUP adjacent rows with the same number of blocks or the same first segment."""
     first = 0
     for i in range(1, len(segments) + 1):
         if i < len(segments) and i - first < DECODE_GROUP:
@@ -175,8 +189,8 @@ def _cut_into_groups(segments: Sequence[Segment]) -> Iterator[slice]:
         first = i
 
 
-def _spans(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int, int]]:
-    """Each segment on the paths of these, with the rows lo ... hi-1 of the neighbours that share it."""
+def _shared_rows(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int, int]]:
+    """Each segment on the paths of these, with the adjacent rows lo ... hi-1 that share it."""
     for depth in range(max(len(segment.path) for segment in segments)):
         lo = 0
         for hi in range(1, len(segments) + 1):
@@ -189,52 +203,40 @@ def _spans(segments: Sequence[Segment]) -> Iterator[tuple[Segment, int, int]]:
 
 
 class Forward:
-    """One model's forward pass with its work buffers: up to max_rows rows a pass, logits of max_logits of them."""
+    """One model's forward pass and its work buffers, for up to max_rows rows and max_logits rows of logits a pass."""
 
     def __init__(self, params: Params, config: GPT2Config, max_rows: int, max_logits: int) -> None:
         self.params, self.config = params, config
         self.min_rows = min_rows(config)
-        self.max_rows, self.max_logits = max_rows, max_logits
-        n_row = max(max_rows, self.min_rows) + 1  # one more, so that a single last query can be taken as two
+        self.max_rows = max_rows
+        n_row = max(max_rows, self.min_rows) + 1  # one more, so that the last query has a row after it to pair with
         n_embd, inner_dim = config.n_embd, config.inner_dim
         self._x = np.zeros((n_row, n_embd), np.float32)
         self._norm = np.zeros((n_row, n_embd), np.float32)
         self._qkv = np.zeros((n_row, 3 * n_embd), np.float32)
         self._attended = np.zeros((n_row, n_embd), np.float32)
-        self._spare = np.zeros(n_row * max(inner_dim, 2 * n_embd), np.float32)  # the MLP's, and the last block's
+        self._spare = np.zeros(n_row * max(inner_dim, 2 * n_embd), np.float32)  # for the MLP, and for the last block
         self._hidden = self._spare[: n_row * inner_dim].reshape(n_row, inner_dim)
         self._scratch = np.zeros((ROW_BLOCK, inner_dim), np.float32)
         self._logits = np.zeros((max(max_logits, self.min_rows), config.n_vocab), np.float32)
         n_q, n_block = max(QUERY_BLOCK, 2 * DECODE_GROUP), n_blocks(config.n_ctx)
         self._scores = np.zeros(n_q * config.n_head * n_block * BLOCK, np.float32)
-        self._weighed = np.zeros(n_q * config.n_head * n_block * config.d_head, np.float32)
+        self._weighted = np.zeros(n_q * config.n_head * n_block * config.d_head, np.float32)
         self._pairs = np.zeros((DECODE_GROUP, config.n_head, 2, config.d_head), np.float32)
-        hidden = np.arange(QUERY_BLOCK + BLOCK) > np.arange(QUERY_BLOCK)[:, None]
-        self._causal = np.where(hidden, np.float32(-np.inf), np.float32(0))  # columns from the first query's own key
+        is_later = np.arange(QUERY_BLOCK + BLOCK) > np.arange(QUERY_BLOCK)[:, None]
+        self._causal = np.where(is_later, np.float32(-np.inf), np.float32(0))  # column 0 is the first query's own key
 
-    def __call__(
-        self,
-        decode_ids: Sequence[int] = (),
-        decode_segments: Sequence[Segment] = (),
-        prefills: Sequence[Prefill] = (),
-    ) -> Array:
-        """Read one more token of each decode segment and the tokens of each prefill, keeping their keys and values.
+    def _pad(self, n_row: int) -> int:
+        """Enough rows for every product; the rows after n_row are computed and ignored."""
+        return max(n_row, self.min_rows)
 
-        Decode and prefill rows share every matrix product (what vLLM calls chunked prefill). Sequences that share
-        segments should be neighbours in decode_segments; a prefill's parents must have been read, or come before.
-        Returns logits [n_decode + the prefills' n_logits, n_vocab], in that order: a view, until the next call.
-        """
-        n_row = self._at_least(self._embed(decode_ids, decode_segments, prefills))
-        groups = [self._decode_group(rows, decode_segments[rows]) for rows in _cut_into_groups(decode_segments)]
-        last = self.config.n_layer - 1
-        with np.errstate(over="ignore"):  # exp in gelu, see there
-            for layer in range(last):
-                self._transformer_block(layer, n_row, groups, prefills)
-            n_logits = self._last_block(last, n_row, groups, prefills)
-        return self._lm_head(n_logits)
+    def _heads(self, third: int, rows: slice) -> Array:
+        """Queries, keys or values of some rows, [n_row, n_head, d_head]."""
+        c = self.config
+        return self._qkv[rows, third * c.n_embd : (third + 1) * c.n_embd].reshape(-1, c.n_head, c.d_head)
 
     def _embed(self, decode_ids: Sequence[int], segments: Sequence[Segment], prefills: Sequence[Prefill]) -> int:
-        """Token and position embeddings of all rows into _x; counts them into their segments' lengths."""
+        """Write token plus position embeddings of all rows to _x and lengthen their segments; returns the rows."""
         token_ids = list(decode_ids)
         positions = [segment.end for segment in segments]
         for segment in segments:
@@ -248,104 +250,20 @@ class Forward:
             positions.extend(range(prefill.first_position, prefill.first_position + prefill.n_row))
             prefill.segment.length += prefill.n_row
         x = self._x[: len(token_ids)]
-        np.take(self.params["wte"], token_ids, axis=0, out=x, mode="clip")
+        np.take(self.params["wte"], token_ids, axis=0, out=x, mode="clip")  # in the mode "raise", take buffers out
         x += self.params["wpe"][positions]
         self._x[len(token_ids) : self.min_rows] = 0
         return len(token_ids)
 
-    def _at_least(self, n_row: int) -> int:
-        """Enough rows for every product; the rows added are computed like the others, and nobody reads them."""
-        return max(n_row, self.min_rows)
-
-    def _transformer_block(
-        self, layer: int, n_row: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]
-    ) -> None:
-        """_x [n_row, n_embd] -> _x, through multi-head attention and the MLP."""
-        block = self.params["blocks"][layer]
-        x, norm, qkv = self._x[:n_row], self._norm[:n_row], self._qkv[:n_row]
-        linear(layer_norm(x, **block["ln_1"], out=norm), **block["attn"]["c_attn"], out=qkv)
-        self._write_cache(layer, groups, prefills)
-        for group in groups:
-            self._attend_decode(layer, group)
-        for prefill in prefills:
-            self._attend_prefill(layer, prefill, 0)
-        self._project(block, n_row)
-
-    def _last_block(self, layer: int, n_row: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]) -> int:
-        """As _transformer_block, but beyond the cache only for the rows whose logits are wanted, moved to the front."""
-        block = self.params["blocks"][layer]
-        wanted = np.arange(groups[-1].rows.stop if groups else 0)
-        for prefill in prefills:
-            end = prefill.first_row + prefill.n_row
-            wanted = np.append(wanted, np.arange(end - prefill.n_logits, end))
-        n_embd, n_logits = self.config.n_embd, len(wanted)
-        x, norm, qkv = self._x[:n_row], self._norm[:n_row], self._qkv[:n_row]
-        w, b = block["attn"]["c_attn"]["w"], block["attn"]["c_attn"]["b"]
-        layer_norm(x, **block["ln_1"], out=norm)
-        linear(norm, w[:, n_embd:], b[n_embd:], out=qkv[:, n_embd:])  # keys and values of all rows
-        self._write_cache(layer, groups, prefills)
-        if not n_logits:
-            return 0
-        n = self._at_least(n_logits)
-        chosen, q = self._spare[: 2 * n * n_embd].reshape(2, n, n_embd)
-        np.take(norm, wanted, axis=0, out=chosen[:n_logits], mode="clip")
-        qkv[wanted, :n_embd] = linear(chosen, w[:, :n_embd], b[:n_embd], out=q)[:n_logits]
-        for group in groups:
-            self._attend_decode(layer, group)
-        for prefill in prefills:
-            if prefill.n_logits:
-                self._attend_prefill(layer, prefill, prefill.n_row - prefill.n_logits)
-        x[:n_logits] = x[wanted]
-        self._attended[:n_logits] = self._attended[wanted]
-        self._project(block, n)
-        return n_logits
-
-    def _project(self, block: Block, n_row: int) -> None:
-        """The rest of a block after attention: _attended through c_proj and the MLP, each added to _x."""
-        x, norm, attended = self._x[:n_row], self._norm[:n_row], self._attended[:n_row]
-        x += linear(attended, **block["attn"]["c_proj"], out=norm)
-        layer_norm(x, **block["ln_2"], out=norm)
-        x += ffn(norm, **block["mlp"], hidden=self._hidden[:n_row], scratch=self._scratch, out=attended)
-
-    def _lm_head(self, n_logits: int) -> Array:
-        """_x [n_logits, n_embd] -> logits [n_logits, n_vocab], through the contiguous copy of wte.T."""
-        if n_logits:
-            n = self._at_least(n_logits)
-            norm = layer_norm(self._x[:n], **self.params["ln_f"], out=self._norm[:n])
-            np.matmul(norm, self.params["lm_head"], out=self._logits[:n])
-        return self._logits[:n_logits]
-
-    def _heads(self, which: int, first: int, last: int) -> Array:
-        """Queries (0), keys (1) or values (2) of rows first ... last-1, [n_row, n_head, d_head]."""
-        c = self.config
-        return self._qkv[first:last, which * c.n_embd : (which + 1) * c.n_embd].reshape(-1, c.n_head, c.d_head)
-
-    def _write_cache(self, layer: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]) -> None:
-        """Keys and values of all rows into their segments."""
-        for group in groups:
-            keys = self._heads(1, group.rows.start, group.rows.stop)
-            values = self._heads(2, group.rows.start, group.rows.stop)
-            for i, (new_key, new_value) in enumerate(zip(group.new_keys, group.new_values, strict=True)):
-                new_key[layer] = keys[i]
-                new_value[layer] = values[i]
-        for prefill in prefills:
-            first, last = prefill.first_row, prefill.first_row + prefill.n_row
-            lo = prefill.first_position - prefill.segment.start
-            if prefill.copied is not None:
-                prefill.segment.k[layer][:, :, :lo] = prefill.copied.k[layer][:, :, :lo]
-                prefill.segment.v[layer][:, :lo] = prefill.copied.v[layer][:, :lo]
-            prefill.segment.k[layer][:, :, lo : lo + prefill.n_row] = self._heads(1, first, last).transpose(1, 2, 0)
-            prefill.segment.v[layer][:, lo : lo + prefill.n_row] = self._heads(2, first, last).transpose(1, 0, 2)
-
     def _decode_group(self, rows: slice, segments: Sequence[Segment]) -> _DecodeGroup:
-        """The views of one group's arrays, good for all layers of this pass."""
+        """The views of one group's arrays, for all layers of this pass."""
         n_head, d_head = self.config.n_head, self.config.d_head
         ends = np.array([segment.end for segment in segments])
         n_seq, n_block, first_masked = len(segments), n_blocks(int(ends.max())), int(ends.min())
         s = self._scores[: n_seq * n_head * 2 * n_block * BLOCK].reshape(n_seq, n_head, 2, n_block * BLOCK)
-        o = self._weighed[: n_seq * n_head * n_block * 2 * d_head].reshape(n_seq, n_head, n_block, 2, d_head)
+        o = self._weighted[: n_seq * n_head * n_block * 2 * d_head].reshape(n_seq, n_head, n_block, 2, d_head)
         pairs = self._pairs[:n_seq]
-        past_end = np.arange(first_masked, n_block * BLOCK) >= ends[:, None]
+        past_end = np.arange(first_masked, n_block * BLOCK) >= ends[:, None]  # [n_seq, n_last_key]
         group = _DecodeGroup(
             rows=rows,
             n_block=n_block,
@@ -360,71 +278,160 @@ class Forward:
             scores=[],
             values=[],
         )
-        for segment, lo, hi in _spans(segments):
-            if hi - lo == 1:
+        for segment, lo, hi in _shared_rows(segments):
+            if hi - lo == 1:  # the sequence's query and a row of zeros
                 group.scores.append(score_product(pairs[lo], segment, segment.length, out=s[lo]))
                 group.values += value_products(s[lo], segment, segment.length, out=o[lo])
-            else:
+            else:  # [n_head, hi - lo, d_head]: the queries of all sequences that share the segment
                 q, p = pairs[lo:hi, :, 0].transpose(1, 0, 2), group.p[lo:hi].transpose(1, 0, 2)
                 group.scores.append(score_product(q, segment, segment.length, out=p))
                 group.values += value_products(p, segment, segment.length, out=group.o[lo:hi].transpose(1, 2, 0, 3))
         return group
 
+    def _write_cache(self, layer: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]) -> None:
+        """Write keys and values of all rows into their segments."""
+        for group in groups:
+            keys, values = self._heads(_KEYS, group.rows), self._heads(_VALUES, group.rows)
+            for i, (new_key, new_value) in enumerate(zip(group.new_keys, group.new_values, strict=True)):
+                new_key[layer] = keys[i]
+                new_value[layer] = values[i]
+        for prefill in prefills:
+            k, v = prefill.segment.k[layer], prefill.segment.v[layer]
+            lo = prefill.first_position - prefill.segment.start
+            hi = lo + prefill.n_row
+            if prefill.copied is not None:
+                k[:, :, :lo] = prefill.copied.k[layer][:, :, :lo]
+                v[:, :lo] = prefill.copied.v[layer][:, :lo]
+            k[:, :, lo:hi] = self._heads(_KEYS, prefill.rows).transpose(1, 2, 0)  # [n_head, d_head, n_row]
+            v[:, lo:hi] = self._heads(_VALUES, prefill.rows).transpose(1, 0, 2)  # [n_head, n_row, d_head]
+
     def _attend_decode(self, layer: int, group: _DecodeGroup) -> None:
-        """Rows of a group: queries against all their keys, into _attended."""
-        d_head = self.config.d_head
+        """Write the attention of a group's queries over all their keys to _attended."""
         scale = self.config.attention_scale(layer)
-        np.multiply(self._heads(0, group.rows.start, group.rows.stop), scale, out=group.pairs[:, :, 0])
+        np.multiply(self._heads(_QUERIES, group.rows), scale, out=group.pairs[:, :, 0])
         for q, keys, out in group.scores:
-            np.matmul(q, keys[layer], out=out)
+            np.matmul(q, keys[layer], out=out)  # [n_head, n_q, d_head] @ [n_head, d_head, n_key]: see score_product
         np.add(group.last_keys, group.mask, out=group.last_keys)
-        total = softmax(group.p, group.n_block)
+        total = softmax(group.p, group.n_block)  # [n_seq, n_head, 1]
         for p, values, out in group.values:
-            np.matmul(p, values[layer], out=out)
+            np.matmul(p, values[layer], out=out)  # [n_head, ..., n_q, n_key] @ [n_head, ..., n_key, d_head]
         for rest in group.past_end:
             rest[...] = 0
-        attended = self._attended[group.rows].reshape(-1, self.config.n_head, d_head)
-        np.divide(group.o.sum(axis=2), total, out=attended)
+        attended = self._attended[group.rows].reshape(-1, self.config.n_head, self.config.d_head)
+        np.divide(group.o.sum(axis=2), total, out=attended)  # [n_seq, n_head, d_head]
 
     def _attend_prefill(self, layer: int, prefill: Prefill, first_query: int) -> None:
-        """Rows of a prefill from first_query on: queries against the keys up to their own, into _attended."""
+        """Write the attention of a prefill's queries from first_query on to _attended; each sees keys up to its own."""
         n_head, d_head, scale = self.config.n_head, self.config.d_head, self.config.attention_scale(layer)
         path = prefill.segment.path
         for lo in range(first_query, prefill.n_row, QUERY_BLOCK):
             n_row = min(QUERY_BLOCK, prefill.n_row - lo)
-            n_q = max(n_row, 2)  # never a product of one row; the second is not used
+            n_q = max(n_row, 2)  # no product has a single row; the second row is ignored
             row, position = prefill.first_row + lo, prefill.first_position + lo
             n_key = position + n_row
             n_block = n_blocks(n_key)
-            q = (self._heads(0, row, row + n_q) * scale).transpose(1, 0, 2)  # [n_head, n_q, d_head]
+            q = (self._heads(_QUERIES, slice(row, row + n_q)) * scale).transpose(1, 0, 2)  # [n_head, n_q, d_head]
             s = self._scores[: n_head * n_q * n_block * BLOCK].reshape(n_head, n_q, n_block * BLOCK)
             for segment in path:
                 q, keys, out = score_product(q, segment, min(segment.length, n_key - segment.start), out=s)
-                np.matmul(q, keys[layer], out=out)
+                np.matmul(q, keys[layer], out=out)  # [n_head, n_q, d_head] @ [n_head, d_head, n_key]
             s[:, :, position:] += self._causal[:n_q, : n_block * BLOCK - position]
-            total = softmax(s, n_block)
-            o = self._weighed[: n_head * n_block * n_q * d_head].reshape(n_head, n_block, n_q, d_head)
+            total = softmax(s, n_block)  # [n_head, n_q, 1]
+            o = self._weighted[: n_head * n_block * n_q * d_head].reshape(n_head, n_block, n_q, d_head)
             for segment in path:
                 for p, values, out in value_products(s, segment, min(segment.length, n_key - segment.start), out=o):
-                    np.matmul(p, values[layer], out=out)
+                    np.matmul(p, values[layer], out=out)  # [n_head, ..., n_q, n_key] @ [n_head, ..., n_key, d_head]
             attended = self._attended[row : row + n_row].reshape(n_row, n_head, d_head).transpose(1, 0, 2)
-            np.divide(o.sum(axis=1)[:, :n_row], total[:, :n_row], out=attended)
+            np.divide(o.sum(axis=1)[:, :n_row], total[:, :n_row], out=attended)  # [n_head, n_row, d_head]
+
+    def _finish_block(self, block: Block, n_row: int) -> None:
+        """The part of a block after attention: add c_proj of _attended to _x, then the MLP."""
+        x, norm, attended = self._x[:n_row], self._norm[:n_row], self._attended[:n_row]
+        x += linear(attended, **block["attn"]["c_proj"], out=norm)
+        layer_norm(x, **block["ln_2"], out=norm)
+        x += ffn(norm, **block["mlp"], hidden=self._hidden[:n_row], scratch=self._scratch, out=attended)
+
+    def _transformer_block(
+        self, layer: int, n_row: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]
+    ) -> None:
+        """_x [n_row, n_embd] -> _x, through attention and the MLP."""
+        block = self.params["blocks"][layer]
+        x, norm, qkv = self._x[:n_row], self._norm[:n_row], self._qkv[:n_row]
+        linear(layer_norm(x, **block["ln_1"], out=norm), **block["attn"]["c_attn"], out=qkv)
+        self._write_cache(layer, groups, prefills)
+        for group in groups:
+            self._attend_decode(layer, group)
+        for prefill in prefills:
+            self._attend_prefill(layer, prefill, 0)
+        self._finish_block(block, n_row)
+
+    def _last_block(self, layer: int, n_row: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]) -> int:
+        """_transformer_block for the last layer: keys and values of all rows, the rest only for rows with logits.
+
+        Moves the rows with logits to the front of _x and returns their number.
+        """
+        block = self.params["blocks"][layer]
+        logit_rows = np.arange(groups[-1].rows.stop if groups else 0)
+        for prefill in prefills:
+            logit_rows = np.append(logit_rows, np.arange(prefill.rows.stop - prefill.n_logits, prefill.rows.stop))
+        n_embd, n_logits = self.config.n_embd, len(logit_rows)
+        x, norm, qkv = self._x[:n_row], self._norm[:n_row], self._qkv[:n_row]
+        w, b = block["attn"]["c_attn"]["w"], block["attn"]["c_attn"]["b"]
+        layer_norm(x, **block["ln_1"], out=norm)
+        linear(norm, w[:, n_embd:], b[n_embd:], out=qkv[:, n_embd:])  # keys and values of all rows [n_row, 2*n_embd]
+        self._write_cache(layer, groups, prefills)
+        if not n_logits:
+            return 0
+        n = self._pad(n_logits)
+        chosen, q = self._spare[: 2 * n * n_embd].reshape(2, n, n_embd)
+        np.take(norm, logit_rows, axis=0, out=chosen[:n_logits], mode="clip")
+        qkv[logit_rows, :n_embd] = linear(chosen, w[:, :n_embd], b[:n_embd], out=q)[:n_logits]  # [n_logits, n_embd]
+        for group in groups:
+            self._attend_decode(layer, group)
+        for prefill in prefills:
+            if prefill.n_logits:
+                self._attend_prefill(layer, prefill, prefill.n_row - prefill.n_logits)
+        x[:n_logits] = x[logit_rows]
+        self._attended[:n_logits] = self._attended[logit_rows]
+        self._finish_block(block, n)
+        return n_logits
+
+    def _lm_head(self, n_logits: int) -> Array:
+        """_x [n_logits, n_embd] @ [n_embd, n_vocab] -> logits [n_logits, n_vocab], after the last layer norm."""
+        if n_logits:
+            n = self._pad(n_logits)
+            norm = layer_norm(self._x[:n], **self.params["ln_f"], out=self._norm[:n])
+            np.matmul(norm, self.params["lm_head"], out=self._logits[:n])
+        return self._logits[:n_logits]
+
+    def __call__(
+        self,
+        decode_ids: Sequence[int] = (),
+        decode_segments: Sequence[Segment] = (),
+        prefills: Sequence[Prefill] = (),
+    ) -> Array:
+        """Read one more token of each decode segment and the tokens of each prefill; cache their keys and values.
+
+        Decode and prefill rows share every product with weights (chunked prefill, in vLLM's words). Sequences that
+        share segments should be adjacent in decode_segments. The parents of a prefill's segment are read in an earlier
+        pass or by an earlier prefill of this one. Returns the logits [n_decode + all n_logits, n_vocab] of the decode
+        rows, then of the prefills: a view that the next call overwrites.
+        """
+        n_row = self._pad(self._embed(decode_ids, decode_segments, prefills))
+        groups = [self._decode_group(rows, decode_segments[rows]) for rows in _cut_into_groups(decode_segments)]
+        last = self.config.n_layer - 1
+        with np.errstate(over="ignore"):  # exp in gelu may overflow
+            for layer in range(last):
+                self._transformer_block(layer, n_row, groups, prefills)
+            n_logits = self._last_block(last, n_row, groups, prefills)
+        return self._lm_head(n_logits)
 
 
-def gpt2(
-    inputs: Sequence[int],
-    wte: Array,
-    wpe: Array,
-    blocks: list[Block],
-    ln_f: Norm,
-    n_head: int,
-    lm_head: Array | None = None,
-) -> Array:
+def gpt2(inputs: Sequence[int], *, n_head: int, **params: Unpack[Params]) -> Array:
     """[n_seq] token ids -> [n_seq, n_vocab] logits of every position: picoGPT's `gpt2`, in float32."""
-    inner_dim = blocks[0]["mlp"]["c_fc"]["w"].shape[1]
-    config = GPT2Config(len(wte), len(wpe), wte.shape[1], n_head, len(blocks), n_inner=inner_dim)
-    head = np.ascontiguousarray(wte.T) if lm_head is None else lm_head
-    params = Params(wte=wte, wpe=wpe, blocks=blocks, ln_f=ln_f, lm_head=head)
+    (n_vocab, n_embd), (n_ctx, _) = params["wte"].shape, params["wpe"].shape
+    _, n_inner = params["blocks"][0]["mlp"]["c_fc"]["w"].shape
+    config = GPT2Config(n_vocab, n_ctx, n_embd, n_head, len(params["blocks"]), n_inner=n_inner)
     segment = KVArena(config, len(inputs)).allocate(len(inputs), start=0)
     assert segment is not None
     forward = Forward(params, config, max_rows=len(inputs), max_logits=len(inputs))

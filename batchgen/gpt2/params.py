@@ -1,4 +1,4 @@
-"""A GPT-2's parameters as picoGPT keeps them, a nested dict of arrays, and how to build one."""
+"""The parameters of a GPT-2: picoGPT's nested dict of arrays, and functions that build one."""
 
 from collections.abc import Mapping
 from typing import Any, TypedDict
@@ -22,13 +22,13 @@ class Linear(TypedDict):
 
 
 class Attn(TypedDict):
-    c_attn: Linear  # [n_embd, 3*n_embd]
-    c_proj: Linear  # [n_embd, n_embd]
+    c_attn: Linear  # w [n_embd, 3*n_embd]: queries, keys, values
+    c_proj: Linear  # w [n_embd, n_embd]
 
 
 class Mlp(TypedDict):
-    c_fc: Linear  # [n_embd, inner_dim], 4*n_embd in OpenAI's
-    c_proj: Linear  # [inner_dim, n_embd]
+    c_fc: Linear  # w [n_embd, inner_dim]; inner_dim is 4*n_embd in OpenAI's models
+    c_proj: Linear  # w [inner_dim, n_embd]
 
 
 class Block(TypedDict):
@@ -39,8 +39,10 @@ class Block(TypedDict):
 
 
 class Params(TypedDict):
-    """Keys and shapes of picoGPT's `load_gpt2_params_from_tf_ckpt`; lm_head is wte.T made contiguous,
-    or a matrix of its own where config.tie_word_embeddings is false."""
+    """Keys and shapes of picoGPT's `load_gpt2_params_from_tf_ckpt`, and lm_head.
+
+    lm_head is a contiguous copy of wte.T, or a matrix of its own if config.tie_word_embeddings is false.
+    """
 
     wte: Array  # [n_vocab, n_embd]
     wpe: Array  # [n_ctx, n_embd]
@@ -50,7 +52,7 @@ class Params(TypedDict):
 
 
 def nest(tensors: Mapping[str, Array], n_layer: int) -> Params:
-    """Nest tensors by their names, `h3/attn/c_attn/w` -> params["blocks"][3]["attn"]["c_attn"]["w"]."""
+    """Nest tensors by their names: `h3/attn/c_attn/w` -> params["blocks"][3]["attn"]["c_attn"]["w"]."""
     root: dict[str, Any] = {"blocks": [{} for _ in range(n_layer)]}
     for name, array in tensors.items():
         *path, leaf = name.split("/")
@@ -64,7 +66,7 @@ def nest(tensors: Mapping[str, Array], n_layer: int) -> Params:
 
 
 def random_tensors(config: GPT2Config, seed: int = 0) -> dict[str, Array]:
-    """Make GPT-2-like random weights (std 0.02, norms near one), and lm_head; for tests and benchmarks."""
+    """Random weights of GPT-2's scale (standard deviation 0.02, norms near 1) and lm_head, for tests and benchmarks."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, Array] = {}
     for name, shape in config.tensor_shapes().items():

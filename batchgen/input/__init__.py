@@ -1,1 +1,1 @@
-"""What is asked for: files of prompts become requests, checked against the model's context."""
+"""Files of prompts become requests, each checked against the model's context. prompts.py is what the program uses."""

@@ -1,54 +1,69 @@
-"""OpenAI's batch files, the requests: a line of JSON each, with the body of a POST to /v1/completions.
+"""Requests in OpenAI's batch files: each line has the body of a POST to /v1/completions.
 
 https://platform.openai.com/docs/guides/batch; output/openai.py writes the answers.
 """
 
-from typing import Any
+from typing import TypeAlias
 
 from batchgen.errors import UsageError
-from batchgen.input.parameters import PARAMETERS, misspelt, row_params
-from batchgen.types import SamplingParams, shown
+from batchgen.input.formats import BadRow, Reading
+from batchgen.input.parameters import PARAMETERS, find_misspelled, override_params
+from batchgen.input.words import find_surrogate
+from batchgen.options import shown
+from batchgen.types import SamplingParams
 
 URL = "/v1/completions"
 MAX_CHOICES = 2048  # of one line, OpenAI's limit for its prompts
+LINE_KEYS = ("custom_id", "method", "url", "body")
 
-_LINE_KEYS = {"custom_id", "method", "url", "body"}
-_HEEDED_NOWHERE = {"model", "user"}  # the model is the run's
-# OpenAI's fields that are not supported, with the values that ask for nothing
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "stream": (False,),
-    "stream_options": (),
-    "suffix": ("",),
-}
+_IGNORED = {"model", "user"}  # the run has its own model
+# fields that are not supported, with the values that change nothing
+_NEUTRAL: dict[str, tuple[object, ...]] = {"best_of": (1,), "stream": (False,), "stream_options": (), "suffix": ("",)}
 
-_Prompt = str | tuple[int, ...]
+Fields: TypeAlias = dict[str, object]  # a JSON object
+Prompt: TypeAlias = str | tuple[int, ...]
 
 
-def is_batch_line(fields: dict[str, Any]) -> bool:
+def is_batch_line(fields: Fields) -> bool:
+    """Whether an object is a line of a batch file."""
     return "custom_id" in fields and ("body" in fields or "url" in fields)
 
 
-def read_batch_line(fields: dict[str, Any], params: SamplingParams) -> tuple[tuple[_Prompt, ...], SamplingParams]:
-    """The prompts and parameters of one line; what its body leaves out is as in params. Raises UsageError by name."""
+def read_fields(
+    fields: Fields, _line: bytes, place: str, reading: Reading
+) -> tuple[str | None, tuple[Prompt, ...], SamplingParams]:
+    """The custom_id, the prompts and the parameters of one line; BadRow if it is broken or repeats a custom_id."""
+    custom_id = fields.get("custom_id")
+    id_ = custom_id if isinstance(custom_id, str) and find_surrogate(custom_id) is None else None
+    if id_ and (first := reading.custom_ids.setdefault(id_, place)) != place:
+        raise BadRow(f"custom_id {shown(id_)} is that of {first} too; rename one", id_)
+    try:
+        return id_, *read_batch_line(fields, reading.params)
+    except UsageError as error:
+        raise BadRow(str(error), id_) from error
+
+
+def read_batch_line(fields: Fields, params: SamplingParams) -> tuple[tuple[Prompt, ...], SamplingParams]:
+    """The prompts and parameters of one line; params holds for what the body leaves out. Raises UsageError by name."""
     _check_line(fields)
     body = fields["body"]
     if not isinstance(body, dict):
-        raise UsageError('body is no object; write {"prompt": ..., "max_tokens": ...}')
+        raise UsageError('body is not an object; write {"prompt": ..., "max_tokens": ...}')
     for name, value in body.items():
         _check_field(name, value)
-    own = row_params({name: value for name, value in body.items() if name in PARAMETERS}, params)
+    own = override_params({name: value for name, value in body.items() if name in PARAMETERS}, params)
     if own.echo and own.logprobs is not None:
         raise UsageError("echo with logprobs is not supported (those of a prompt are not computed); leave one out")
-    prompts = _prompts(body.get("prompt"))
+    prompts = _read_prompts(body.get("prompt"))
     if len(prompts) * own.n > MAX_CHOICES:
         raise UsageError(f"{len(prompts)} prompts x n {own.n} exceed {MAX_CHOICES} choices; make it several lines")
     return prompts, own
 
 
-def _check_line(fields: dict[str, Any]) -> None:
-    for name in fields.keys() - _LINE_KEYS:
-        raise UsageError(f"the key {name[:40]!r} is none of custom_id, method, url, body; leave it out")
+def _check_line(fields: Fields) -> None:
+    for name in fields:
+        if name not in LINE_KEYS:
+            raise UsageError(f"the key {name[:40]!r} is none of {', '.join(LINE_KEYS)}; leave it out")
     custom_id = fields.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise UsageError("custom_id must be a string of one character or more; write one")
@@ -61,45 +76,37 @@ def _check_line(fields: dict[str, Any]) -> None:
         raise UsageError('no body; write {"prompt": ...}')
 
 
-def _check_field(name: str, value: Any) -> None:
-    if name in PARAMETERS or name in _HEEDED_NOWHERE or name == "prompt":
+def _check_field(name: str, value: object) -> None:
+    if name in PARAMETERS or name in _IGNORED or name == "prompt":
         return
     if name in _NEUTRAL:
-        if value is not None and not any(value is neutral or value == neutral for neutral in _NEUTRAL[name]):
+        if value is not None and value not in _NEUTRAL[name]:
             raise UsageError(f"{name} {shown(value)} is not supported; leave it out")
         return
-    near = misspelt(name)
+    near = find_misspelled(name)
     raise UsageError(f"{name[:40]!r} is not supported; " + (f"did you mean {near!r}?" if near else "leave it out"))
 
 
 def _check_text(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(text[error.start]):04x}"
-        raise UsageError(f"{name} has a lone surrogate ({code}), which is no character; remove it") from error
+    if code := find_surrogate(text):
+        raise UsageError(f"{name} has a lone surrogate ({code}), which is not a character; remove it")
 
 
-def _is_token_ids(value: Any) -> bool:
+def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
-def _prompts(value: Any) -> tuple[_Prompt, ...]:
+def _read_prompts(value: object) -> tuple[Prompt, ...]:
     """ "a" -> ("a",); ["a", "b"] -> ("a", "b"); [1, 2] -> ((1, 2),); [[1], [2, 3]] -> ((1,), (2, 3))"""
-    prompts: tuple[_Prompt, ...]
-    if isinstance(value, str):
-        prompts = (value,)
-    elif _is_token_ids(value):
-        prompts = (tuple(value),)
-    elif isinstance(value, list) and value and all(isinstance(prompt, str) for prompt in value):
-        prompts = tuple(value)
-    elif isinstance(value, list) and value and all(map(_is_token_ids, value)):
-        prompts = tuple(map(tuple, value))
-    else:
-        raise UsageError(
-            "prompt must be a string, a list of strings, a list of token ids or a list of lists of them, none empty"
-        )
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            _check_text("prompt", prompt)
-    return prompts
+    single = isinstance(value, str) or _is_token_ids(value)
+    prompts = [value] if single else value
+    if isinstance(prompts, list) and prompts:
+        if all(isinstance(prompt, str) for prompt in prompts):
+            for prompt in prompts:
+                _check_text("prompt", prompt)
+            return tuple(prompts)
+        if all(map(_is_token_ids, prompts)):
+            return tuple(map(tuple, prompts))
+    raise UsageError(
+        "prompt must be a string, a list of strings, a list of token ids or a list of lists of them, none empty"
+    )

@@ -1,17 +1,16 @@
-"""Which rows fit the model: every request is counted in tokens before any is generated."""
+"""Validation: every request is tokenized and compared with the model's context before any is generated."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeAlias
 
 from batchgen.errors import InputError
+from batchgen.job import EmptyPrompt, OnTooLong, Policy
+from batchgen.options import say
 from batchgen.types import Rejected, Request, TokenizedRequest
-
-OnTooLong = Literal["reject", "truncate-left", "shorten"]
-EmptyPrompt = Literal["reject", "unconditional"]
 
 
 class Tokenizer(Protocol):
-    """What validation asks of a tokenizer; encode loses no byte, and no token stands for more than the longest."""
+    """What validation needs: encode loses no byte, and no token stands for more than longest_token_bytes."""
 
     @property
     def n_vocab(self) -> int: ...
@@ -27,44 +26,38 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], /) -> str: ...
 
 
-Ids = tuple[int, ...]
+Ids: TypeAlias = tuple[int, ...]
+Check: TypeAlias = Callable[[Request | Rejected], TokenizedRequest | Rejected]
 
 
 class _Unfit(Exception):
-    """Why one prompt does not fit, and its length in tokens where it was counted."""
+    """The reason why a prompt does not fit, and its length in tokens if it was counted."""
 
     def __init__(self, reason: str, prompt_tokens: int | None) -> None:
         super().__init__(reason, prompt_tokens)
         self.reason, self.prompt_tokens = reason, prompt_tokens
 
 
-def _empty(tokenizer: Tokenizer) -> _Unfit:
-    remedy = "write one or pass --empty-prompt unconditional"
-    if tokenizer.eos_id is None:
-        remedy = "write one (this vocabulary has no <|endoftext|> to start from)"
-    return _Unfit(f"the prompt is empty, and a completion starts from 1 token or more; {remedy}", 0)
-
-
 def _remedy(room: int, max_tokens: int, n_ctx: int, on_too_long: OnTooLong) -> str:
-    """Name only what works for this row: max_tokens that leave no token of prompt cannot be met by truncating."""
-    truncate = "pass --on-too-long truncate-left"
+    """Suggest only what works for this row: truncation does not help if max_tokens leaves no room for a prompt."""
+    truncate = f"pass {say('on_too_long', 'truncate-left')}"
     if max_tokens < n_ctx:
         return f"lower max_tokens to {room} or {truncate}" if room else truncate
     if room:
-        return f"lower max_tokens to {room} or pass --on-too-long shorten"
+        return f"lower max_tokens to {room} or pass {say('on_too_long', 'shorten')}"
     lower = f"lower max_tokens below {n_ctx}"
     return lower if on_too_long == "truncate-left" else f"{lower} and {truncate}"
 
 
 def _too_long(prompt_tokens: int | None, max_tokens: int, n_ctx: int, on_too_long: OnTooLong) -> _Unfit:
-    """prompt_tokens None is "more than n_ctx", uncounted."""
+    """prompt_tokens None: more than n_ctx, not counted."""
     counted = f"more than {n_ctx}" if prompt_tokens is None else str(prompt_tokens)
     room = 0 if prompt_tokens is None else max(n_ctx - prompt_tokens, 0)
     remedy = _remedy(room, max_tokens, n_ctx, on_too_long)
     return _Unfit(f"{counted} prompt tokens + {max_tokens} max_tokens exceed n_ctx {n_ctx}; {remedy}", prompt_tokens)
 
 
-def _ids(prompt: str | Ids, tokenizer: Tokenizer, empty_prompt: EmptyPrompt) -> Ids:
+def _encode(prompt: str | Ids, tokenizer: Tokenizer, empty_prompt: EmptyPrompt) -> Ids:
     """The prompt's token ids, at least one."""
     if isinstance(prompt, str):
         try:
@@ -76,7 +69,10 @@ def _ids(prompt: str | Ids, tokenizer: Tokenizer, empty_prompt: EmptyPrompt) -> 
         _check_token_ids("the prompt", ids, tokenizer.n_vocab)
     if not ids:
         if empty_prompt == "reject" or tokenizer.eos_id is None:
-            raise _empty(tokenizer)
+            remedy = f"write one or pass {say('empty_prompt', 'unconditional')}"
+            if tokenizer.eos_id is None:
+                remedy = "write one (this vocabulary has no <|endoftext|> to start from)"
+            raise _Unfit(f"the prompt is empty, and a completion starts from 1 token or more; {remedy}", 0)
         ids = (tokenizer.eos_id,)
     return ids
 
@@ -87,23 +83,16 @@ def _check_token_ids(name: str, ids: Iterable[int], n_vocab: int) -> None:
             raise _Unfit(f"{name} has token id {token}, outside the vocabulary (0 to {n_vocab - 1}); correct it", None)
 
 
-def _fit(
-    prompt: str | Ids,
-    max_tokens: int,
-    tokenizer: Tokenizer,
-    n_ctx: int,
-    on_too_long: OnTooLong,
-    empty_prompt: EmptyPrompt,
-) -> tuple[str, Ids]:
-    """Text and token ids of one prompt, cut if that is the policy; with shorten it may leave less than max_tokens."""
-    cut = on_too_long == "truncate-left"
-    # no token is longer than longest_token_bytes, so the length alone can say that a prompt of megabytes is too long
-    if not cut and isinstance(prompt, str) and len(prompt) > n_ctx * tokenizer.longest_token_bytes:
+def _fit(prompt: str | Ids, max_tokens: int, tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> tuple[str, Ids]:
+    """Text and token ids of one prompt, truncated if that is the policy; shorten may leave less than max_tokens."""
+    on_too_long, truncate = policy.on_too_long, policy.on_too_long == "truncate-left"
+    # no token is longer than longest_token_bytes, so a prompt of megabytes need not be tokenized to be too long
+    if not truncate and isinstance(prompt, str) and len(prompt) > n_ctx * tokenizer.longest_token_bytes:
         raise _too_long(None, max_tokens, n_ctx, on_too_long)
-    ids = _ids(prompt, tokenizer, empty_prompt)
+    ids = _encode(prompt, tokenizer, policy.empty_prompt)
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
     excess = len(ids) + max_tokens - n_ctx
-    if excess > 0 and cut and excess < len(ids):
+    if excess > 0 and truncate and excess < len(ids):
         return text, ids[excess:]
     if excess > 0 and not (on_too_long == "shorten" and len(ids) < n_ctx):
         raise _too_long(len(ids), max_tokens, n_ctx, on_too_long)
@@ -111,19 +100,13 @@ def _fit(
 
 
 def validate(
-    request: Request | Rejected,
-    tokenizer: Tokenizer,
-    n_ctx: int,
-    on_too_long: OnTooLong = "reject",
-    empty_prompt: EmptyPrompt = "reject",
-    trim: bool = False,
+    request: Request | Rejected, tokenizer: Tokenizer, n_ctx: int, policy: Policy
 ) -> TokenizedRequest | Rejected:
-    """Tokenize one request and hold it to prompt_tokens + max_tokens <= n_ctx; an exact fit is accepted.
+    """Tokenize one request; a TokenizedRequest has prompt_tokens + max_tokens <= n_ctx, and an exact fit is accepted.
 
-    truncate-left keeps the prompt's last tokens, shorten lowers max_tokens; what neither can save is rejected,
-    as is an empty prompt unless it may start from the end-of-text token. trim takes spaces off a prompt's end. Of a
-    row with several prompts each is held to it, and one that cannot be generated rejects the row. A Rejected passes
-    through.
+    truncate-left keeps the prompt's last tokens, shorten lowers max_tokens; a prompt that still does not fit is
+    rejected, and so is an empty prompt unless it may start from the end-of-text token. trim removes spaces from a
+    prompt's end. If a row has several prompts, each must fit, or the row is rejected. A Rejected is returned as it is.
 
     n_ctx=1024, 1009 prompt tokens, max_tokens=40 -> 1009 + 15 (shorten), 984 + 40 (truncate-left)
     """
@@ -131,12 +114,12 @@ def validate(
         return request
     params = request.params
     prompts = [request.prompt, *request.others]
-    if trim:
+    if policy.trim:
         prompts = [prompt.rstrip(" ") if isinstance(prompt, str) else prompt for prompt in prompts]
     try:
         _check_token_ids("stop_token_ids", params.stop_token_ids, tokenizer.n_vocab)
         _check_token_ids("logit_bias", (token for token, _ in params.logit_bias), tokenizer.n_vocab)
-        fitted = [_fit(prompt, params.max_tokens, tokenizer, n_ctx, on_too_long, empty_prompt) for prompt in prompts]
+        fitted = [_fit(prompt, params.max_tokens, tokenizer, n_ctx, policy) for prompt in prompts]
     except _Unfit as unfit:
         text = request.prompt if isinstance(request.prompt, str) else None
         error = f"{request.place}: {unfit.reason}"
@@ -146,3 +129,8 @@ def validate(
     fitting = TokenizedRequest(request.row, request.place, request.id, text, ids, params, tuple(others), given_as_ids)
     room = n_ctx - max(len(ids) for _, ids in fitted)
     return fitting if room >= params.max_tokens else fitting.with_max_tokens(room)
+
+
+def make_check(tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> Check:
+    """`validate` for one model and policy."""
+    return lambda request: validate(request, tokenizer, n_ctx, policy)

@@ -1,1 +1,1 @@
-"""Models: found, downloaded, converted to shards, checked."""
+"""Models: find by name (registry), fetch, convert to a directory of shards, map the weights, verify."""

@@ -1,44 +1,185 @@
-"""OpenAI's models from the network to shards: seven files, checked, converted, and only then under their name.
+"""Fetch one of OpenAI's models: download its seven files, check them, convert them, then give the model its name.
 
-<models>/fetched.json         sha256 of every file at its first download; another one later is refused
-<models>/.downloads/124M/     what has been downloaded of a model that is not converted yet
+<models>/fetched.json         {size/file: sha256} of first downloads; a later download must have the same hash
+<models>/.downloads/124M/     downloaded files of a model that is not converted yet
 <models>/.downloads/124M.lock one fetch of a model at a time
-<models>/124M/                the model, in one rename
+<models>/124M/                the model, put there by one rename
 """
 
-import fcntl
 import logging
 import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from batchgen.errors import ModelError, UsageError
+from batchgen.files import lock
 from batchgen.models.convert import convert_tf_checkpoint, load_gpt2_params_from_tf_ckpt, read_hparams
-from batchgen.models.download import Patience, Remote, Stopped, download, shown
+from batchgen.models.download import MIRROR_VARIABLE, OTHER_MIRROR, Patience, Remote, Stopped, download, redact
+from batchgen.models.model import Model
 from batchgen.models.openai import BASE_URL, CONFIGS, DATA, FILES, FetchProgress, known_file
-from batchgen.models.records import Records
 from batchgen.models.registry import models_dir
-from batchgen.models.shards import MANIFEST, load_manifest, load_params, read_json, short
+from batchgen.models.shards import MANIFEST, OnProgress, show
+from batchgen.models.string_map import read_string_map, update_string_map
 from batchgen.models.verify import record_verified
 from batchgen.text.tokenizer import Tokenizer, get_encoder
 
 logger = logging.getLogger(__name__)
 
-MIRROR_VARIABLE = "BATCHGEN_MIRROR"
 FETCHED = "fetched.json"
 
-_AT_ONCE = 4
-_SPARE = 64 * 2**20  # the small files, the manifest, and some room
-
+_THREADS = 4
+_SPARE = 64 * 2**20  # bytes, for the small files and the manifest
 
 OnFetch = Callable[[FetchProgress], None]
+
+
+def check_size(size: str) -> None:
+    """Raise UsageError, with the four sizes, for any other."""
+    if size not in CONFIGS:
+        raise UsageError(f"OpenAI published no GPT-2 called {show(size)}; choose from {', '.join(CONFIGS)}")
+
+
+def base_url(mirror: str | None = None) -> str:
+    """The address above `{size}/{file}`: the mirror, $BATCHGEN_MIRROR, or OpenAI's own."""
+    url = (mirror or os.environ.get(MIRROR_VARIABLE) or BASE_URL).rstrip("/")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises ValueError unless it is a number
+        is_usable = parts.scheme in ("https", "http") and bool(parts.hostname) and not (parts.query or parts.fragment)
+    except ValueError:
+        is_usable = False
+    if not is_usable or not url.isascii() or not url.isprintable() or " " in url:
+        raise UsageError(f"mirror {show(redact(url)) if is_usable else show(url)}: give it as https://host/path")
+    return url
+
+
+def remotes_of(size: str, base: str, recorded: Mapping[str, str]) -> dict[str, Remote]:
+    """{file: Remote} of a model, the largest first. A hash of OpenAI's takes precedence over a recorded one."""
+    hosts = frozenset(host for host in (urlsplit(BASE_URL).hostname, urlsplit(base).hostname) if host)
+    remotes = {}
+    for name in sorted(FILES, key=lambda name: name != DATA):
+        length, sha256 = known_file(size, name)
+        origin = "OpenAI's"
+        if sha256 is None:
+            sha256, origin = recorded.get(f"{size}/{name}"), f"recorded in {FETCHED} by the first fetch"
+        remotes[name] = Remote(f"{base}/{size}/{name}", length, sha256, origin, hosts)
+    return remotes
+
+
+# ---- downloading
+
+
+class _ByteCounter:
+    """Adds up the bytes of files that are downloaded in parallel."""
+
+    def __init__(self, totals: dict[str, int], on_progress: OnFetch) -> None:
+        self.totals, self.on_progress = totals, on_progress
+        self.done = dict.fromkeys(totals, 0)
+        self.lock = threading.Lock()
+
+    def update(self, name: str, done: int, total: int | None) -> None:
+        with self.lock:
+            self.done[name], self.totals[name] = done, total or self.totals[name]
+            self.on_progress(FetchProgress("download", sum(self.done.values()), sum(self.totals.values())))
+
+
+def _download_files(
+    remotes: Mapping[str, Remote], directory: Path, patience: Patience | None, on_progress: OnFetch
+) -> dict[str, str]:
+    """Download the missing files, a few at a time; return {file: sha256}. The first failure stops the others."""
+    counter = _ByteCounter({name: remote.size or 0 for name, remote in remotes.items()}, on_progress)
+    stop = threading.Event()
+    waiting, futures = iter(remotes), {name: Future[str]() for name in remotes}
+
+    def work() -> None:
+        while not stop.is_set() and (name := next(waiting, None)) is not None:
+            on_bytes = partial(counter.update, name)
+            try:
+                sha256 = download(remotes[name], directory / name, patience=patience, on_bytes=on_bytes, stop=stop)
+                futures[name].set_result(sha256)
+            except BaseException as error:
+                futures[name].set_exception(error)
+
+    # Daemon threads, so that an exit does not wait for a silent server.
+    threads = [threading.Thread(target=work, daemon=True, name=f"fetch-{i}") for i in range(_THREADS)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait(futures.values(), return_when=FIRST_EXCEPTION)
+        errors = [error for future in futures.values() if future.done() and (error := future.exception())]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, Stopped))  # the cause, not a stop that it caused
+    except BaseException as error:
+        stop.set()
+        if isinstance(error, Exception):  # no thread may write after this returns; an interrupt does not wait for them
+            for thread in threads:
+                thread.join()
+        raise
+    return {name: future.result() for name, future in futures.items()}
+
+
+def _check_hparams(size: str, directory: Path) -> None:
+    """Compare hparams.json with the published values; a file with others is removed."""
+    path = directory / "hparams.json"
+    found, expected = read_hparams(path), CONFIGS[size]
+    if found != expected:
+        path.unlink()
+        raise ModelError(
+            f"hparams.json of {size}: expected {expected.as_dict()}, found {found.as_dict()}; {OTHER_MIRROR}"
+        )
+
+
+def _check_disk(size: str, raw: Path) -> None:
+    """Check, before the download, that the disk has room for the missing files and the shards."""
+    data = known_file(size, DATA)[0] or 0
+    config = CONFIGS[size]
+    shards = data + 4 * config.n_vocab * config.n_embd  # wte is stored twice
+    here = sum(path.stat().st_size for path in raw.iterdir() if path.is_file())
+    needed, free = max(0, data - here) + shards + _SPARE, shutil.disk_usage(raw).free
+    if free < needed:
+        raise ModelError(
+            f"{raw.parents[1]}: {size} needs {needed / 1e9:.1f} GB ({data / 1e9:.1f} to download, {shards / 1e9:.1f} "
+            f"of shards), and {free / 1e9:.1f} GB are free; make room, or set BATCHGEN_MODELS to a folder elsewhere"
+        )
+
+
+def _make_private_folder(path: Path) -> Path:
+    """Make a folder to which only this user may write, because the names of its files are predictable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be made ({error.strerror or error}); set BATCHGEN_MODELS elsewhere"
+        ) from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise ModelError(f"{path}: is a link, belongs to another user, or is writable by others; remove it")
+    return path
+
+
+@contextmanager
+def _fetch_lock(path: Path, size: str) -> Iterator[None]:
+    """Hold the lock of one model's fetch; wait for another process that holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        if not lock(descriptor):
+            logger.warning("another process is fetching %s; waiting for it", size)
+            lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _shard_counter(report: OnFetch) -> OnProgress:
+    return lambda done, total: report(FetchProgress("convert", done, total))
 
 
 def fetch_model(
@@ -50,225 +191,63 @@ def fetch_model(
     on_progress: OnFetch | None = None,
     patience: Patience | None = None,
 ) -> Path:
-    """Have OpenAI's model of that size (124M, 355M, 774M, 1558M) in the user's folder of models; return where.
+    """Fetch OpenAI's model of a size (124M, 355M, 774M, 1558M) into the user's folder of models; return its directory.
 
-    Goes on with what an interrupted fetch has downloaded, waits for another that runs, and does nothing where the
-    model is there, unless `again`. mirror: another place with the same files, by default $BATCHGEN_MIRROR.
-    Raises ModelError or UsageError with what to do; there is then no model, or the one that was there.
+    Resumes the downloads of an interrupted fetch, waits for one in another process, and does nothing if the model
+    exists, unless `again`. mirror: another address with the same files; the default is $BATCHGEN_MIRROR.
+    Raises ModelError or UsageError with what to do; an existing model then stays.
     """
     check_size(size)
     base = base_url(mirror)
     models = models_dir()
-    directory, private = models / size, _own_folder(models / ".downloads")
-    with _locked(private / f"{size}.lock", size):
+    directory, private = models / size, _make_private_folder(models / ".downloads")
+    report: OnFetch = on_progress or (lambda progress: None)
+    on_shard = _shard_counter(report)
+    with _fetch_lock(private / f"{size}.lock", size):
         if os.path.lexists(directory / MANIFEST) and not again:
             return directory
-        raw = _own_folder(private / size)
+        raw = _make_private_folder(private / size)
         _check_disk(size, raw)
-        records = Records(models / FETCHED)
-        found = _download_files(size, raw, base, records.read(), patience, on_progress)
+        remotes = remotes_of(size, base, read_string_map(models / FETCHED))
+        hashes = _download_files(remotes, raw, patience, report)
         _check_hparams(size, raw)
-        source = {"model": f"OpenAI's {size}", "from": shown(base), "data_sha256": found[DATA]}
-        convert_tf_checkpoint(
-            raw, directory, name=size, replace=again, source=source, on_progress=_converting(on_progress)
-        )
-        # Only now: TensorFlow has compared every tensor's checksum, so that these are the hashes of a whole model.
-        records.update({f"{size}/{name}": sha256 for name, sha256 in found.items()})
-        if found[DATA] == known_file(size, DATA)[1]:
-            record_verified(load_manifest(directory))
+        source = {"model": f"OpenAI's {size}", "from": redact(base), "data_sha256": hashes[DATA]}
+        convert_tf_checkpoint(raw, directory, name=size, replace=again, source=source, on_progress=on_shard)
+        # Recorded after TensorFlow has compared every tensor's checksum: these are the hashes of a complete model.
+        update_string_map(models / FETCHED, {f"{size}/{name}": sha256 for name, sha256 in hashes.items()})
+        if hashes[DATA] == known_file(size, DATA)[1]:
+            record_verified(Model.load(directory))
         if not keep_download:
             shutil.rmtree(raw)
     return directory
 
 
+# ---- picoGPT's functions
+
+
 def download_gpt2_files(model_size: str, model_dir: str | Path, mirror: str | None = None) -> None:
-    """Download a model's seven files into model_dir: picoGPT's function; here resumed and checked."""
+    """Download a model's seven files into model_dir: picoGPT's function, which here resumes and checks them."""
     check_size(model_size)
     directory = Path(model_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    _download_files(model_size, directory, base_url(mirror), {}, None, None)
+    _download_files(remotes_of(model_size, base_url(mirror), {}), directory, None, lambda progress: None)
 
 
 def load_encoder_hparams_and_params(
     model_size: str, models_dir: str | Path
-) -> tuple[Tokenizer, dict[str, Any], dict[str, Any]]:
-    """Return (encoder, hparams, params) of models_dir/model_size, downloading the files where they are absent.
+) -> tuple[Tokenizer, dict[str, object], dict[str, object]]:
+    """Return (encoder, hparams, params) of models_dir/model_size; missing files are downloaded.
 
-    picoGPT's function; a model that was converted to shards is mapped instead, with the same keys.
+    picoGPT's function. A model that was converted to shards is mapped instead, with the same keys.
     """
     check_size(model_size)
     directory = Path(models_dir) / model_size
     if os.path.lexists(directory / MANIFEST):
-        manifest = load_manifest(directory)
-        params = {key: value for key, value in load_params(directory, manifest).items() if key != "lm_head"}
-        return get_encoder(model_size, models_dir), manifest.config.as_dict(), params
+        model = Model.load(directory)
+        params = {key: value for key, value in model.load_params().items() if key != "lm_head"}
+        return model.load_tokenizer(), model.config.as_dict(), params
     if not os.path.lexists(directory / DATA):
         download_gpt2_files(model_size, directory)
     encoder = get_encoder(model_size, models_dir)
     hparams = read_hparams(directory / "hparams.json").as_dict()
     return encoder, hparams, load_gpt2_params_from_tf_ckpt(str(directory / "model.ckpt"), hparams)
-
-
-def check_size(size: str) -> str:
-    """Return a size that OpenAI published; any other raises UsageError with the four."""
-    if size not in CONFIGS:
-        raise UsageError(f"OpenAI published no GPT-2 called {short(size)}; choose from {', '.join(CONFIGS)}")
-    return size
-
-
-def base_url(mirror: str | None = None) -> str:
-    """The address above `{size}/{file}`: the mirror, $BATCHGEN_MIRROR, or OpenAI's own."""
-    url = (mirror or os.environ.get(MIRROR_VARIABLE) or BASE_URL).rstrip("/")
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("https", "http") and bool(parts.hostname) and not parts.query and not parts.fragment
-        _ = parts.port
-    except ValueError:
-        usable = False
-    if not usable or not url.isascii() or not url.isprintable() or " " in url:
-        raise UsageError(f"mirror {short(shown(url)) if usable else short(url)}: give it as https://host/path")
-    return url
-
-
-# --- the files -----------------------------------------------------------------------------------------------
-
-
-def remotes(size: str, base: str, recorded: Mapping[str, str]) -> dict[str, Remote]:
-    """Every file of a model with its address and what is known of it; OpenAI's hashes come before recorded ones."""
-    hosts = frozenset(host for host in (urlsplit(BASE_URL).hostname, urlsplit(base).hostname) if host)
-    found = {}
-    for name in sorted(FILES, key=lambda name: name != DATA):  # the large one first: it takes longest
-        length, sha256 = known_file(size, name)
-        origin = "OpenAI's"
-        if sha256 is None:
-            sha256, origin = recorded.get(f"{size}/{name}"), f"recorded in {FETCHED} when it was first fetched"
-        found[name] = Remote(f"{base}/{size}/{name}", length, sha256, origin, hosts)
-    return found
-
-
-def _download_files(
-    size: str,
-    directory: Path,
-    base: str,
-    recorded: Mapping[str, str],
-    patience: Patience | None,
-    on_progress: OnFetch | None,
-) -> dict[str, str]:
-    """Download what is missing, a few files at once; returns every file's sha256. The first failure stops all."""
-    wanted = remotes(size, base, recorded)
-    count = _Count({name: remote.size or 0 for name, remote in wanted.items()}, on_progress)
-    stop = threading.Event()
-
-    waiting, futures = iter(wanted), {name: Future[str]() for name in wanted}
-
-    def work() -> None:
-        """One thread: a file after the other, until there are no more or one of them failed."""
-        while not stop.is_set() and (name := next(waiting, None)) is not None:
-            try:
-                sha256 = download(wanted[name], directory / name, patience=patience, on_bytes=count.of(name), stop=stop)
-                futures[name].set_result(sha256)
-            except BaseException as error:
-                futures[name].set_exception(error)
-
-    # Daemons, which an exit does not wait for: a silent server would hold it up.
-    threads = [threading.Thread(target=work, daemon=True, name=f"fetch-{i}") for i in range(_AT_ONCE)]
-    for thread in threads:
-        thread.start()
-    try:
-        wait(futures.values(), return_when=FIRST_EXCEPTION)
-        _raise_first(futures.values())
-    except Exception:
-        stop.set()
-        for thread in threads:  # none may still write when this returns; interrupted, nobody waits for them
-            thread.join()
-        raise
-    except BaseException:
-        stop.set()
-        raise
-    return {name: future.result() for name, future in futures.items()}
-
-
-def _raise_first(futures: Iterable[Future[str]]) -> None:
-    """Raise what went wrong, if anything did; not that others were stopped for it."""
-    errors = [error for future in futures if future.done() and (error := future.exception())]
-    if errors:
-        raise min(errors, key=lambda error: isinstance(error, Stopped))
-
-
-class _Count:
-    """Adds up the bytes of files that are downloaded at once."""
-
-    def __init__(self, totals: dict[str, int], on_progress: OnFetch | None) -> None:
-        self.totals, self.on_progress = totals, on_progress
-        self.done = dict.fromkeys(totals, 0)
-        self.lock = threading.Lock()
-
-    def of(self, name: str) -> Callable[[int, int | None], None]:
-        def count(done: int, total: int | None) -> None:
-            with self.lock:
-                self.done[name], self.totals[name] = done, total or self.totals[name]
-                if self.on_progress:
-                    all_done, in_all = sum(self.done.values()), sum(self.totals.values())
-                    self.on_progress(FetchProgress("download", all_done, in_all))
-
-        return count
-
-
-def _converting(on_progress: OnFetch | None) -> Callable[[int, int], None] | None:
-    if on_progress is None:
-        return None
-    return lambda done, total: on_progress(FetchProgress("convert", done, total))
-
-
-def _check_hparams(size: str, directory: Path) -> None:
-    path = directory / "hparams.json"
-    if read_hparams(path) != CONFIGS[size]:
-        values = read_json(path, limit=2**16)
-        path.unlink()
-        raise ModelError(
-            f"hparams.json of {size}: expected {CONFIGS[size].as_dict()}, found {values}; another --mirror"
-        )
-
-
-def _check_disk(size: str, raw: Path) -> None:
-    """See, before anything is downloaded, that the files and the shards both fit."""
-    data = known_file(size, DATA)[0] or 0
-    config = CONFIGS[size]
-    shards = data + 4 * config.n_vocab * config.n_embd  # wte is there twice
-    here = sum(path.stat().st_size for path in raw.iterdir() if path.is_file())
-    needed, free = max(0, data - here) + shards + _SPARE, shutil.disk_usage(raw).free
-    if free < needed:
-        raise ModelError(
-            f"{raw.parents[1]}: {size} needs {needed / 1e9:.1f} GB ({data / 1e9:.1f} to download, {shards / 1e9:.1f} "
-            f"of shards), and {free / 1e9:.1f} GB are free; make room, or set BATCHGEN_MODELS to a folder elsewhere"
-        )
-
-
-def _own_folder(path: Path) -> Path:
-    """Make a folder that only this user may write to: files in it have names that can be foretold."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
-        found = path.lstat()
-    except OSError as error:
-        raise ModelError(
-            f"{path}: cannot be made ({error.strerror or error}); set BATCHGEN_MODELS elsewhere"
-        ) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise ModelError(f"{path}: is a link, another user's, or others may write to it; remove it")
-    return path
-
-
-@contextmanager
-def _locked(path: Path, size: str) -> Iterator[None]:
-    """Hold a lock; where another process does, wait for it: what it fetches is then there for this one."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process is fetching %s; waiting for it", size)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""What is known of OpenAI's four models: where they are, their files, shapes, sizes and hashes, and what they say."""
+"""What is known of OpenAI's four models: addresses, files, sizes, hashes, shapes, and some published completions."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +19,7 @@ _VOCABULARY = {
     "encoder.json": (1_042_301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "vocab.bpe": (456_318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
 }
-# Of the larger models only the size of the data is known; what they are is recorded when they are first fetched.
+# Of the larger models only the size of the data is known; the first fetch records the hashes.
 _KNOWN: dict[str, dict[str, tuple[int, str | None]]] = {
     "124M": {
         "checkpoint": (77, "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb"),
@@ -34,13 +34,13 @@ _KNOWN: dict[str, dict[str, tuple[int, str | None]]] = {
 
 
 def known_file(size: str, name: str) -> tuple[int | None, str | None]:
-    """The bytes and the sha256 of one of a model's files, as far as they are known: (90, "d9d5...") or (None, None)."""
+    """The bytes and the SHA-256 of one of a model's files, each None if unknown: (90, "d9d5...") or (None, None)."""
     return _KNOWN[size].get(name) or _VOCABULARY.get(name) or (None, None)
 
 
 @dataclass(frozen=True, slots=True)
 class FetchProgress:
-    """How far a fetch is: bytes downloaded (those of earlier runs included), or tensors converted."""
+    """Progress of a fetch: bytes downloaded (those of earlier attempts included), or shards written."""
 
     phase: Literal["download", "convert"]
     done: int
@@ -49,7 +49,7 @@ class FetchProgress:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a model goes on with, greedily; text or ids, whichever was published."""
+    """A prompt and its greedy completion, each as the text or the token ids that were published."""
 
     prompt: str | tuple[int, ...]
     completion: str | tuple[int, ...]
@@ -57,13 +57,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """The two largest logits after a prompt, as {token id: logit}."""
+    """The largest logits after a prompt, as {token id: logit}."""
 
     prompt: str
     largest: dict[int, float]
 
 
-# Greedy, from picoGPT's README and transformers' tests; the logits were computed with transformers in float32.
+# Greedy completions from picoGPT's README and the tests of transformers; logits computed by transformers in float32.
 KNOWN_COMPLETIONS: dict[str, tuple[Completion, ...]] = {
     "124M": (
         Completion(

@@ -12,86 +12,28 @@ import batchgen
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.models.openai import SIZES
-from batchgen.models.records import Records
 from batchgen.models.shards import MANIFEST, load_manifest, load_params, model_hash
+from batchgen.models.string_map import read_string_map
 
-DEFAULT_MODEL = "tales"
-OPENAI_MODELS = SIZES
-VERIFIED = "verified.json"  # in models_dir(): model_hash of what was verified, and when
+VERIFIED = "verified.json"  # in models_dir(): {model_hash: day of its last verification}
 MODELS_VARIABLE = "BATCHGEN_MODELS"
 
-_BARE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # no separator and no dot in front: it stays in its folder
+_BARE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # without a separator or a leading dot it stays in its folder
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """One line of `batchgen models`; of a broken model only the name, the path and the error are known."""
+    """One line of `batchgen models`; a broken model has only a name, a path and an error."""
 
     name: str
     path: Path
     config: GPT2Config | None = None
     hash: str | None = None
     parameters: int | None = None  # as published: wte counts once, its transposed copy does not
-    bytes: int | None = None  # on disk, that copy and the vocabulary included
+    bytes: int | None = None  # on disk, with that copy and the vocabulary
     source: dict[str, str] | None = None
-    verified: str | None = None  # the day when it was, as 2026-11-21
+    verified: str | None = None  # the day of the last verification: 2026-11-21
     error: str | None = None
-
-
-def find_model(name_or_dir: str) -> Path:
-    """Return a model's directory: `tales` -> `.../data/models/tales`, `./mine` -> `./mine`.
-
-    What holds a separator is a path, and so is the name of a model directory that is here; any other name
-    is looked up in model_roots(). Raises ModelError with the known names and what to do.
-    """
-    path = Path(os.path.expanduser(name_or_dir))
-    if name_or_dir and _is_model(path):
-        return path
-    if _has_separator(name_or_dir) or name_or_dir in (".", ".."):
-        raise ModelError(f"{path}: is not a model (it has no {MANIFEST}); give a name or a converted directory")
-    found = _locate(check_bare_name(name_or_dir))
-    if found is None:
-        raise ModelError(_unknown(name_or_dir))
-    return found
-
-
-def list_models() -> list[ModelInfo]:
-    """Describe every model that a bare name can reach, by name; broken ones with what is wrong with them."""
-    names = {path.name for root in model_roots() for path in _subdirectories(root)}
-    verified = _verified()
-    return [_describe(name, verified) for name in sorted(names)]
-
-
-def model_destination(name_or_dir: str) -> Path:
-    """Return where a model that is to be made goes: a path is itself, a bare name is in models_dir()."""
-    if _has_separator(name_or_dir):
-        return Path(os.path.expanduser(name_or_dir))
-    check_bare_name(name_or_dir)
-    return models_dir() / name_or_dir
-
-
-def models_dir() -> Path:
-    """Return the user's folder of models, which need not exist yet: $BATCHGEN_MODELS or the cache."""
-    folders = [_from_environment(), _cache()]
-    for folder in folders:
-        if folder is not None:
-            return folder
-    raise ModelError(f"there is no home directory to keep models in; set {MODELS_VARIABLE} to a folder")
-
-
-def model_roots() -> list[Path]:
-    """Return the folders a bare name is looked up in, first to last; $BATCHGEN_MODELS goes before the cache."""
-    return [root for root in (_from_environment(), _cache(), _embedded()) if root is not None]
-
-
-def check_bare_name(name: str) -> str:
-    """Return a name that stays inside its folder; anything else raises ModelError."""
-    if not _BARE_NAME.fullmatch(name) or len(name) > 100:
-        raise ModelError(
-            f"model name {ascii(name[:100])} may hold letters, digits, '.', '_' and '-', 100 at most and no '.' in "
-            "front; a directory is given with a separator, as ./mine"
-        )
-    return name
 
 
 def _from_environment() -> Path | None:
@@ -101,17 +43,47 @@ def _from_environment() -> Path | None:
 
 def _cache() -> Path | None:
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # which the XDG specification says to ignore
+    if not os.path.isabs(base):  # the XDG specification ignores a relative one
         base = os.path.expanduser("~/.cache")
     return Path(base, "batchgen", "models") if os.path.isabs(base) else None
 
 
 def _embedded() -> Path:
-    return Path(batchgen.__file__).parent / "data" / "models"
+    return (Path(batchgen.__file__).parent / "data").resolve() / "models"
+
+
+def models_dir() -> Path:
+    """The user's folder of models, $BATCHGEN_MODELS or the cache; it may not exist yet."""
+    folder = _from_environment() or _cache()
+    if folder is None:
+        raise ModelError(f"there is no home directory to keep models in; set {MODELS_VARIABLE} to a folder")
+    return folder
+
+
+def model_roots() -> list[Path]:
+    """The folders in which a bare name is looked up, first to last."""
+    return [root for root in (_from_environment(), _cache(), _embedded()) if root is not None]
+
+
+def check_bare_name(name: str) -> str:
+    """Return a name that stays inside its folder; anything else raises ModelError."""
+    if not _BARE_NAME.fullmatch(name) or len(name) > 100:
+        raise ModelError(
+            f"model name {ascii(name[:100])}: use up to 100 letters, digits, '.', '_' and '-', the first one not '.'; "
+            "write a directory with a separator, as ./mine"
+        )
+    return name
 
 
 def _has_separator(name: str) -> bool:
     return os.sep in name or bool(os.altsep and os.altsep in name)
+
+
+def model_destination(name_or_dir: str) -> Path:
+    """The directory of a model that is to be made: a path as given, a bare name inside models_dir()."""
+    if _has_separator(name_or_dir):
+        return Path(os.path.expanduser(name_or_dir))
+    return models_dir() / check_bare_name(name_or_dir)
 
 
 def _is_model(path: Path) -> bool:
@@ -125,19 +97,12 @@ def _locate(name: str) -> Path | None:
 def _subdirectories(root: Path) -> Iterator[Path]:
     try:
         entries = sorted(root.iterdir())
-    except OSError:  # a folder that is not there, or not the user's to read, holds no models
+    except OSError:  # a folder that does not exist or cannot be read holds no models
         return
     yield from (path for path in entries if _BARE_NAME.fullmatch(path.name) and os.path.isdir(path))
 
 
-def _verified() -> dict[str, str]:
-    try:
-        return Records(models_dir() / VERIFIED).read()
-    except ModelError:  # there is no home, or the file is damaged: then nothing is known to be verified
-        return {}
-
-
-def _describe(name: str, verified: dict[str, str]) -> ModelInfo:
+def _describe(name: str, days: dict[str, str]) -> ModelInfo:
     path = _locate(name) or next(root / name for root in model_roots() if os.path.isdir(root / name))
     try:
         manifest = load_manifest(path)
@@ -149,19 +114,47 @@ def _describe(name: str, verified: dict[str, str]) -> ModelInfo:
     parameters = sum(math.prod(shape) for shape in manifest.config.tensor_shapes().values())
     if not manifest.config.tie_word_embeddings:
         parameters += manifest.config.n_vocab * manifest.config.n_embd
-    known = model_hash(manifest)
-    day = verified.get(known)
-    return ModelInfo(name, path, manifest.config, known, parameters, size, manifest.source, verified=day)
+    digest = model_hash(manifest)
+    return ModelInfo(name, path, manifest.config, digest, parameters, size, manifest.source, days.get(digest))
 
 
-def _unknown(name: str) -> str:
+def list_models() -> list[ModelInfo]:
+    """Describe every model that a bare name can reach, in the order of names; a broken one has its error."""
+    try:
+        days = read_string_map(models_dir() / VERIFIED)
+    except ModelError:  # without a home or with a damaged file, no verification is known
+        days = {}
+    names = {path.name for root in model_roots() for path in _subdirectories(root)}
+    return [_describe(name, days) for name in sorted(names)]
+
+
+def _unknown_model(name: str) -> ModelError:
+    """The error for a name that is not found, with the known names and what to do."""
     known = sorted(info.name for info in list_models() if info.error is None)
-    here = f"known: {', '.join(known)}" if known else "no models are here"
-    if name in OPENAI_MODELS:
-        return (
+    listed = f"(known: {', '.join(known) or 'none'})"
+    if name in SIZES:
+        return ModelError(
             f"model {name} is not here; fetch it with: batchgen fetch {name}, or convert a downloaded checkpoint with: "
-            f"batchgen convert SRC {name} ({here})"
+            f"batchgen convert SRC {name} {listed}"
         )
-    near = get_close_matches(name.lower(), [other.lower() for other in (*known, *OPENAI_MODELS)], n=1)
-    meant = next((f"; did you mean {other!r}?" for other in (*known, *OPENAI_MODELS) if [other.lower()] == near), "")
-    return f"no model is called {name!r}{meant} ({here})"
+    names = {other.lower(): other for other in (*SIZES, *known)}
+    near = get_close_matches(name.lower(), names, n=1)
+    suggestion = f"; did you mean {names[near[0]]!r}?" if near else ""
+    return ModelError(f"unknown model {name!r}{suggestion} {listed}")
+
+
+def find_model(name_or_dir: str) -> Path:
+    """Return a model's directory: `tales` -> `.../data/models/tales`, `./mine` -> `./mine`.
+
+    A text with a separator is a path, and so is the name of a model directory in the current directory. Any other
+    name is looked up in model_roots(). Raises ModelError with the known names and what to do.
+    """
+    path = Path(os.path.expanduser(name_or_dir))
+    if name_or_dir and _is_model(path):
+        return path
+    if _has_separator(name_or_dir) or name_or_dir in (".", ".."):
+        raise ModelError(f"{path}: is not a model (it has no {MANIFEST}); give a name or a converted directory")
+    found = _locate(check_bare_name(name_or_dir))
+    if found is None:
+        raise _unknown_model(name_or_dir)
+    return found

@@ -1,1 +1,1 @@
-"""Where rows go: parts and their ledger, files, datasets, object stores, and outputs read again."""
+"""Where rows go: parts and their ledger, files, datasets, object stores, and outputs that are read again."""

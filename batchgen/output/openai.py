@@ -1,76 +1,41 @@
-"""OpenAI's batch files, the answers: a line of the shape of OpenAI's for each request.
+"""Answers to an OpenAI batch file: for each request, a line in the shape of OpenAI's.
 
 https://platform.openai.com/docs/guides/batch and its /v1/completions. Nothing here depends on the clock or on how the
-work was cut: equal inputs, models and parameters give equal bytes.
+work is cut: equal inputs, models and parameters give equal bytes.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
+import pyarrow as pa
+
+from batchgen.output.file import WriteRows
+from batchgen.plan import Plan
 from batchgen.text.tokenizer import StreamDecoder, Tokenizer
 
 CREATED = 0  # a time would make each run's bytes its own
 
-
-def batch_writer(plan: dict[str, Any], tokenizer: Tokenizer) -> Callable[[Iterable[Any], BinaryIO], None]:
-    """Writes record batches of the output's columns (with token ids) as OpenAI's lines; its ids come from the plan."""
-    identity = json.dumps([plan[key] for key in ("input", "model_hash", "parameters")])
-
-    def write(batches: Iterable[Any], file: BinaryIO) -> None:
-        encode = json.JSONEncoder(ensure_ascii=False).encode
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, samples in groupby(rows, key=itemgetter("row")):
-            digest = hashlib.sha256(f"{identity}:{number}".encode()).hexdigest()[:32]
-            file.write((encode(batch_line(list(samples), digest, plan["model"], tokenizer)) + "\n").encode())
-
-    return write
+Row: TypeAlias = dict[str, Any]  # of the output, by column
+Json: TypeAlias = dict[str, object]
 
 
-def batch_line(samples: list[dict[str, Any]], digest: str, model: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What became of one request, from its rows of the output.
-
-    A rejected one is answered with status code 400, as the API would; a failed one has no response.
-    """
-    first = samples[0]
-    line = {"id": f"batch_req_{digest}", "custom_id": first["id"], "response": None, "error": None}
-    if first["status"] == "failed":
-        return line | {"error": {"code": "failed", "message": first["error"]}}
-    ok = first["status"] == "ok"
-    code, body = (
-        (200, _completion(samples, digest, model, tokenizer)) if ok else (400, {"error": _error(first["error"])})
-    )
-    return line | {"response": {"status_code": code, "request_id": digest, "body": body}}
-
-
-def _error(message: str) -> dict[str, Any]:
+def _error(message: str) -> Json:
     return {"message": message, "type": "invalid_request_error", "param": None, "code": None}
 
 
-def _completion(samples: list[dict[str, Any]], digest: str, model: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{digest}",
-        "object": "text_completion",
-        "created": CREATED,
-        "model": model,
-        "choices": [_choice(sample, tokenizer) for sample in samples],
-        "usage": _usage(samples),
-    }
+def _offsets(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[int]:
+    """The character of the text at which each token begins; for a part of a character, that character."""
+    decoder, characters = StreamDecoder(tokenizer), 0
+    for token in ids:
+        yield characters
+        characters += len(decoder.push([token]))
 
 
-def _choice(sample: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "text": sample["completion"],
-        "index": sample["sample"],
-        "logprobs": None if sample.get("logprobs") is None else _logprobs(sample, tokenizer),
-        "finish_reason": "length" if sample["finish_reason"] == "length" else "stop",  # OpenAI has no word for a loop
-    }
-
-
-def _logprobs(sample: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _logprobs(sample: Row, tokenizer: Tokenizer) -> Json:
     ids, length = sample["completion_token_ids"], len(sample["completion"])
     tokens = [tokenizer.token_text(token) for token in ids]
     tops = [{top["token"]: top["logprob"] for top in tops} for tops in sample["top_logprobs"] or ()]
@@ -84,16 +49,61 @@ def _logprobs(sample: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _offsets(ids: list[int], tokenizer: Tokenizer) -> Iterator[int]:
-    """At which character of the text each token begins; a part of a character, where that character would."""
-    decoder, characters = StreamDecoder(tokenizer), 0
-    for token in ids:
-        yield characters
-        characters += len(decoder.push([token]))
+def _choice(sample: Row, tokenizer: Tokenizer) -> Json:
+    return {
+        "text": sample["completion"],
+        "index": sample["sample"],
+        "logprobs": None if sample.get("logprobs") is None else _logprobs(sample, tokenizer),
+        "finish_reason": "length" if sample["finish_reason"] == "length" else "stop",  # OpenAI has no word for a loop
+    }
 
 
-def _usage(samples: list[dict[str, Any]]) -> dict[str, int]:
-    """A prompt's tokens count once, whatever its samples."""
-    by_prompt = {sample["prompt_index"]: sample["prompt_tokens"] for sample in samples}
-    prompt, completion = sum(by_prompt.values()), sum(sample["completion_tokens"] for sample in samples)
+def _usage(samples: Sequence[Row]) -> Json:
+    """Counts of tokens; a prompt's count once, however many samples it has."""
+    by_prompt: dict[int, int] = {sample["prompt_index"]: sample["prompt_tokens"] for sample in samples}
+    prompt = sum(by_prompt.values())
+    completion = sum(int(sample["completion_tokens"]) for sample in samples)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _completion(samples: Sequence[Row], digest: str, model: str, tokenizer: Tokenizer) -> Json:
+    return {
+        "id": f"cmpl-{digest}",
+        "object": "text_completion",
+        "created": CREATED,
+        "model": model,
+        "choices": [_choice(sample, tokenizer) for sample in samples],
+        "usage": _usage(samples),
+    }
+
+
+def make_answer(samples: Sequence[Row], digest: str, model: str, tokenizer: Tokenizer) -> Json:
+    """The answer to one request, from its rows of the output; the digest makes its ids.
+
+    The answer to a rejected request has status code 400, as the API's would; that to a failed one has no response.
+    """
+    first = samples[0]
+    answer = {"id": f"batch_req_{digest}", "custom_id": first["id"], "response": None, "error": None}
+    if first["status"] == "failed":
+        return answer | {"error": {"code": "failed", "message": first["error"]}}
+    if first["status"] == "ok":
+        code, body = 200, _completion(samples, digest, model, tokenizer)
+    else:
+        code, body = 400, {"error": _error(first["error"])}
+    return answer | {"response": {"status_code": code, "request_id": digest, "body": body}}
+
+
+def answers_writer(load_tokenizer: Callable[[], Tokenizer]) -> WriteRows:
+    """A function that writes output rows, which have token ids if they have log-probabilities, as OpenAI's lines."""
+
+    def write_answers(batches: Iterable[pa.RecordBatch], file: BinaryIO, _: pa.Schema, plan: Plan) -> None:
+        tokenizer = load_tokenizer()
+        encode = json.JSONEncoder(ensure_ascii=False).encode
+        values = plan.to_json()
+        identity = json.dumps([values[key] for key in ("input", "model_hash", "parameters")])
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, samples in groupby(rows, key=itemgetter("row")):
+            digest = hashlib.sha256(f"{identity}:{number}".encode()).hexdigest()[:32]
+            file.write((encode(make_answer(list(samples), digest, plan.model, tokenizer)) + "\n").encode())
+
+    return write_answers

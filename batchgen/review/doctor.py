@@ -1,4 +1,4 @@
-"""What of this machine matters to a run: each thing found, whether it is well, and the remedy where it is not."""
+"""Looks at what a run needs of this machine: each finding, whether it is well, and the remedy if it is not."""
 
 import os
 import platform
@@ -8,20 +8,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from threadpoolctl import threadpool_limits
-
 from batchgen import __version__
-from batchgen.engine.probe import Blas, blas_info, is_batch_invariant
+from batchgen.engine.probe import Blas, blas_info
 from batchgen.errors import BatchgenError
-from batchgen.models.registry import DEFAULT_MODEL, find_model, list_models
-from batchgen.models.shards import load_manifest, load_params, verify_shards
-from batchgen.planning import available_jobs, available_memory, default_kv_bytes, fitting_jobs
+from batchgen.job import DEFAULT_MODEL
+from batchgen.models.model import Model
+from batchgen.models.registry import list_models
+from batchgen.options import say
+from batchgen.planning import available_jobs, available_memory, default_kv_bytes, fitting_jobs, probe_arithmetic
 
 State = Literal["ok", "note", "broken"]
 
 PACKAGES = ("numpy", "pyarrow", "joblib", "threadpoolctl", "regex", "safetensors", "typer", "rich")
-OPTIONAL = {  # package: (what needs it, how to have it)
-    "matplotlib": ("batchgen report", "pip install 'batchgen[report]'"),
+OPTIONAL = {  # package: (what needs it, how to install it)
+    "matplotlib": ("batchgen report", "pip install matplotlib"),
     "tensorflow-cpu": ("batchgen fetch, and batchgen convert of OpenAI's checkpoints", "pip install tensorflow-cpu"),
 }
 VECTORS = ("avx", "avx2", "fma", "avx512f", "avx512vl", "avx512_bf16", "amx_tile", "asimd", "sve")
@@ -31,7 +31,7 @@ CORETYPE = "OPENBLAS_CORETYPE"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at: `note` is worth knowing, `broken` keeps some command from working."""
+    """One finding: `note` is worth knowing, `broken` keeps some command from working."""
 
     name: str
     text: str
@@ -39,7 +39,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything, one thing after another; what is broken is a finding, not an error."""
+    """Look at one thing after another; something broken is a finding, not an error."""
     yield Finding("batchgen", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
     yield from examine_packages()
     name, flags = read_processor(Path("/proc/cpuinfo"))
@@ -53,7 +53,7 @@ def examine() -> Iterator[Finding]:
 
 
 def examine_packages() -> Iterator[Finding]:
-    """Versions of what is installed, and what is not."""
+    """Versions of the installed packages, and the missing ones."""
     found, absent = {}, []
     for name in (*PACKAGES, *OPTIONAL):
         try:
@@ -70,7 +70,7 @@ def examine_packages() -> Iterator[Finding]:
 
 
 def read_processor(cpuinfo: Path) -> tuple[str, frozenset[str]]:
-    """Its name and its features, as Linux gives them; elsewhere, no features are known."""
+    """Its name and its features, as Linux reports them; on other systems the features are not known."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -84,41 +84,38 @@ def read_processor(cpuinfo: Path) -> tuple[str, frozenset[str]]:
 
 
 def examine_blas(blas: Blas, flags: frozenset[str], environment: Mapping[str, str]) -> Iterator[Finding]:
-    """The library that multiplies, the kernels it chose, and what keeps it from the best ones."""
+    """The BLAS, the kernels that it chose, and what keeps it from faster ones."""
     chosen = f"{blas.name} {blas.version}, kernels for {blas.core_type}"
     forced = environment.get(CORETYPE)
     able = "avx512vl" in flags and blas.name == "openblas"
     if able and blas.core_type not in AVX512 and forced:
-        yield Finding("BLAS", f"{chosen}: {CORETYPE}={forced} holds it back from AVX-512; unset it", "note")
+        yield Finding("BLAS", f"{chosen}: {CORETYPE}={forced} keeps it from AVX-512; unset it", "note")
     elif able and blas.core_type not in AVX512:
-        yield Finding("BLAS", f"{chosen}: it does not use the AVX-512 that the processor has", "note")
+        yield Finding("BLAS", f"{chosen}: it does not use the processor's AVX-512", "note")
     elif forced and blas.name == "openblas":
-        yield Finding("BLAS", f"{chosen}, because {CORETYPE}={forced} says so; unset it to let OpenBLAS choose", "note")
+        yield Finding("BLAS", f"{chosen}, set by {CORETYPE}={forced}; unset it to let OpenBLAS choose", "note")
     else:
         yield Finding("BLAS", f"{chosen}, its own choice")
 
 
 def examine_rows() -> Finding:
-    """The probe that a run makes, on the model that comes with batchgen."""
+    """The probe of a run, on the embedded model."""
     try:
-        directory = find_model(DEFAULT_MODEL)
-        manifest = load_manifest(directory)
-        with threadpool_limits(1, user_api="blas"):  # as in a worker
-            invariant = is_batch_invariant(load_params(directory, manifest), manifest.config)
+        invariant = probe_arithmetic(Model.open(DEFAULT_MODEL)).batch_invariant
     except BatchgenError as error:
         return Finding("rows", f"could not be probed: {error}", "broken")
     if invariant:
-        return Finding("rows", "batch-invariant: bit for bit the same in any company")
-    text = "not batch-invariant: rounded differently in other company; the same plan gives the same bits"
+        return Finding("rows", "batch-invariant: a row has the same bits in any batch")
+    text = "not batch-invariant: the bits of a row depend on its batch; the same plan gives the same bits"
     return Finding("rows", text, "note")
 
 
 def examine_cores(environment: Mapping[str, str]) -> Finding:
-    """The cores of the machine, and those that this process may use."""
-    usable, all_of_them = available_jobs(), os.cpu_count() or 1
-    text = f"{usable} usable of {all_of_them}"
+    """The cores of the machine, and the cores that this process may use."""
+    usable, total = available_jobs(), os.cpu_count() or 1
+    text = f"{usable} usable of {total}"
     reasons = []
-    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < all_of_them:
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < total:
         reasons.append(f"affinity allows {len(os.sched_getaffinity(0))}")
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.exists() and not quota.read_text().startswith("max"):
@@ -130,29 +127,29 @@ def examine_cores(environment: Mapping[str, str]) -> Finding:
 
 
 def examine_memory() -> Finding:
-    """What is free, and how many workers of the model that comes with batchgen would fit."""
+    """Free memory, and how many workers of the embedded model fit into it."""
     free = available_memory()
     try:
-        config = load_manifest(find_model(DEFAULT_MODEL)).config
+        config = Model.open(DEFAULT_MODEL).config
     except BatchgenError:
         return Finding("memory", f"{free / 1e9:.1f} GB free")
     kv_bytes = default_kv_bytes(config)
     text = f"{free / 1e9:.1f} GB free; --jobs auto would be {fitting_jobs(kv_bytes, 0)}"
     if kv_bytes > free:
-        return Finding("memory", f"{text}, and lack memory: pass --kv-memory {int(free / 4e6)}M", "note")
+        return Finding(
+            "memory", f"{text}, and one would lack memory: pass {say('kv_bytes', f'{int(free / 4e6)}M')}", "note"
+        )
     return Finding("memory", text)
 
 
 def examine_models() -> Iterator[Finding]:
-    """The models that are here; the one that comes with batchgen by its hashes, the others by their manifests."""
+    """The models that are here; the embedded one is checked by its hashes, the others by their manifests."""
     for info in list_models():
         if info.error is not None:
             yield Finding("models", f"{info.name}: {info.error}", "broken")
         elif info.config is not None:
             yield Finding("models", f"{info.name}: context {info.config.n_ctx}, {info.path}")
     try:
-        verify_shards(find_model(DEFAULT_MODEL))
+        Model.open(DEFAULT_MODEL).verify()
     except BatchgenError as error:
-        yield Finding(
-            "models", f"{DEFAULT_MODEL}, which comes with batchgen: {error}; install batchgen again", "broken"
-        )
+        yield Finding("models", f"{DEFAULT_MODEL}, the embedded model: {error}; install batchgen again", "broken")

@@ -1,20 +1,22 @@
 """What a run would do, without doing it: rows, rejects, chunks, memory, and how long it would take.
 
-The time is a sum over chunks of what was measured on this machine with rows of the input itself:
+The time is a sum over chunks of costs measured on this machine with rows of the input itself:
 
     seconds = prompt * (prompt tokens read) + step * (decode steps) + sequence * (tokens generated)
 
-A decode step costs `step` for reading the weights once, however many sequences it serves, and `sequence` for each.
+A decode step costs `step` for reading the weights, however many sequences it serves, and `sequence` for each of them.
 """
 
 import math
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from joblib.externals.loky import get_reusable_executor
@@ -23,12 +25,28 @@ from batchgen.engine.engine import kv_bytes_per_token
 from batchgen.engine.sequence import expand
 from batchgen.errors import BatchgenError
 from batchgen.gpt2.kv_cache import BLOCK
-from batchgen.input.readers import scan_input
-from batchgen.planning import WORKER_BYTES, check_memory, fitting_jobs, plan_chunks
-from batchgen.run import Job, columns, make_plan, named_model, validated, worker_setup
+from batchgen.input.prompts import Prompts
+from batchgen.input.validation import make_check
+from batchgen.job import Job
+from batchgen.models.model import Model
+from batchgen.options import say
+from batchgen.output.schema import Columns
+from batchgen.plan import Plan
+from batchgen.planning import (
+    WORKER_BYTES,
+    Setting,
+    check_memory,
+    default_kv_bytes,
+    fitting_jobs,
+    make_plan,
+    plan_chunks,
+    probe_arithmetic,
+)
 from batchgen.types import Chunk, Rejected, TokenizedRequest
+from batchgen.workers.complete import to_prompts
 from batchgen.workers.pool import end_workers, exit_codes, no_interrupts_to_workers
-from batchgen.workers.worker import WorkerSetup, become_worker, loaded, to_prompts
+from batchgen.workers.worker import WorkerSetup, become_worker, load_engine
+from batchgen.workers.workers import worker_setup
 
 SAMPLE_ROWS = 256  # evenly spread over the input
 PLACES_SHOWN = 8
@@ -37,9 +55,9 @@ MEASURED_STEPS = 6
 
 @dataclass(frozen=True, slots=True)
 class ChunkCost:
-    """What a chunk asks of its worker."""
+    """The work of one chunk."""
 
-    prompt_tokens: int  # that are read: shared ones once
+    prompt_tokens: int  # to be read: shared ones once
     samples: int
     max_tokens: int  # of the longest
     sum_max_tokens: int
@@ -47,12 +65,12 @@ class ChunkCost:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Seconds, measured in one of `jobs` workers at work at once."""
+    """Seconds, measured in one worker while all workers run."""
 
-    prompt: float  # a prompt token
-    step: float  # a decode step
-    sequence: float  # a sequence in a decode step
-    stop: float  # the probability of a sequence to end at a token
+    prompt: float  # per prompt token
+    step: float  # per decode step
+    sequence: float  # per sequence in a decode step
+    stop: float  # the probability that a sequence ends at a token
 
     def expected_tokens(self, max_tokens: float) -> float:
         if self.stop == 0:
@@ -77,15 +95,15 @@ class Reject:
 
     example: str
     rows: int = 0
-    places: list[str] = field(default_factory=list)  # the first of them
+    places: list[str] = field(default_factory=list)  # the first ones
 
 
 @dataclass(slots=True)
 class Forecast:
-    """What `batchgen plan` tells."""
+    """What `batchgen plan` prints."""
 
     rows: int = 0
-    rejects: dict[str, Reject] = field(default_factory=dict)  # by what they have in common
+    rejects: dict[str, Reject] = field(default_factory=dict)  # by reason, without what it quotes
     lengths: Counter[int] = field(default_factory=Counter)  # prompt tokens -> rows
     prompt_tokens_read: int = 0
     shared_tokens: int = 0
@@ -106,36 +124,33 @@ class Forecast:
 
 
 def forecast_job(job: Job, *, measure_time: bool = True) -> Forecast:
-    """Read the whole input (job.input was checked) as a run would, and measure a few of its rows; writes nothing.
+    """Read the whole input as a run would, and measure a few of its rows; writes nothing.
 
     Raises the BatchgenError that a run would raise before its first row.
     """
-    model = named_model(job)
-    check_memory(job.model, model.manifest.config, model.bytes)
-    facts = scan_input(job.input)
-    plan, automatic = make_plan(job, model, facts, facts.rows)
-    settled = plan | {key: value for key, value in automatic.items() if plan[key] is None}
-    forecast = Forecast(chunk_rows=settled["chunk_rows"], invariant=settled["batch_invariant"])
+    prompts = Prompts.open(job.input, spool=Path(tempfile.gettempdir()))
+    model = Model.open(job.model)
+    check_memory(model.name, model.config, model.bytes)
+    facts = prompts.scan()
+    slots = fitting_jobs(job.work.kv_bytes or default_kv_bytes(model.config), model.bytes)
+    plan, _ = make_plan(job, facts, model, Setting(probe_arithmetic(model), facts.rows, slots, "parquet"))
+    forecast = Forecast(chunk_rows=plan.chunk_rows, invariant=plan.batch_invariant)
     sample: list[TokenizedRequest] = []
-    every = max(facts.rows // SAMPLE_ROWS, 1)
-    for chunk in plan_chunks(watched(validated(job, model), forecast, sample, every), settled["chunk_rows"]):
-        forecast.chunks.append(chunk_cost(chunk, forecast, share=job.share_prefixes))
-    mean = sum(length * n for length, n in forecast.lengths.items()) / max(forecast.ok, 1) + job.params.max_tokens
-    fitting = settled["kv_bytes"] // int(kv_bytes_per_token(model.manifest.config) * mean)
-    forecast.max_batch = max(min(settled["batch_size"], fitting), 1)
-    forecast.jobs = max(min(job.jobs or fitting_jobs(settled["kv_bytes"], model.bytes), len(forecast.chunks)), 1)
-    in_flight = min(forecast.max_batch, max((c.samples for c in forecast.chunks), default=0))
-    kv_bytes = min(settled["kv_bytes"], int(in_flight * mean * kv_bytes_per_token(model.manifest.config)))
-    forecast.memory = model.bytes + forecast.jobs * (WORKER_BYTES + kv_bytes) + WORKER_BYTES
+    check = make_check(model.load_tokenizer(), model.config.n_ctx, job.policy)
+    items = count_rows(map(check, prompts.requests(job.sampling)), forecast, sample, max(facts.rows // SAMPLE_ROWS, 1))
+    for chunk in plan_chunks(items, plan.chunk_rows):
+        forecast.chunks.append(chunk_cost(chunk, forecast, share=plan.share_prefixes))
+    add_memory(forecast, job, plan, model)
     if measure_time and sample:
-        add_time(forecast, worker_setup(job, model, settled, columns(job, facts)), sample)
+        columns = Columns(logprobs=job.sampling.logprobs is not None)
+        add_time(forecast, worker_setup(model, plan, columns), sample)
     return forecast
 
 
-def watched(
+def count_rows(
     items: Iterable[TokenizedRequest | Rejected], forecast: Forecast, sample: list[TokenizedRequest], every: int
 ) -> Iterator[TokenizedRequest | Rejected]:
-    """Count the rows as they go by, and keep some."""
+    """Pass the rows on, count them in the forecast, and keep every n-th in the sample."""
     for item in items:
         forecast.rows += 1
         if isinstance(item, Rejected):
@@ -153,7 +168,7 @@ def watched(
 
 
 def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool) -> ChunkCost:
-    """What the engine would make of the chunk: equal greedy requests once, shared blocks of prompts once."""
+    """The work that the engine would have with a chunk: equal greedy requests once, shared blocks of prompts once."""
     seen: set[tuple[int, ...]] = set()
     once: set[object] = set()
     read = samples = longest = total = 0
@@ -178,28 +193,27 @@ def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool) -> ChunkCost:
     return ChunkCost(read, samples, longest, total)
 
 
+def add_memory(forecast: Forecast, job: Job, plan: Plan, model: Model) -> None:
+    """Workers, sequences in flight and memory, from the mean length of a row."""
+    per_token = kv_bytes_per_token(model.config)
+    mean = sum(length * n for length, n in forecast.lengths.items()) / max(forecast.ok, 1) + job.sampling.max_tokens
+    forecast.max_batch = max(min(plan.batch_size, plan.kv_bytes // int(per_token * mean)), 1)
+    forecast.jobs = max(min(job.work.jobs or fitting_jobs(plan.kv_bytes, model.bytes), len(forecast.chunks)), 1)
+    in_flight = min(forecast.max_batch, max((c.samples for c in forecast.chunks), default=0))
+    kv_bytes = min(plan.kv_bytes, int(in_flight * mean * per_token))
+    forecast.memory = model.bytes + forecast.jobs * (WORKER_BYTES + kv_bytes) + WORKER_BYTES
+
+
 # ---- time
 
 
 def add_time(forecast: Forecast, setup: WorkerSetup, sample: list[TokenizedRequest]) -> None:
+    """Measure the sample in as many workers as a run would have, and add up the chunks."""
     started = time.monotonic()
-    with no_interrupts_to_workers():
-        executor = get_reusable_executor(forecast.jobs, initializer=become_worker, initargs=(setup.parent,))
-        in_flight = max(min(forecast.max_batch, max(c.samples for c in forecast.chunks), len(sample)), 1)
-        futures = [executor.submit(measure, setup, sample[:in_flight]) for _ in range(forecast.jobs)]
-    try:
-        wait(futures)
-        paces = [future.result() for future in futures]
-    except BrokenProcessPool as error:
-        end_workers(executor)
-        lack = "perhaps for lack of memory: try fewer --jobs, or --no-time"
-        raise BatchgenError(f"a worker process died when rows were measured{exit_codes(error)}, {lack}") from error
-    except BaseException:
-        end_workers(executor)
-        raise
+    paces = measure_in_workers(forecast, setup, sample)
     pace = Pace(*(float(np.mean([getattr(p, name) for p in paces])) for name in Pace.__slots__))
     forecast.measured_in = time.monotonic() - started
-    free = [0.0] * forecast.jobs  # when each worker is done
+    free = [0.0] * forecast.jobs  # when each worker has finished its chunks so far
     for chunk in forecast.chunks:
         first = free.index(min(free))
         free[first] += pace.seconds(chunk, forecast.max_batch)
@@ -209,22 +223,39 @@ def add_time(forecast: Forecast, setup: WorkerSetup, sample: list[TokenizedReque
     forecast.seconds = max(free)
 
 
+def measure_in_workers(forecast: Forecast, setup: WorkerSetup, sample: list[TokenizedRequest]) -> list[Pace]:
+    with no_interrupts_to_workers():
+        executor = get_reusable_executor(forecast.jobs, initializer=become_worker, initargs=(setup.parent,))
+        in_flight = max(min(forecast.max_batch, max(c.samples for c in forecast.chunks), len(sample)), 1)
+        futures = [executor.submit(measure, setup, sample[:in_flight]) for _ in range(forecast.jobs)]
+    try:
+        wait(futures)
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        end_workers(executor)
+        remedy = f"if memory ran out, lower {say('jobs')}, or pass --no-time"
+        raise BatchgenError(f"a worker died while it measured rows{exit_codes(error)}; {remedy}") from error
+    except BaseException:
+        end_workers(executor)
+        raise
+
+
 def measure(setup: WorkerSetup, requests: list[TokenizedRequest]) -> Pace:
-    """In a worker: read the prompts and generate a few tokens of each, all at once and then a quarter of them."""
-    timed_steps(setup, requests[:2])  # what only the first pass does
-    many = timed_steps(setup, requests)
-    few = timed_steps(setup, requests[: max(len(requests) // 4, 1)])
+    """In a worker: read the prompts and generate a few tokens of each, of all together and then of a quarter."""
+    time_steps(setup, requests[:2])  # the first pass does more than later ones
+    many = time_steps(setup, requests)
+    few = time_steps(setup, requests[: max(len(requests) // 4, 1)])
     decode = [(step.running, step.seconds) for step in (*many, *few) if not step.reading]
-    sequence, step = _line(decode)
+    sequence, step = _fit_line(decode)
     reading = sum(max(s.seconds - s.running * sequence, 0.0) for s in many if s.reading)
     cost = chunk_cost(Chunk(0, tuple(requests)), Forecast(), share=setup.share_prefixes)
     stops, drawn = sum(s.stops for s in many), sum(s.drawn for s in many)
     return Pace(reading / max(cost.prompt_tokens, 1), step, sequence, stops / max(drawn, 1))
 
 
-def _line(decode: list[tuple[int, float]]) -> tuple[float, float]:
-    """Seconds for each running sequence, and for the step itself: a line through (sequences, seconds)."""
-    if not decode:  # rows of one token, which the reading of the prompt gives
+def _fit_line(decode: list[tuple[int, float]]) -> tuple[float, float]:
+    """Seconds per running sequence, and for the step itself: a line through (sequences, seconds)."""
+    if not decode:  # rows of one token, which prefill already gives
         return 0.0, 0.0
     counts, times = (np.array(values, float) for values in zip(*decode, strict=True))
     if len(set(counts)) == 1:
@@ -235,18 +266,18 @@ def _line(decode: list[tuple[int, float]]) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class TimedStep:
-    """One step of the engine; `reading` if prompts were read in it too."""
+    """One step of the engine; `reading` if it also read prompts."""
 
     reading: bool
     running: int
     seconds: float
-    drawn: int  # tokens, the first ones of sequences among them
+    drawn: int  # tokens, first ones of sequences included
     stops: int  # sequences that ended before their max_tokens
 
 
-def timed_steps(setup: WorkerSetup, requests: list[TokenizedRequest]) -> list[TimedStep]:
-    """Steps until MEASURED_STEPS of them, after the last prompt was read, or until nothing is left."""
-    engine, tokenizer = loaded(setup)
+def time_steps(setup: WorkerSetup, requests: list[TokenizedRequest]) -> list[TimedStep]:
+    """Time steps until MEASURED_STEPS of them have followed the last prompt, or until nothing is left."""
+    engine, tokenizer = load_engine(setup)
     prompts = [prompt for request in requests for prompt in to_prompts(request, tokenizer)]
     sequences = {(sequence.prompt.row, sequence.sample) for sequence in expand(prompts)}  # without equal ones
     unread = {row for row, _ in sequences}

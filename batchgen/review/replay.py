@@ -1,38 +1,40 @@
-"""Do the rows of an output come out again? Some are generated from its metadata alone, and compared."""
+"""Generates some rows of an output again, from its metadata alone, and compares them with the file."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from threadpoolctl import threadpool_limits
 
 from batchgen import __version__
-from batchgen.engine.probe import blas_info, is_batch_invariant
 from batchgen.errors import BatchgenError, InputError, ModelError, UsageError
-from batchgen.input.validation import validate
-from batchgen.models.registry import find_model, list_models
-from batchgen.models.shards import Manifest, load_manifest, load_params, model_hash, verify_shards
-from batchgen.output.reading import read_batches, read_input_rows, read_run
-from batchgen.planning import check_memory
-from batchgen.text.tokenizer import Tokenizer
+from batchgen.input.validation import make_check
+from batchgen.job import Policy
+from batchgen.models.model import Model
+from batchgen.models.registry import list_models
+from batchgen.options import say
+from batchgen.output.reading import read_batches, read_input_rows, read_plan
+from batchgen.plan import Plan, read_parameters
+from batchgen.planning import check_memory, probe_arithmetic
 from batchgen.types import Chunk, OutputRow, Request, SamplingParams
-from batchgen.workers.worker import complete_chunk, map_engine
+from batchgen.workers.complete import complete_chunk, map_engine
 
-CLOSE = 1e-3  # of log-probabilities, where another BLAS may round in another way
-_AROUND = 30  # characters or tokens that are shown from the first difference on
-_GIVEN = {"row", "sample", "id", "prompt", "status", "error"}  # what a row is made from, or says who it is
+CLOSE = 1e-3  # of log-probabilities, if another BLAS may round differently
+_AROUND = 30  # characters or tokens to show from the first difference
+_GIVEN = {"row", "sample", "id", "prompt", "status", "error"}  # not generated
+Row: TypeAlias = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What was generated again, how it was compared, and what differs (a line each)."""
+    """What was generated again, how it was compared, and the differences (a line each)."""
 
     path: Path
     model: Path
@@ -48,112 +50,61 @@ class Replay:
 
 
 def replay(path: Path, n_rows: int, seed: int | None = None, model: str | None = None) -> Replay:
-    """Generate n_rows random input rows of an output again, and compare every sample of theirs with the file's.
+    """Generate n_rows random input rows of an output again, and compare all their samples with the file's.
 
-    `model` is where to find the model, if not under the name that the file gives; its hash must be the file's.
-    A seed chooses the same rows again. Raises a BatchgenError where nothing can be compared.
+    `model` is where to find the model, if not under the name in the file; its hash must be the file's. The same seed
+    chooses the same rows. Raises a BatchgenError if nothing can be compared.
     """
-    run = read_run(path)
-    params = run_params(path, run)
-    directory = find_same_model(path, run, model)
-    manifest = load_manifest(directory)
-    rows, ok = count_rows(path, run)
+    plan = read_plan(path)
+    found = find_same_model(path, plan, model)
+    rows, ok = count_rows(path, plan)
     if seed is None:
         seed = int.from_bytes(os.urandom(4))
     chosen = np.sort(np.random.default_rng(seed).choice(ok, min(n_rows, len(ok)), replace=False)).tolist()
     kept = read_input_rows(path, chosen)
-    check_memory(manifest.name, manifest.config, sum(file.stat().st_size for file in directory.glob("*.npy")))
-    verify_shards(directory)
-    exact, notes = how_to_compare(run, directory, manifest)
-    requests = requests_again(path, run, kept.to_pylist())
-    made = generate_again(requests, run, params, directory, manifest)
-    columns = [
-        field.name for field in fields(OutputRow) if field.name in kept.column_names and field.name not in _GIVEN
-    ]
+    check_memory(found.name, found.config, found.bytes)
+    found.verify()
+    notes = list_notes(plan, found)
+    made = generate_again(read_requests(path, plan, kept.to_pylist()), plan, found)
+    generated = [field.name for field in fields(OutputRow) if field.name not in _GIVEN]
+    columns = tuple(name for name in generated if name in kept.column_names)
     return Replay(
         path=path,
-        model=directory,
+        model=found.directory,
         rows=rows,
         ok=len(ok),
         compared=len(chosen),
         samples=kept.num_rows,
-        columns=tuple(columns),
-        exact=exact,
+        columns=columns,
+        exact=not notes,
         seed=seed,
         notes=tuple(notes),
-        differences=tuple(differences(kept, made, columns, exact=exact)),
+        differences=tuple(list_differences(kept, made, columns, exact=not notes)),
     )
 
 
-def run_params(path: Path, run: dict[str, Any]) -> SamplingParams:
-    """The sampling parameters that the metadata gives, whatever they are called."""
-    values = run.get("parameters")
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{path}: the metadata names no parameters; it was changed: take the file as batchgen wrote it"
-        )
-    return read_params(path, run, values)
-
-
-def asked_for(path: Path, run: dict[str, Any], row: dict[str, Any]) -> tuple[str | tuple[int, ...], SamplingParams]:
-    """The row's prompt, as text or as the token ids that it was given as, and its parameters: the run's and its own."""
-    own = own_parameters(path, row)
-    ids = own.pop("prompt_token_ids", None)
-    if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
-        raise InputError(
-            f"{path}: prompt_token_ids in parameters of row {row['row']} are no token ids; they were changed"
-        )
-    params = read_params(path, run, run["parameters"] | own) if own else run_params(path, run)
-    return tuple(ids) if ids else row["prompt"], params
-
-
-def own_parameters(path: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """What the row's column holds."""
-    if row.get("parameters") is None:
-        return {}
+def find_same_model(path: Path, plan: Plan, model: str | None) -> Model:
+    """The model with the weights that made the file: under its name, or any other with its hash."""
     try:
-        own = json.loads(row["parameters"])
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: parameters of row {row['row']} are not JSON; they were changed") from error
-    if not isinstance(own, dict):
-        raise InputError(f"{path}: parameters of row {row['row']} are not an object; they were changed")
-    return own
-
-
-def read_params(path: Path, run: dict[str, Any], values: dict[str, Any]) -> SamplingParams:
-    """SamplingParams of what JSON has made of them; InputError where this version does not know them."""
-    unknown = sorted(values.keys() - {field.name for field in fields(SamplingParams)})
-    try:
-        if unknown:
-            raise UsageError(", ".join(unknown))
-        return SamplingParams(**values)
-    except (TypeError, UsageError) as error:
-        by = f"it was written by batchgen {run.get('batchgen')}, and this is {__version__}: install that one"
-        raise InputError(f"{path}: has parameters that are not known here ({error}); {by}") from error
-
-
-def find_same_model(path: Path, run: dict[str, Any], model: str | None) -> Path:
-    """The model with the very weights that made the file: under its name, or any that is here with that hash."""
-    name, wanted = str(run.get("model")), str(run.get("model_hash"))
-    try:
-        directory = find_model(model or name)
-        found = model_hash(load_manifest(directory))
+        found = Model.open(model or plan.model)
     except ModelError:
         if model is not None:
             raise
-        directory, found = None, None
-    if directory is not None and found == wanted:
-        return directory
-    same = next((info.path for info in list_models() if info.hash == wanted), None) if model is None else None
+        found = None
+    if found is not None and found.hash == plan.model_hash:
+        return found
+    same = next((info.path for info in list_models() if info.hash == plan.model_hash), None) if model is None else None
     if same is not None:
-        return same
-    has = "is not here" if found is None else f"is here with hash {found[:16]}"
-    remedy = "name the folder of the right one with --model"
-    raise ModelError(f"{path}: made by model {name} with hash {wanted[:16]}; {model or name} {has}; {remedy}")
+        return Model.open(str(same))
+    has = "is not here" if found is None else f"is here with hash {found.hash[:16]}"
+    remedy = f"name the folder of the right one with {say('model')}"
+    raise ModelError(
+        f"{path}: made by model {plan.model} with hash {plan.model_hash[:16]}; {model or plan.model} {has}; {remedy}"
+    )
 
 
-def count_rows(path: Path, run: dict[str, Any]) -> tuple[int, Any]:
-    """How many input rows the output holds, and the numbers of those that are ok; all must be there, in order."""
+def count_rows(path: Path, plan: Plan) -> tuple[int, npt.NDArray[np.int64]]:
+    """How many input rows the output holds, and the numbers of the ok ones; all must be there, in order."""
     ok, last, rows = [np.zeros(0, np.int64)], -1, 0
     for batch in read_batches(path, ["row", "sample", "status"]):
         if any(column.null_count for column in batch.columns):
@@ -167,64 +118,104 @@ def count_rows(path: Path, run: dict[str, Any]) -> tuple[int, Any]:
         first = batch["sample"].to_numpy() == 0
         rows += int(first.sum())
         ok.append(numbers[first & pc.equal(batch["status"], "ok").to_numpy(zero_copy_only=False)])
-    if rows != run.get("rows"):
-        raise InputError(f"{path}: holds {rows} input rows, and its metadata says {run.get('rows')}; it was changed")
+    if rows != plan.rows:
+        raise InputError(f"{path}: holds {rows} input rows, and its metadata says {plan.rows}; it was changed")
     found = np.concatenate(ok)
     if not len(found):
         raise BatchgenError(f"{path}: none of its {rows} rows is ok, so there is nothing to generate again")
     return rows, found
 
 
-def how_to_compare(run: dict[str, Any], directory: Path, manifest: Manifest) -> tuple[bool, list[str]]:
-    """Whether bit for bit, and if not, why."""
-    with threadpool_limits(1, user_api="blas"):  # as in a worker
-        invariant = is_batch_invariant(load_params(directory, manifest), manifest.config)
-    blas = blas_info().kernels
-    here = {"batchgen": __version__, "numpy": version("numpy"), "blas": blas}
+def list_notes(plan: Plan, model: Model) -> list[str]:
+    """Why the rows cannot be compared bit for bit; empty if they can."""
+    arithmetic = probe_arithmetic(model)
+    here = {"batchgen": __version__, "numpy": arithmetic.numpy, "blas": arithmetic.blas}
     notes = [
-        f"the file was made with {name} {run.get(name)}, this is {value}"
+        f"the file was made with {name} {getattr(plan, name)}, this is {value}"
         for name, value in here.items()
-        if run.get(name) != value
+        if getattr(plan, name) != value
     ]
-    if not run.get("batch_invariant"):
-        notes.append("the file was made where rows depend on their company (batch_invariant is false)")
-    if not invariant:
-        notes.append(f"{blas} rounds a row differently in other company (batchgen doctor)")
-    return not notes, notes
+    if not plan.batch_invariant:
+        notes.append("the file was made where a row's bits depend on its batch (batch_invariant is false)")
+    if not arithmetic.batch_invariant:
+        notes.append(f"with {arithmetic.blas} a row's bits depend on its batch (batchgen doctor)")
+    return notes
 
 
-def requests_again(path: Path, run: dict[str, Any], kept: Iterable[dict[str, Any]]) -> list[Request]:
-    """What the rows asked for; one of an OpenAI batch file may have several prompts, each with its n samples."""
+# ---- the rows' requests, from the file
+
+
+def read_requests(path: Path, plan: Plan, rows: Iterable[Row]) -> list[Request]:
+    """The requests of the rows; a row of an OpenAI batch file may have several prompts, each with its n samples."""
     requests: list[Request] = []
-    for row in kept:
+    for row in rows:
+        number, sample = _int(row["row"]), _int(row["sample"])
         if row["prompt"] is None:
             continue
-        if row["sample"] == 0:
-            prompt, params = asked_for(path, run, row)
-            requests.append(Request(row["row"], f"row {row['row']}", row["id"], prompt, params))
-        elif row.get("prompt_index") and requests and row["sample"] % requests[-1].params.n == 0:
-            prompt, _ = asked_for(path, run, row)
+        if sample == 0:
+            prompt, params = read_request(path, plan, row)
+            id_ = None if row["id"] is None else str(row["id"])
+            requests.append(Request(number, f"row {number}", id_, prompt, params))
+        elif row.get("prompt_index") and requests and sample % requests[-1].params.n == 0:
+            prompt, _ = read_request(path, plan, row)
             requests[-1] = replace(requests[-1], others=(*requests[-1].others, prompt))
     return requests
 
 
-def generate_again(
-    requests: Iterable[Request], run: dict[str, Any], params: SamplingParams, directory: Path, manifest: Manifest
-) -> dict[tuple[int, int], OutputRow]:
+def _int(value: object) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def read_request(path: Path, plan: Plan, row: Row) -> tuple[str | tuple[int, ...], SamplingParams]:
+    """A row's prompt, as text or as the token ids that it was given as, and its parameters: the run's and its own."""
+    own = read_own_parameters(path, row)
+    ids = own.pop("prompt_token_ids", None)
+    if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
+        raise InputError(
+            f"{path}: prompt_token_ids in parameters of row {row['row']} are not token ids; they were changed"
+        )
+    try:
+        params = read_parameters(plan.parameters.as_dict() | own)
+    except (ValueError, TypeError, UsageError) as error:
+        remedy = f"it was written by batchgen {plan.batchgen}, and this is {__version__}: install that one"
+        raise InputError(
+            f"{path}: row {row['row']} has parameters that are not known here ({error}); {remedy}"
+        ) from error
+    return (tuple(ids) if ids else str(row["prompt"])), params
+
+
+def read_own_parameters(path: Path, row: Row) -> dict[str, object]:
+    """The value of the row's column `parameters`."""
+    if row.get("parameters") is None:
+        return {}
+    try:
+        own = json.loads(str(row["parameters"]))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: parameters of row {row['row']} are not JSON; they were changed") from error
+    if not isinstance(own, dict):
+        raise InputError(f"{path}: parameters of row {row['row']} are not an object; they were changed")
+    return own
+
+
+def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dict[tuple[int, int], OutputRow]:
     """Every sample of the requests, generated as one chunk: (row, sample) -> what a run would write."""
-    tokenizer = Tokenizer.load(directory)
-    how = run.get("on_too_long", "reject"), run.get("empty_prompt", "reject"), run.get("trim", False)
-    items = tuple(validate(request, tokenizer, manifest.config.n_ctx, *how) for request in requests)
+    tokenizer = model.load_tokenizer()
+    policy = Policy(plan.on_too_long, plan.empty_prompt, plan.trim)  # type: ignore[arg-type]
+    items = tuple(map(make_check(tokenizer, model.config.n_ctx, policy), requests))
     with threadpool_limits(1, user_api="blas"):
-        engine = map_engine(directory, manifest, tokenizer)
-        rows = complete_chunk(Chunk(0, items), params, engine, tokenizer)
+        engine = map_engine(model, tokenizer)
+        rows = complete_chunk(Chunk(0, items), plan.parameters, engine, tokenizer)
     return {(row.row, row.sample): row for row in rows}
 
 
-def differences(
-    kept: pa.Table, made: dict[tuple[int, int], OutputRow], columns: Sequence[str], *, exact: bool
+# ---- comparing
+
+
+def list_differences(
+    kept: pa.Table, made: Mapping[tuple[int, int], OutputRow], columns: Sequence[str], *, exact: bool
 ) -> Iterator[str]:
-    """A line for each output row that did not come out again, naming the first column that differs and how."""
+    """A line for each output row that differs from the one generated again, naming the first column and how."""
     rows = kept.to_pylist()
     for number, sample in sorted(made.keys() - {(row["row"], row["sample"]) for row in rows}):
         yield f"row {number}, sample {sample}: was generated again, and is missing from the file"
@@ -243,22 +234,24 @@ def differences(
                     break
 
 
-def _same(old: Any, new: Any, *, exact: bool) -> bool:
-    """Equal; where not exact, numbers that are no whole ones may differ by CLOSE."""
+def _same(old: object, new: object, *, exact: bool) -> bool:
+    """Equal; if not exact, fractions may differ by CLOSE."""
     if isinstance(old, list) and isinstance(new, list):
         return len(old) == len(new) and all(_same(a, b, exact=exact) for a, b in zip(old, new, strict=True))
     if isinstance(old, dict) and isinstance(new, dict):
         return _same([*old.items()], [*new.items()], exact=exact)
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        return _same([*old], [*new], exact=exact)
     if isinstance(old, float) and isinstance(new, float) and not exact:
         return old == new or abs(old - new) <= CLOSE
     return bool(old == new)
 
 
-def _difference(old: Any, new: Any) -> str:
-    """Where two values part: `differs from place 3 on: the file has 'd', generated again it is 'e'`."""
-    if not isinstance(old, str | list) or type(old) is not type(new):
+def _difference(old: object, new: object) -> str:
+    """Where two values part: `differs from place 3: the file has 'd', generated again it is 'e'`."""
+    if not isinstance(old, str | list) or not isinstance(new, str | list) or type(old) is not type(new):
         return f"differs: the file has {old!r}, generated again it is {new!r}"
     pairs = zip(old, new, strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(old), len(new)))
     ours, theirs = old[place : place + _AROUND], new[place : place + _AROUND]
-    return f"differs from place {place} on: the file has {ours!r}, generated again it is {theirs!r}"
+    return f"differs from place {place}: the file has {ours!r}, generated again it is {theirs!r}"

@@ -1,1 +1,1 @@
-"""Text and tokens: the byte-level BPE, and where a completion's text ends."""
+"""Text and tokens: the byte-level BPE, and the end of a completion's text."""

@@ -1,7 +1,7 @@
-"""Where a completion's text ends, and what must not be in it: stop strings, whole characters, bad words.
+"""The end of a completion's text: stop strings, whole characters, and the tokens of bad words.
 
-The engine sees tokens alone. Here their bytes are searched, so that a stop string is found however the tokens cut it,
-and what is found does not depend on how they do: of the stop strings in a text, the one that ends first counts.
+The engine sees tokens only. Stop strings are searched in the bytes of the tokens, so the result does not depend on how
+the tokens cut the text. If a text has several stop strings, the one that ends first counts.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from batchgen.types import FinishReason, SamplingParams
 
 
 class Sequence(Protocol):
-    """What is asked of a sequence of the engine here."""
+    """The part of engine.sequence.Sequence that this module uses."""
 
     @property
     def params(self) -> SamplingParams: ...
@@ -24,15 +24,20 @@ class Sequence(Protocol):
 
 
 class Decoder(Protocol):
-    """What is asked of a tokenizer here."""
+    """The part of text.tokenizer.Tokenizer that this module uses."""
 
     def encode(self, text: str, /) -> list[int]: ...
 
     def decode_bytes(self, ids: Seq[int], /) -> bytes: ...
 
 
-def first_stop(data: bytes, stops: Seq[bytes], start: int = 0) -> tuple[int, int] | None:
-    """(begin, end) of the stop string that ends first past `start`, of two that end there the longer; None without one.
+@lru_cache
+def _encode_stops(stops: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(stop.encode() for stop in stops)
+
+
+def find_stop(data: bytes, stops: Seq[bytes], start: int = 0) -> tuple[int, int] | None:
+    """(begin, end) of the stop string that ends first after `start`; of several with that end, the longest.
 
     data=b"abcd", stops=[b"abcd", b"bc"] -> (1, 3)
     """
@@ -42,23 +47,23 @@ def first_stop(data: bytes, stops: Seq[bytes], start: int = 0) -> tuple[int, int
 
 
 class StopMatcher:
-    """Watches bytes that come in pieces for the first complete stop string."""
+    """Searches bytes that arrive in pieces for the first complete stop string."""
 
     def __init__(self, stops: Seq[bytes]) -> None:
         self._stops = stops
-        self._kept = max(map(len, stops)) - 1  # bytes that a stop string may have begun in
+        self._n_kept = max(map(len, stops)) - 1  # a stop string may begin in this many last bytes
         self._tail = b""
 
-    def push(self, data: bytes, *, heed: bool = True) -> bool:
-        """Whether a stop string ends in this piece; one that ends in a piece not to be heeded never counts."""
+    def push(self, data: bytes, *, can_stop: bool = True) -> bool:
+        """Whether a stop string ends in this piece; with can_stop False, one that does never counts."""
         seen = self._tail + data
-        stopped = heed and first_stop(seen, self._stops, len(self._tail)) is not None
-        self._tail = seen[len(seen) - self._kept :] if len(seen) > self._kept else seen
-        return stopped
+        has_stopped = can_stop and find_stop(seen, self._stops, len(self._tail)) is not None
+        self._tail = seen[max(len(seen) - self._n_kept, 0) :]
+        return has_stopped
 
 
 class StopStrings:
-    """Tells the engine to end a sequence with the token that completes one of its stop strings."""
+    """The engine's should_stop: ends a sequence with the token that completes one of its stop strings."""
 
     def __init__(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
@@ -69,53 +74,46 @@ class StopStrings:
         if not params.stop:
             return None
         if sequence not in self._matchers:
-            self._matchers[sequence] = StopMatcher(as_bytes(params.stop))
+            self._matchers[sequence] = StopMatcher(_encode_stops(params.stop))
         data = self._tokenizer.decode_bytes(sequence.token_ids[-1:])
-        stopped = self._matchers[sequence].push(data, heed=n > params.min_tokens)
-        if stopped or n >= params.max_tokens:
+        has_stopped = self._matchers[sequence].push(data, can_stop=n > params.min_tokens)
+        if has_stopped or n >= params.max_tokens:
             del self._matchers[sequence]
-        return "stop" if stopped else None
-
-
-@lru_cache
-def as_bytes(texts: tuple[str, ...]) -> tuple[bytes, ...]:
-    return tuple(text.encode() for text in texts)
-
-
-def completed_text(token_ids: Seq[int], params: SamplingParams, tokenizer: Decoder) -> tuple[str, str | None]:
-    """The text of a completion, and the stop string that ended it, if one did.
-
-    It ends before that string, or with include_stop after it. A last character of which bytes are missing is left
-    out: what is there of it is no text. Other bytes that are not UTF-8 become U+FFFD.
-    """
-    data = tokenizer.decode_bytes(token_ids)
-    if params.stop:
-        stops = as_bytes(params.stop)
-        found = first_stop(data, stops, len(tokenizer.decode_bytes(token_ids[: params.min_tokens])))
-        if found:
-            begin, end = found
-            text = data[: end if params.include_stop else begin].decode("utf-8", "replace")
-            return text, data[begin:end].decode()
-    return whole_characters(data), None
+        return "stop" if has_stopped else None
 
 
 def whole_characters(data: bytes) -> str:
-    r"""b"caf\xc3\xa9 \xc3" -> "café "; an incomplete character at the end goes, other invalid bytes are U+FFFD."""
+    r"""b"caf\xc3\xa9 \xc3" -> "café ": without an incomplete last character; other invalid bytes become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text = decoder.decode(data)
     rest = decoder.getstate()[0].decode("utf-8", "replace")
-    return text + rest if len(rest) > 1 else text  # it keeps back half of a surrogate too, which nothing completes
+    return text + rest if len(rest) > 1 else text  # the decoder also holds back half of a surrogate: it is invalid
+
+
+def completed_text(token_ids: Seq[int], params: SamplingParams, tokenizer: Decoder) -> tuple[str, str | None]:
+    """The text of a completion, and the stop string that ended it, if any.
+
+    The text ends before the stop string, or after it with include_stop. An incomplete last character is left out;
+    other bytes that are not UTF-8 become U+FFFD.
+    """
+    data = tokenizer.decode_bytes(token_ids)
+    if params.stop:
+        start = len(tokenizer.decode_bytes(token_ids[: params.min_tokens]))
+        if found := find_stop(data, _encode_stops(params.stop), start):
+            begin, end = found
+            return data[: end if params.include_stop else begin].decode("utf-8", "replace"), data[begin:end].decode()
+    return whole_characters(data), None
 
 
 @lru_cache(maxsize=1024)
 def bad_word_ids(words: tuple[str, ...], tokenizer: Decoder) -> tuple[tuple[int, ...], ...]:
-    """The token sequences of the words as they are and after a space, as GPT-2 writes them within a text.
+    """The token sequences of each word, without a space before it and, as within a text, with one.
 
-    A word with a byte that the vocabulary lacks cannot be generated, and has none.
+    A word with a byte that the vocabulary lacks cannot be generated and gives none.
     """
-    spelled = dict.fromkeys(text for word in words for text in (word, word if word[0].isspace() else f" {word}"))
+    spellings = dict.fromkeys(text for word in words for text in (word, word if word[0].isspace() else f" {word}"))
     sequences = []
-    for text in spelled:
+    for text in spellings:
         try:
             sequences.append(tuple(tokenizer.encode(text)))
         except InputError:

@@ -1,52 +1,51 @@
-"""GPT-2's byte-level BPE: text to token ids and back, from `encoder.json` and `vocab.bpe`.
+"""GPT-2's byte-level BPE: text to token ids and back, with `encoder.json` and `vocab.bpe`.
 
-A text is split into pieces, a piece is its UTF-8 bytes, a byte is one symbol, and symbols merge pair by pair in the
-order of the merges file. The ids are those of the original encoder for every string, whatever the vocabulary.
+A text is split into pieces; each byte of a piece (UTF-8) is a symbol; pairs of symbols merge in the order of the merges
+file. The ids are those of OpenAI's encoder for every string and every vocabulary.
 """
 
 import codecs
-import json
 import re
 import reprlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from itertools import chain, repeat
 from os.path import isfile
 from pathlib import Path
-from typing import Any
 
 import regex  # type: ignore[import-untyped]  # it ships no types
 
 from batchgen.errors import InputError, ModelError
+from batchgen.files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # OpenAI's names, Hugging Face's
 MAX_FILE_BYTES = 64 * 2**20
 
 MAX_CACHED = 2**16  # runs, and as many pieces
-MAX_CACHED_CHARACTERS = 64  # a longer one is rarely seen twice
-SHORT_PIECE = 48  # symbols; up to here rescanning the piece for each merge is the faster way
+MAX_CACHED_CHARACTERS = 64  # a longer run or piece rarely occurs twice
+SHORT_PIECE = 48  # symbols; up to this length merge_short is faster than merge_long
 NEVER = 2**62  # the rank of a pair that does not merge
 ABSENT = -1  # the id of a byte that the vocabulary lacks, and of a symbol that has merged into another
 
-# The split pattern of GPT-2: contractions, then words, numbers and other marks with the space before them, then
-# whitespace, of which the last before a word is left to that word.
+# GPT-2's split pattern: contractions; words, numbers and other marks, each with the space before it; whitespace, except
+# its last character if a word follows.
 PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# No piece has whitespace after a non-space, so that a text may be cut after each run of non-spaces and each run split
-# into its pieces by itself, once for all the times that it occurs; `re` finds the runs three times as fast.
-_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # PIECES' \s; that of `re` has \x1c-\x1f
+# In a piece, no whitespace follows a non-space. So a text can be cut after each run of non-spaces, and each distinct
+# run split into pieces only once. `re` finds the runs three times as fast as `regex` would.
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of `regex`; `re` adds \x1c-\x1f
 RUNS = re.compile(rf" ?[^{_SPACE}]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+")
 
 _SPECIAL = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
-Ranks = dict[tuple[int, int], int]  # (left id, right id) -> its line in the merges file, lowest first
-Merged = list[tuple[int, int, int]]  # rank -> (left id, right id, id of the two together)
+Ranks = dict[tuple[int, int], int]  # (left id, right id) -> rank; the lowest rank merges first
+Merged = list[tuple[int, int, int]]  # by rank: (left id, right id, id of both together)
 
 
 def byte_alphabet() -> dict[int, str]:
-    """The printable character that stands for each byte in the vocabulary files: itself, or one from U+0100 on.
+    """The printable character for each byte in the vocabulary files: the byte's own, or one from U+0100 on.
 
     33 ("!") -> "!", 10 (newline) -> "Ċ" (U+010A), 32 (space) -> "Ġ" (U+0120).
     """
@@ -60,15 +59,15 @@ CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.it
 
 
 def merge_short(symbols: list[int], ranks: Ranks, merged: Merged) -> list[int]:
-    """Merge the symbols of one piece in place, always the pair of lowest rank, everywhere, from left to right.
+    """Merge the symbols of one piece in place: the pair of lowest rank first, all its occurrences from left to right.
 
-    ranks={(1, 1): 0, (2, 1): 1}, merged=[(1, 1, 2), (2, 1, 3)]: [1, 1, 1] -> [2, 1] -> [3].
+    O(n**2) for n symbols. ranks={(1, 1): 0, (2, 1): 1}, merged=[(1, 1, 2), (2, 1, 3)]: [1, 1, 1] -> [2, 1] -> [3].
     """
     # scores[i] is the rank of symbols[i] with symbols[i + 1]
     scores = list(map(ranks.get, zip(symbols, symbols[1:], strict=False), repeat(NEVER)))
     while scores and (best := min(scores)) != NEVER:
         new = merged[best][2]
-        while best in scores:  # no merge makes this pair anew: what it makes is longer than either side
+        while best in scores:  # no merge creates this pair again: its result is longer than either symbol
             at = scores.index(best)
             symbols[at] = new
             del symbols[at + 1], scores[at]
@@ -80,12 +79,12 @@ def merge_short(symbols: list[int], ranks: Ranks, merged: Merged) -> list[int]:
 
 
 def merge_long(symbols: list[int], ranks: Ranks, merged: Merged) -> list[int]:
-    """The same as merge_short in O(n log n): a linked list of symbols, and for each rank the places that had it.
+    """merge_short in O(n log n): a linked list of symbols, and for each rank the places of its pair.
 
-    A place may be out of date when its rank comes up, so that it is checked against the symbols that stand there.
+    A place can be out of date when its rank is next, so it is compared with the symbols that are there now.
     """
     end = len(symbols)
-    symbols.append(ABSENT)  # stands at `end`, and before the first symbol as symbols[-1]
+    symbols.append(ABSENT)  # at `end`, and as symbols[-1] also before the first symbol
     following = list(range(1, end + 1))
     preceding = list(range(-1, end))
     places: defaultdict[int, list[int]] = defaultdict(list)
@@ -107,22 +106,114 @@ def merge_long(symbols: list[int], ranks: Ranks, merged: Merged) -> list[int]:
             following[at] = after
             preceding[after] = at
             for pair, place in (((new, symbols[after]), at), ((symbols[before], new), before)):
-                if (rank_made := ranks.get(pair)) is not None:
-                    if rank_made not in places:
-                        heappush(waiting, rank_made)
-                    places[rank_made].append(place)
+                if (new_rank := ranks.get(pair)) is not None:
+                    if new_rank not in places:
+                        heappush(waiting, new_rank)
+                    places[new_rank].append(place)
     return [symbol for symbol in symbols if symbol != ABSENT]
 
 
-class Cache(dict[str, tuple[int, ...]]):
-    """Ids by string, worked out by `ids_of` when first asked for; empties when full, and keeps no long string."""
+# ---- vocabulary files
 
-    def __init__(self, ids_of: Callable[[str], tuple[int, ...]]) -> None:
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ModelError(f"{path}: over {MAX_FILE_BYTES} bytes, the limit for a vocabulary file; is it the right file?")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path}: byte {error.start} is not UTF-8; download the file again") from None
+
+
+def find_vocabulary(directory: Path) -> tuple[Path, Path]:
+    """The vocabulary and the merges file of a directory, with OpenAI's names or Hugging Face's."""
+    for vocabulary, merges in VOCABULARY_FILES:
+        if isfile(directory / vocabulary) and isfile(directory / merges):
+            return directory / vocabulary, directory / merges
+    pairs = ", nor ".join(" and ".join(pair) for pair in VOCABULARY_FILES)
+    raise ModelError(f"{directory}: no vocabulary, neither {pairs}; put one of the two pairs there")
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Token -> id from a JSON object; its ids are 0 to n_vocab - 1, each once, in any order."""
+    try:
+        encoder = parse_json(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not a JSON object of tokens and ids ({error}); download the file again") from None
+    if not isinstance(encoder, dict) or not encoder:
+        raise ModelError(
+            f"{path}: {reprlib.repr(encoder)} is not a JSON object of tokens and ids; download the file again"
+        )
+    for token, token_id in encoder.items():
+        if type(token_id) is not int:
+            raise ModelError(
+                f"{path}: the id of {token[:40]!r} is {reprlib.repr(token_id)}, not an integer; correct it"
+            )
+    missing = set(range(len(encoder))).difference(encoder.values())
+    if missing:
+        raise ModelError(
+            f"{path}: the ids of {len(encoder)} tokens must be 0 to {len(encoder) - 1}, each once; "
+            f"{min(missing)} is missing; the file is incomplete or edited: download it again"
+        )
+    return encoder
+
+
+def read_merges(path: Path, encoder: dict[str, int]) -> list[tuple[str, str]]:
+    """The pairs of a merges file in order. The first line may be `#version: ...`; the last may lack a newline."""
+    lines = _read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
+    first_line_of: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(lines, start=1):
+        if number == 1 and (line.startswith("#version") or lines == [""]):
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise ModelError(f"{path}:{number}: {line[:40]!r} is not two symbols with a space between; correct it")
+        for symbol in (left, right, left + right):
+            if symbol not in encoder:
+                raise ModelError(
+                    f"{path}:{number}: {symbol[:40]!r} is not in the vocabulary; are the two files of one model?"
+                )
+        if first_line_of.setdefault((left, right), number) != number:
+            first = first_line_of[left, right]
+            raise ModelError(f"{path}:{number}: {line[:40]!r} is also in line {first}; remove one")
+    return list(first_line_of)
+
+
+def bytes_by_id(path: Path, encoder: dict[str, int], merges: list[tuple[str, str]]) -> dict[int, bytes]:
+    """The bytes of each id; those of a special token that no merge creates, such as `<|pad|>`, are its own text."""
+    merged = {left + right for left, right in merges}
+    result: dict[int, bytes] = {}
+    for token, token_id in encoder.items():
+        try:
+            if token not in merged and _SPECIAL.fullmatch(token):
+                result[token_id] = token.encode()
+            else:
+                result[token_id] = bytes([CHARACTER_TO_BYTE[character] for character in token])
+        except (KeyError, UnicodeEncodeError):
+            raise ModelError(
+                f"{path}: the token {token[:40]!r} (id {token_id}) has a character that stands for no byte in GPT-2's "
+                "alphabet; use a byte-level BPE vocabulary, not a SentencePiece or WordPiece one"
+            ) from None
+    return result
+
+
+# ---- the tokenizer
+
+
+class Cache(dict[str, tuple[int, ...]]):
+    """The ids of strings, computed by `encode` on first use; empties itself when full and keeps no long string."""
+
+    def __init__(self, encode: Callable[[str], tuple[int, ...]]) -> None:
         super().__init__()
-        self.ids_of = ids_of
+        self.encode = encode
 
     def __missing__(self, key: str) -> tuple[int, ...]:
-        ids = self.ids_of(key)
+        ids = self.encode(key)
         if len(key) <= MAX_CACHED_CHARACTERS:
             if len(self) >= MAX_CACHED:
                 self.clear()
@@ -131,10 +222,10 @@ class Cache(dict[str, tuple[int, ...]]):
 
 
 class Tokenizer:
-    """Text to ids and back, with one vocabulary; made by `load`, which checks what it reads.
+    """Text to ids and back with one vocabulary; `load` reads and checks its files.
 
-    encoder: token, in the characters of byte_alphabet -> id; merges: the pairs of tokens that merge, in order;
-    token_bytes: id -> the bytes it stands for.
+    encoder: token in the characters of byte_alphabet -> id. merges: pairs of tokens in order of their rank.
+    token_bytes: id -> the bytes of the token.
     """
 
     def __init__(self, encoder: dict[str, int], merges: list[tuple[str, str]], token_bytes: dict[int, bytes]) -> None:
@@ -147,35 +238,18 @@ class Tokenizer:
         self._byte_ids = [encoder.get(BYTE_TO_CHARACTER[byte], ABSENT) for byte in range(256)]
         self._merged = [(encoder[left], encoder[right], encoder[left + right]) for left, right in merges]
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self._merged)}
-        self._runs = Cache(self._ids_of_run)
-        self._pieces = Cache(self._ids_of_piece)
+        self._runs = Cache(self._encode_run)
+        self._pieces = Cache(self._encode_piece)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Read `encoder.json` and `vocab.bpe`, or `vocab.json` and `merges.txt`; ModelError says what is wrong."""
+        """Read `encoder.json` and `vocab.bpe`, or `vocab.json` and `merges.txt`; ModelError if they are damaged."""
         vocabulary_path, merges_path = find_vocabulary(Path(directory))
         encoder = read_vocabulary(vocabulary_path)
         merges = read_merges(merges_path, encoder)
         return cls(encoder, merges, bytes_by_id(vocabulary_path, encoder, merges))
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, `<|endoftext|>` in it being ordinary text. InputError on half of a surrogate pair."""
-        try:
-            return list(chain.from_iterable(map(self._runs.__getitem__, RUNS.findall(text))))
-        except UnicodeEncodeError:
-            at = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
-            raise InputError(
-                f"character {at} (from 0) is U+{ord(text[at]):04X}, half of a surrogate pair, which is no text; "
-                "remove it or write the whole character"
-            ) from None
-
-    def _ids_of_run(self, run: str) -> tuple[int, ...]:
-        pieces = PIECES.findall(run)
-        if len(pieces) == 1:
-            return self._pieces[run]
-        return tuple(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
-
-    def _ids_of_piece(self, piece: str) -> tuple[int, ...]:
+    def _encode_piece(self, piece: str) -> tuple[int, ...]:
         symbols = list(map(self._byte_ids.__getitem__, piece.encode()))
         if ABSENT in symbols:
             byte = piece.encode()[symbols.index(ABSENT)]
@@ -183,16 +257,33 @@ class Tokenizer:
         merge = merge_short if len(symbols) <= SHORT_PIECE else merge_long
         return tuple(merge(symbols, self._ranks, self._merged))
 
+    def _encode_run(self, run: str) -> tuple[int, ...]:
+        pieces = PIECES.findall(run)
+        if len(pieces) == 1:
+            return self._pieces[run]
+        return tuple(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; `<|endoftext|>` is ordinary text. Raises InputError on half of a surrogate pair."""
+        try:
+            return list(chain.from_iterable(map(self._runs.__getitem__, RUNS.findall(text))))
+        except UnicodeEncodeError:
+            at = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+            raise InputError(
+                f"character {at} (from 0) is U+{ord(text[at]):04X}, half of a surrogate pair; "
+                "remove it or write the whole character"
+            ) from None
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ids, not always whole characters; an id outside the vocabulary gives those of U+FFFD."""
+        """The bytes of the ids, not always whole characters; an id outside the vocabulary counts as U+FFFD."""
         return b"".join(map(self._token_bytes.get, ids, repeat("\ufffd".encode())))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of any ids; what is not UTF-8 becomes U+FFFD."""
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def token_text(self, token_id: int) -> str:
-        r"""The text of one token; of a part of a character its bytes, as OpenAI writes them: `bytes:\xe2\x80`."""
+        r"""The text of one token; if it is part of a character, its bytes as OpenAI writes them: `bytes:\xe2\x80`."""
         data = self.decode_bytes([token_id])
         try:
             return data.decode()
@@ -201,9 +292,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text from ids that come little by little; the texts given out add up to `decode` of all the ids.
+    """Decodes a stream of ids; the texts that it returns add up to `decode` of all ids.
 
-    A character whose bytes are spread over several ids comes out with the last of them.
+    If the bytes of a character are spread over several ids, the last one returns it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -211,106 +302,16 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that is certain with these ids and was not before."""
+        """The text that these ids complete."""
         return self._utf8.decode(self._tokenizer.decode_bytes(ids))
 
     def flush(self) -> str:
-        """What was held back, U+FFFD for an incomplete character; the decoder is then as new."""
+        """The rest, with U+FFFD for an incomplete character; the decoder can then start again."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
 
 
 def get_encoder(model_name: str, models_dir: str | Path) -> Tokenizer:
-    """picoGPT's name for loading the vocabulary in `models_dir/model_name`."""
+    """Load the vocabulary in `models_dir/model_name`, under picoGPT's name and arguments."""
     return Tokenizer.load(Path(models_dir) / model_name)
-
-
-def find_vocabulary(directory: Path) -> tuple[Path, Path]:
-    """The vocabulary and the merges file of a directory, by OpenAI's names or Hugging Face's."""
-    for vocabulary, merges in VOCABULARY_FILES:
-        if isfile(directory / vocabulary) and isfile(directory / merges):
-            return directory / vocabulary, directory / merges
-    pairs = ", nor ".join(" and ".join(pair) for pair in VOCABULARY_FILES)
-    raise ModelError(f"{directory}: no vocabulary here, neither {pairs}; put one of the two pairs there")
-
-
-def read_vocabulary(path: Path) -> dict[str, int]:
-    """Token -> id from a JSON object whose ids are 0 to n_vocab - 1, each once, in any order."""
-    try:
-        encoder = json.loads(_read_text(path), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not a JSON object of tokens and ids ({error}); get the file anew") from None
-    if not isinstance(encoder, dict) or not encoder:
-        raise ModelError(f"{path}: {reprlib.repr(encoder)} is not a JSON object of tokens and ids; get the file anew")
-    for token, token_id in encoder.items():
-        if type(token_id) is not int:
-            raise ModelError(f"{path}: the id of {token[:40]!r} is {reprlib.repr(token_id)}, not an integer; mend it")
-    missing = set(range(len(encoder))).difference(encoder.values())
-    if missing:
-        raise ModelError(
-            f"{path}: the ids of {len(encoder)} tokens must be 0 to {len(encoder) - 1}, each once; "
-            f"{min(missing)} is missing, so the file is incomplete or edited"
-        )
-    return encoder
-
-
-def read_merges(path: Path, encoder: dict[str, int]) -> list[tuple[str, str]]:
-    """The pairs of a merges file in order; its first line may be `#version: ...`, its last may lack the newline."""
-    lines = _read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
-    first_line_of: dict[tuple[str, str], int] = {}
-    for number, line in enumerate(lines, start=1):
-        if number == 1 and (line.startswith("#version") or lines == [""]):
-            continue
-        left, _, right = line.partition(" ")
-        if not left or not right or " " in right:
-            raise ModelError(f"{path}:{number}: {line[:40]!r} is not two symbols with a space between; mend it")
-        for symbol in (left, right, left + right):
-            if symbol not in encoder:
-                raise ModelError(
-                    f"{path}:{number}: {symbol[:40]!r} is not in the vocabulary; are the two files of one model?"
-                )
-        if first_line_of.setdefault((left, right), number) != number:
-            first = first_line_of[left, right]
-            raise ModelError(f"{path}:{number}: {line[:40]!r} stands in line {first} too; remove one")
-    return list(first_line_of)
-
-
-def bytes_by_id(path: Path, encoder: dict[str, int], merges: list[tuple[str, str]]) -> dict[int, bytes]:
-    """What each id stands for; a special token, such as `<|pad|>` or `[SEP]` and made by no merge, is its own text."""
-    made = {left + right for left, right in merges}
-    result: dict[int, bytes] = {}
-    for token, token_id in encoder.items():
-        try:
-            if token not in made and _SPECIAL.fullmatch(token):
-                result[token_id] = token.encode()
-            else:
-                result[token_id] = bytes([CHARACTER_TO_BYTE[character] for character in token])
-        except (KeyError, UnicodeEncodeError):
-            raise ModelError(
-                f"{path}: the token {token[:40]!r} (id {token_id}) has a character that stands for no byte in GPT-2's "
-                "alphabet; use a byte-level BPE vocabulary, not one of SentencePiece or WordPiece"
-            ) from None
-    return result
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); see to the file and its permissions") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise ModelError(f"{path}: over {MAX_FILE_BYTES} bytes, the most for a vocabulary file; is it the right file?")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path}: byte {error.start} is not UTF-8; get the file anew") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        twice, _ = Counter(token for token, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the token {twice[:40]!r} stands twice")
-    return result

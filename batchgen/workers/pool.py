@@ -1,15 +1,7 @@
-"""Worker processes, and what happens to their chunks when one dies, hangs, or raises.
+"""Worker processes of this machine: chunks out, receipts in; lost chunks are done again, workers that hang are killed.
 
-The rule: a chunk that lost its worker is done again, in a fresh pool. The rows that the worker had just taken up are
-first tried one by one in a worker of their own; one that ends that worker too is set aside as failed, and the chunk
-is done again without it. So a row that kills whatever reads it costs two workers, and every other row is completed.
-
-    lost for the   tried alone before the chunk is done again
-    1st time       the rows that the worker had begun to read, or to write down, at that moment
-    2nd time       the rows that were in flight both times
-    3rd time       all rows of the chunk; from here on with one worker at a time, as it may be for lack of memory
-
-loky's executor is used as joblib hands it out, not joblib.Parallel: only futures tell which chunk was lost.
+What to do after a loss is decided in blame.py. loky's executor is used directly, not joblib.Parallel: only futures
+say which chunk was lost.
 """
 
 import logging
@@ -17,131 +9,103 @@ import os
 import re
 import signal
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from joblib.externals.loky import ProcessPoolExecutor, get_reusable_executor
 from joblib.externals.loky.process_executor import ShutdownExecutorError
 
 from batchgen.errors import BatchgenError
-from batchgen.types import Chunk, Receipt, Rejected, TokenizedRequest
-from batchgen.workers.worker import OUT_OF_MEMORY, Sighting, WorkerSetup, become_worker, read_sightings, run_chunk
+from batchgen.options import say
+from batchgen.types import Chunk, Receipt, TokenizedRequest
+from batchgen.workers.blame import (
+    STALL_SECONDS,
+    History,
+    Loss,
+    StallDetector,
+    Trial,
+    find_culprits,
+    find_gone,
+    find_guilty,
+    next_trial,
+)
+from batchgen.workers.marker import read_sightings
+from batchgen.workers.supply import Supply
+from batchgen.workers.worker import OUT_OF_MEMORY, WorkerSetup, become_worker, run_chunk
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-STALL_SECONDS = 600.0  # no step takes so long, and no start, on any machine that would be used for this
-IDLE_SECONDS = 10  # a worker without work goes after that
-MAX_LOSSES = 5  # of one chunk, or in a row without anything done between
-MAX_FAILED = 16  # rows in a row without one between that could be generated
+IDLE_SECONDS = 10  # a worker without work ends after this
 
-_Lost = tuple[Chunk, "Future[Receipt]"]
-_Ended = tuple["Future[Receipt]", Sighting | None]  # how a worker was lost, and what it was doing
+ChunkFuture: TypeAlias = "Future[Receipt]"
 
 
-@dataclass(slots=True)
-class _Loss:
-    """Of one chunk's workers: how many, and the rows that were in flight every time."""
-
-    times: int = 0
-    in_flight: frozenset[int] | None = None
-
-    def add(self, sighting: Sighting | None) -> None:
-        rows = frozenset(sighting.in_flight if sighting else ())
-        self.in_flight = rows if self.in_flight is None else self.in_flight & rows
-        self.times += 1
+@contextmanager
+def no_interrupts_to_workers() -> Iterator[None]:
+    """Processes started in this block inherit a mask: Ctrl-C reaches this process alone, which ends its workers."""
+    resource_tracker.ensure_running()  # its start would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@dataclass(slots=True)
-class _Stall:
-    """Notices workers whose pulse has stopped."""
-
-    limit: float  # seconds, while rows are in flight
-    seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # pid -> pulse, and since when
-    looked: float = field(default_factory=time.monotonic)
-
-    def stuck(self, sightings: Sequence[Sighting]) -> list[int]:
-        """Process ids of the workers that have been on the same rows for longer than the limit."""
-        now = time.monotonic()
-        if now - self.looked > 20 * POLL_SECONDS:  # this process was stopped, and so may they have been
-            self.seen.clear()
-        self.looked = now
-        stuck = []
-        for sighting in sightings:
-            pulse, since = self.seen.get(sighting.pid, (None, now))
-            if pulse != sighting.pulse:
-                self.seen[sighting.pid] = sighting.pulse, now
-                continue
-            limit = self.limit if sighting.in_flight else STALL_SECONDS
-            if sighting.working and now - since > limit:
-                stuck.append(sighting.pid)
-        return stuck
+def end_workers(executor: ProcessPoolExecutor) -> None:
+    """Kill the workers. shutdown(kill_workers=True) fails in its thread if work was not given out yet."""
+    for pid in list(executor._processes or ()):
+        _kill(pid)
+    executor.shutdown(wait=True)
 
 
-class Supply:
-    """Chunks to give out: those that are to be done again first, then those of the run."""
-
-    def __init__(self, chunks: Iterator[Chunk]) -> None:
-        self.again: deque[Chunk] = deque()
-        self.failure: Exception | None = None  # of reading the run's, for when what is under way has ended
-        self._chunks = chunks
-
-    def take(self) -> Chunk | None:
-        """The next one; None where there is none now."""
-        if self.again:
-            return self.again.popleft()
-        try:
-            return next(self._chunks, None)
-        except Exception as error:
-            self._chunks, self.failure = iter(()), error
-            return None
+def exit_codes(error: BaseException | None) -> str:
+    """` (SIGKILL(-9))`: joblib's text ends in the exit codes, as `{SIGKILL(-9)}`."""
+    codes = re.search(r"\{(.*)\}", str(error))
+    return f" ({codes[1].replace(f'EXIT({OUT_OF_MEMORY})', 'out of memory')})" if codes else ""
 
 
 class Pool:
     """Up to `jobs` worker processes that write parts into the attempt's directory."""
 
     def __init__(self, setup: WorkerSetup, attempt: Path, jobs: int, row_timeout: float | None = None) -> None:
-        """row_timeout: seconds after which a worker that takes no step is taken for hung."""
+        """row_timeout: seconds without a step after which a worker hangs."""
         self.setup, self.jobs = setup, jobs
-        self.in_flight = jobs + 1  # chunks given out: one more than are worked on, so that no worker has to wait
         self.attempt = attempt.absolute()  # workers of an earlier run may be in another folder
         self.markers = Path(setup.markers) if setup.markers else self.attempt
         self.row_timeout = row_timeout or STALL_SECONDS
-        self.losses: dict[int, _Loss] = {}  # by chunk
-        self.losses_in_a_row = 0
-        self.failed_in_a_row = 0  # rows
-        self.longest = 0.0  # seconds that a chunk took
-        self.hung: set[int] = set()  # process ids that were killed for it
-        self.dead: set[int] = set()  # process ids that were, when the pool was found broken
-        self._executor: Any = None
+        self.longest = 0.0  # seconds of a chunk
+        self._history = History()
+        self._hung: set[int] = set()  # process ids that were killed because they hung
+        self._dead: set[int] = set()  # process ids that were gone when the pool was found broken
+        self._executor: ProcessPoolExecutor | None = None
         self._start = {"initializer": become_worker, "initargs": (setup.parent,)}
 
     def receipts(self, chunks: Iterator[Chunk]) -> Generator[Receipt, None, None]:
-        """Do the chunks; yields their receipts as they come. Ends the workers when it is closed before its end.
+        """Do the chunks; yields their receipts as they come. Kills the workers if it is closed before its end.
 
-        Raises what reading `chunks` raises, after what is under way; the BatchgenError of a worker that cannot
-        write; and one of its own where workers keep dying and no row is to blame.
+        Raises what reading `chunks` raises, when the chunks given out before are done; the BatchgenError of a worker
+        that cannot write; and one of its own if workers are lost again and again without a cause.
         """
         supply = Supply(chunks)
-        futures: dict[Future[Receipt], Chunk] = {}
-        stall = _Stall(self.row_timeout)
+        futures: dict[ChunkFuture, Chunk] = {}
+        stall = StallDetector(self.row_timeout)
         try:
             while True:
-                while len(futures) < self.in_flight and (chunk := supply.take()):
+                while len(futures) < self._room() and (chunk := supply.take()):
                     futures[self._submit(chunk)] = chunk
                 if not futures:
                     break
-                finished = self._wait(futures, stall)
+                finished = self._wait(futures, stall, self._end_workers)
                 for future in [f for f in finished if f.exception() is None]:
                     del futures[future]
-                    self.losses_in_a_row = self.failed_in_a_row = 0
+                    self._history.add_progress()
                     self.longest = max(self.longest, future.result().seconds)
                     yield future.result()
                 if lost := [(futures.pop(future), future) for future in finished if future in futures]:
@@ -152,167 +116,121 @@ class Pool:
         if supply.failure:
             raise supply.failure
 
-    def _submit(self, chunk: Chunk) -> "Future[Receipt]":
+    def _room(self) -> int:
+        """Chunks to give out: one more than there are workers, so that no worker waits for its next."""
+        return 1 if self._history.is_short_of_memory else self.jobs + 1
+
+    def _submit(self, chunk: Chunk) -> ChunkFuture:
         while True:
             with no_interrupts_to_workers():
                 self._executor = get_reusable_executor(self.jobs, timeout=IDLE_SECONDS, **self._start)
-            with suppress(BrokenProcessPool, ShutdownExecutorError):  # it died just now: the next is a fresh one
+            with suppress(BrokenProcessPool, ShutdownExecutorError):  # it broke just now; the next one is new
                 return self._submit_to(self._executor, chunk, self.setup)
 
-    def _submit_to(self, executor: Any, chunk: Chunk, setup: WorkerSetup) -> "Future[Receipt]":
+    def _submit_to(self, executor: ProcessPoolExecutor, chunk: Chunk, setup: WorkerSetup) -> ChunkFuture:
         with no_interrupts_to_workers():
-            future: Future[Receipt] = executor.submit(run_chunk, setup, chunk, str(self.attempt))
-        future.add_done_callback(self._note_the_dead)
+            future: ChunkFuture = executor.submit(run_chunk, setup, chunk, str(self.attempt))
+        future.add_done_callback(self._note_dead)
         return future
 
-    def _note_the_dead(self, future: "Future[Receipt]") -> None:
-        """loky calls this when it has found a worker dead, and before it kills the others of the pool."""
+    def _note_dead(self, future: ChunkFuture) -> None:
+        """Called by loky when it finds a worker dead, before it kills the other workers of the pool."""
         if isinstance(future.exception(), BrokenProcessPool):
-            self.dead |= {sighting.pid for sighting in read_sightings(self.markers) if not _is_alive(sighting.pid)}
+            self._dead |= {sighting.pid for sighting in read_sightings(self.markers) if not _is_alive(sighting.pid)}
 
-    def _wait(self, futures: dict["Future[Receipt]", Chunk], stall: _Stall) -> list["Future[Receipt]"]:
-        """The futures that have ended, at least one; all of them where the pool is broken. Kills what hangs."""
-        last_sign = time.monotonic()
+    def _wait(
+        self, futures: Collection[ChunkFuture], stall: StallDetector, end: Callable[[], None]
+    ) -> list[ChunkFuture]:
+        """The futures that have ended, at least one; all if the pool is broken. Kills workers that hang.
+
+        end() kills all workers; it is called if none of them begins a chunk.
+        """
+        stall.alive = time.monotonic()
         while True:
             finished, others = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-            if any(_is_broken(future) for future in finished):
+            if any(map(_is_broken, finished)):
                 finished |= wait(others, timeout=POLL_SECONDS).done  # loky fails them one after another
             if finished:
                 return list(finished)
-            sightings = read_sightings(self.markers)
-            if any(sighting.working for sighting in sightings):
-                last_sign = time.monotonic()
-            for pid in stall.stuck(sightings):
-                self.hung.add(pid)
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if time.monotonic() - last_sign > STALL_SECONDS:  # none has even begun
-                self._end_workers()
+            for pid in stall.look(time.monotonic(), read_sightings(self.markers)):
+                self._hung.add(pid)
+                _kill(pid)
+            if stall.is_silent:
+                end()
 
-    def _after_loss(self, lost: Sequence[_Lost]) -> Iterator[Chunk]:
-        """The chunks to be done again, without the rows that are to blame."""
-        for _, future in lost:
-            _raise_a_jobs_error(future)
-        blamed = self._blamed(lost)
-        self.losses_in_a_row += 1
-        for chunk, future in lost:
-            yield self._judged(chunk, future, blamed[chunk.index]) if chunk.index in blamed else chunk
-        if self.losses_in_a_row >= MAX_LOSSES:
-            raise BatchgenError(_notice(lost[0][1], self.losses_in_a_row, ""))
+    def _after_loss(self, lost: Sequence[tuple[Chunk, ChunkFuture]]) -> list[Chunk]:
+        """The chunks to do again, without the rows that end their worker."""
+        losses = [_loss(chunk, future) for chunk, future in lost]
+        culprits = {loss.chunk: loss for loss in self._culprits(losses)}
+        self._history.losses += 1
+        again = [
+            self._without_guilty(chunk, culprits[chunk.index]) if chunk.index in culprits else chunk
+            for chunk, _ in lost
+        ]
+        self._history.check(losses[0])
+        return again
 
-    def _blamed(self, lost: Sequence[_Lost]) -> dict[int, Sighting | None]:
-        """The chunks whose own worker died or raised, with what it was doing; a broken pool's markers are removed."""
-        sightings = {s.chunk: s for s in read_sightings(self.markers) if s.working}
-        blamed: dict[int, Sighting | None] = {}
-        alone = len(lost) == 1  # nobody else can have died; and loky may call _note_the_dead later than this
-        for chunk, future in lost:
-            sighting = sightings.get(chunk.index)
-            if not _is_broken(future):
-                blamed[chunk.index] = getattr(future.exception(), "sighting", None)
-            elif sighting and (alone or sighting.pid in self.dead | self.hung):
-                blamed[chunk.index] = sighting
-        for sighting in sightings.values():
-            if _is_broken(lost[0][1]) and (not alone or sighting.chunk == lost[0][0].index):
-                (self.markers / f"worker-{sighting.pid}").unlink(missing_ok=True)
-        return blamed
+    def _culprits(self, losses: Sequence[Loss]) -> list[Loss]:
+        """The losses whose own worker raised, died or hung; removes the markers of workers that are gone."""
+        sightings = read_sightings(self.markers)
+        culprits = find_culprits(losses, sightings, self._dead | self._hung)
+        for sighting in find_gone(losses, sightings):
+            (self.markers / f"worker-{sighting.pid}").unlink(missing_ok=True)
+        stall = f"took no step for {self.row_timeout:g} s ({say('row_timeout')})"
+        return [
+            replace(loss, reason=stall) if loss.has_died and loss.sighting and loss.sighting.pid in self._hung else loss
+            for loss in culprits
+        ]
 
-    def _judged(self, chunk: Chunk, future: "Future[Receipt]", sighting: Sighting | None) -> Chunk:
-        """The chunk as it is to be done again: as it was, or with a failed row."""
-        loss = self.losses.setdefault(chunk.index, _Loss())
-        loss.add(sighting)
-        if loss.times >= MAX_LOSSES:
-            where = f" on input rows {chunk.first_row} to {chunk.items[-1].row}"
-            raise BatchgenError(_notice(future, loss.times, where))
-        if loss.times == 1:
-            suspects = frozenset(sighting.suspects) if sighting else frozenset()
-        elif loss.times == 2:
-            suspects = loss.in_flight or frozenset()
-        else:
-            suspects = frozenset(item.row for item in chunk.items)
-            self.in_flight = 1
-        trial = f", after {len(suspects)} of its rows were tried one by one" if suspects else ""
-        logger.warning("chunk %d: %s; it is done again%s", chunk.index, self._how(future, sighting), trial)
-        # What happened at the first step of several happens at the first step again; a single one is tried to its end.
-        first_step = loss.times == 1 and len(suspects) > 1
-        failed = {item.row: item for item in self._guilty(chunk, suspects, first_step=first_step)}
+    def _without_guilty(self, chunk: Chunk, loss: Loss) -> Chunk:
+        """The chunk after a trial of its suspects: those that end a worker of their own are failed."""
+        trial = next_trial(self._history, loss, chunk)
+        suspects = {i.row: i for i in chunk.items if i.row in trial.rows and isinstance(i, TokenizedRequest)}
+        first = f", after {len(suspects)} of its rows are tried alone" if suspects else ""
+        logger.warning("chunk %d: its worker %s; it is done again%s", chunk.index, loss.reason, first)
+        failed = {}
+        try_rows = lambda rows: self._try([suspects[row] for row in rows], chunk, trial)  # noqa: E731
+        for row, end in find_guilty(self._history, suspects, try_rows):
+            reason = f"its worker {end.reason}, also with this row alone; {say('retry_failed')} tries it again"
+            failed[row] = suspects[row].failed(reason)
+            logger.warning("%s", failed[row].error)
         if failed:
-            self.losses_in_a_row = 0
-            del self.losses[chunk.index]
+            self._history.add_cause(chunk.index)
         return replace(chunk, items=tuple(failed.get(item.row, item) for item in chunk.items))
 
-    def _guilty(self, chunk: Chunk, suspects: frozenset[int], *, first_step: bool) -> Iterator[Rejected]:
-        """Have the suspects generated one by one in a worker of their own; yields those that are the end of it, failed.
-
-        A worker that dies when it has long taken the row up may have been killed from outside: it has another try.
-        Where it dies before it comes to a row, or one row after another is the end of it, the rows are not to blame.
-        """
-        untried = {i.row: i for i in chunk.items if i.row in suspects and isinstance(i, TokenizedRequest)}
-        doubted: set[int | None] = set()
-        while untried and (loss := self._try_one_by_one(chunk, list(untried.values()), first_step)):
-            future, sighting = loss
-            row = next(iter(sighting.in_flight), None) if sighting else None
-            if sighting and sighting.rows:
-                self.failed_in_a_row = 0
-            if self.failed_in_a_row >= MAX_FAILED:
-                raise BatchgenError(_notice(future, self.failed_in_a_row + 1, f", last on input row {row} alone"))
-            if sighting is None or row is None:
-                if None in doubted:
-                    raise BatchgenError(_notice(future, 2, " before it came to a row"))
-            elif not _is_broken(future) or row in sighting.suspects or row in doubted:
-                how = self._how(future, sighting)
-                failed = untried.pop(row).failed(f"{how}, also when alone in it; --retry-failed tries it once more")
-                logger.warning("%s", failed.error)
-                self.failed_in_a_row += 1
-                yield failed
-            doubted.add(row)
-
-    def _try_one_by_one(
-        self, chunk: Chunk, items: Sequence[TokenizedRequest], first_step: bool
-    ) -> "tuple[Future[Receipt], Sighting | None] | None":
-        """None if all is well with all of them, or how the worker was lost, and with which of them in flight."""
-        alone = replace(self.setup, max_batch=1, share_prefixes=False)
-        tried = tuple(item.with_max_tokens(1) for item in items) if first_step else tuple(items)
-        trial = replace(chunk, items=tried, kept=None)
-        with self._one_worker() as executor:
-            future = self._submit_to(executor, trial, alone)
-            self._wait({future: trial}, _Stall(self.row_timeout))
-        if future.exception() is None:
-            return None
-        _raise_a_jobs_error(future)
-        return future, self._blamed([(trial, future)]).get(chunk.index)
-
-    @contextmanager
-    def _one_worker(self) -> Iterator[Any]:
+    def _try(self, items: Sequence[TokenizedRequest], chunk: Chunk, trial: Trial) -> Loss | None:
+        """Complete rows of a chunk one by one in a worker of their own; None if it lives."""
+        tried = tuple(item.with_max_tokens(1) if trial.is_first_step else item for item in items)
+        part = replace(chunk, items=tried, kept=None)
         with no_interrupts_to_workers():
             executor = ProcessPoolExecutor(1, **self._start)
         try:
-            yield executor
+            future = self._submit_to(executor, part, replace(self.setup, max_batch=1, share_prefixes=False))
+            self._wait([future], StallDetector(self.row_timeout), lambda: end_workers(executor))
         finally:
             end_workers(executor)
-
-    def _how(self, future: "Future[Receipt]", sighting: Sighting | None) -> str:
-        """The end of a worker, in words."""
-        if not _is_broken(future):
-            return f"its worker raised {' '.join(str(future.exception()).split())}"
-        if sighting and sighting.pid in self.hung:
-            return f"its worker took no step for {self.row_timeout:g} s (--row-timeout)"
-        return f"its worker died{exit_codes(future.exception())}"
+        if future.exception() is None:
+            return None
+        loss = _loss(part, future)
+        return next(iter(self._culprits([loss])), loss)
 
     def _end_workers(self) -> None:
-        """At once, whatever they are doing."""
         if self._executor is not None:
             end_workers(self._executor)
 
 
-def end_workers(executor: Any) -> None:
-    """At once; shutdown(kill_workers=True) has its thread trip over work that it has not handed out yet."""
-    for pid in list(executor._processes or ()):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    executor.shutdown(wait=True)
+def _loss(chunk: Chunk, future: ChunkFuture) -> Loss:
+    """How a future ended without a receipt; raises an error that concerns the whole job, such as a full disk."""
+    error = future.exception()
+    if isinstance(error, (BatchgenError, OSError)):
+        raise error
+    if _is_broken(future):
+        return Loss(chunk.index, f"died{exit_codes(error)}")
+    reason = f"raised {' '.join(str(error).split())}"
+    return Loss(chunk.index, reason, has_died=False, sighting=getattr(error, "sighting", None))
 
 
-def _is_broken(future: "Future[Any]") -> bool:
+def _is_broken(future: ChunkFuture) -> bool:
     return isinstance(future.exception(), (BrokenProcessPool, ShutdownExecutorError))
 
 
@@ -324,33 +242,6 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def exit_codes(error: BaseException | None) -> str:
-    """joblib's text ends in the exit codes: `{SIGKILL(-9)}`."""
-    codes = re.search(r"\{(.*)\}", str(error))
-    return f" ({codes[1].replace(f'EXIT({OUT_OF_MEMORY})', 'out of memory')})" if codes else ""
-
-
-def _notice(future: "Future[Any]", times: int, where: str) -> str:
-    how = exit_codes(future.exception()) if _is_broken(future) else f" ({future.exception()})"
-    return (
-        f"a worker process died {times} times in a row{where}{how} and no single row is to blame, perhaps for lack "
-        "of memory; what is finished is kept: run again to go on, with fewer --jobs if so"
-    )
-
-
-def _raise_a_jobs_error(future: "Future[Any]") -> None:
-    """What a worker says is wrong with the job as a whole, such as a full disk."""
-    error = future.exception()
-    if isinstance(error, (BatchgenError, OSError)):
-        raise error
-
-
-@contextmanager
-def no_interrupts_to_workers() -> Iterator[None]:
-    """What is started in this block inherits a mask: Ctrl-C reaches this process alone, which ends its workers."""
-    resource_tracker.ensure_running()  # whose start would lift the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,1 +1,1 @@
-"""Every fault of the matrix made to happen, by the means that docs/faults.md names: python -m tests.faults."""
+"""The fault suite: causes every fault of docs/faults.md, by the means that it names; `python -m tests.faults`."""

@@ -1,6 +1,6 @@
-"""make faults: every fault of the matrix, made to happen, and what came of it.
+"""Cause the faults of the matrix and print the outcome of each: make faults.
 
-python -m tests.faults [--quick] [--list] [NAME ...]: all cases, or those named; `*killed*` is a name too.
+python -m tests.faults [--quick] [--list] [NAME ...] runs all cases, or those that match a name such as '*killed*'.
 """
 
 import argparse
@@ -21,9 +21,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="only these cases; shell patterns such as '*killed*'")
     parser.add_argument("--quick", action="store_true", help="few repetitions, and no limits on time")
-    parser.add_argument("--list", action="store_true", help="name the cases and end")
+    parser.add_argument("--list", action="store_true", help="list the cases, and run none")
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and so by runs
+    # In the background of a shell this process ignores Ctrl-C, and so would every run that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cases = [case for case in CASES if any(fnmatch(case.name, name) for name in options.names or ["*"])]
     if options.list or not cases:
         print("\n".join(f"{case.name:<28}{case.fault}" for case in CASES))
@@ -32,8 +33,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="batchgen-faults-") as folder:
         bench = Bench(Path(folder), full=not options.quick)
         for case in cases:
-            results[case.name] = _result(case, bench)
-    print("\n| fault | made to happen by | how often, and the result |\n|---|---|---|")
+            results[case.name] = _run(case, bench)
+    print("\n| fault | caused by | how often, and the outcome |\n|---|---|---|")
     for case in cases:
         print(f"| {case.fault} | {case.how} | {results[case.name]} |")
     counts = Counter(result.partition(":")[0] for result in results.values())
@@ -42,10 +43,11 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _result(case: Case, bench: Bench) -> str:
+def _run(case: Case, bench: Bench) -> str:
+    """The outcome, on one line."""
     started = time.monotonic()
     try:
-        result = case.make_happen(bench)
+        result = case.cause(bench)
     except Skipped as reason:
         result = f"skipped: {reason}"
     except Exception as error:

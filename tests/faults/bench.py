@@ -1,4 +1,4 @@
-"""Where faults are made to happen: a small model, prompts, what an undisturbed run writes, and runs to disturb."""
+"""What all cases use: a small model, prompts, the output of an undisturbed run, and runs to disturb."""
 
 import json
 import os
@@ -22,16 +22,17 @@ SMALL = GPT2Config(n_vocab=257, n_ctx=128, n_embd=64, n_head=2, n_layer=2)
 ROWS = 120
 OPTIONS = ["--chunk-rows", "15", "--max-tokens", "16", "--temperature", "0.7", "--show", "0"]
 PREVIOUS = b"the version before"
-PATIENCE = 60.0  # seconds, where the case is not about time
+PATIENCE = 60.0  # seconds, if the case is not about time
 
 Command = Sequence[str | Path]
 
 
 class Skipped(Exception):
-    """What this fault is made with is not here."""
+    """A tool that causes this fault is missing here; the text says which."""
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> bool:
+    """Whether the condition became true in time."""
     until = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < until:
         time.sleep(0.01)
@@ -39,28 +40,21 @@ def wait_for(condition: Callable[[], object], seconds: float) -> bool:
 
 
 def processes_of(session: int) -> list[int]:
-    """The living processes of a session, but for loky's tracker of semaphores, which ends by itself."""
+    """The live processes of a session, except loky's tracker of semaphores, which ends by itself."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             state, _, _, its_session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
             command = (path / "cmdline").read_bytes()
-        except OSError:  # it is over
+        except OSError:  # it has ended
             continue
         if int(its_session) == session and state not in "ZX" and b"resource_tracker" not in command:
             found.append(int(path.name))
     return found
 
 
-def children_of(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
 class Run:
-    """One `batchgen generate` in a session of its own."""
+    """One process `batchgen generate`, in a session of its own; `said` is its standard error, once it has ended."""
 
     def __init__(self, command: Command, environment: dict[str, str], file_limit: int | None = None) -> None:
         self.started = time.monotonic()
@@ -93,14 +87,14 @@ class Run:
         return found
 
     def until(self, condition: Callable[[], object]) -> None:
-        """Wait for something to be so while it runs; AssertionError where it ends before."""
-        assert wait_for(lambda: condition() or self.process.poll() is not None, PATIENCE), "it does not come to it"
-        assert self.process.poll() is None, f"it has ended: {self.finish()} {self.said}"
+        """Wait until the condition is true; AssertionError if the run ends before."""
+        assert wait_for(lambda: condition() or self.process.poll() is not None, PATIENCE), "it never became true"
+        assert self.process.poll() is None, f"the run has ended: {self.finish()} {self.said}"
 
     def finish(self, seconds: float = PATIENCE) -> int:
-        """Wait for the end and return the exit code; what it said on standard error is in `said`.
+        """Wait for the end; returns the exit code.
 
-        loky's tracker may say there what it cleared away after a process that had no time for it.
+        `said` leaves out the warnings of loky's tracker about what it removed after a killed process.
         """
         try:
             _, err = self.process.communicate(timeout=seconds)
@@ -112,7 +106,7 @@ class Run:
         return self.process.returncode
 
     def kill_all(self) -> None:
-        """Leave nothing behind of a run that a case has given up on."""
+        """End a run that a case no longer waits for, and all its processes."""
         for pid in {self.pid, *processes_of(self.pid)}:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -120,15 +114,15 @@ class Run:
                 continue
         self.process.communicate()
 
-    def gone_after(self, seconds: float) -> float:
-        """Seconds until no process of it was left; AssertionError beyond the limit."""
+    def wait_for_processes(self, seconds: float) -> float:
+        """Wait until all its processes have ended; returns the seconds, AssertionError beyond the limit."""
         started = time.monotonic()
-        assert wait_for(lambda: not processes_of(self.pid), seconds), f"outlived by {processes_of(self.pid)}"
+        assert wait_for(lambda: not processes_of(self.pid), seconds), f"still alive: {processes_of(self.pid)}"
         return time.monotonic() - started
 
 
 class Bench:
-    """A folder with a model and prompts; `full` asks for all repetitions and holds the times to their limits."""
+    """A folder with a model and prompts; with `full`, cases repeat more often and check times."""
 
     def __init__(self, folder: Path, *, full: bool) -> None:
         self.folder, self.full = folder, full
@@ -151,7 +145,7 @@ class Bench:
         self.expected, self.seconds = out.read_bytes(), run.seconds
 
     def limit(self, seconds: float) -> float:
-        """The limit in the full suite; among other tests, on a busy machine, only a hang is an error."""
+        """The limit in the full suite; in the short one, on a busy machine, only a hang is an error."""
         return seconds if self.full else PATIENCE
 
     def new_folder(self) -> Path:
@@ -170,7 +164,7 @@ class Bench:
     def command(
         self, out: Path, *more: str | Path, jobs: int = 2, prompts: Path | None = None, driver: str = ""
     ) -> list[str | Path]:
-        """A command line; options in `more` win over the usual ones. A driver is a function of drivers.py."""
+        """A command line; options in `more` replace the usual ones. A driver is a function of drivers.py."""
         start = ["-c", f"from tests.faults import drivers; drivers.{driver}()"] if driver else ["-m", "batchgen"]
         usual = [*OPTIONS, "--model", self.model, "--jobs", str(jobs)]
         return [sys.executable, *start, "generate", prompts or self.prompts, "-o", out, *usual, *more]
@@ -186,41 +180,43 @@ class Bench:
         prompts: Path | None = None,
         driver: str = "",
     ) -> Run:
-        """Start a run, under the command `before` where there is one."""
+        """Start a run; `before` is a command that runs it, such as strace."""
         command = [*before, *self.command(out, *more, jobs=jobs, prompts=prompts, driver=driver)]
         return Run(command, self.environment | (environment or {}), file_limit)
 
     # ---- what must hold
 
     def assert_intact(self, out: Path, previous: bytes | None = None, expected: bytes | None = None) -> None:
-        """Invariant I: absent, the previous version, or the complete new file."""
+        """The output is absent, the previous version, or the complete new file."""
         found = out.read_bytes() if out.exists() else None
-        assert found in (previous, expected or self.expected), f"{out}: neither the old nor the new version"
+        assert found in (previous, expected or self.expected), f"{out}: neither the previous nor the new version"
 
     def assert_finished(self, out: Path, expected: bytes | None = None) -> None:
-        """The complete file, and nothing left behind."""
-        assert out.read_bytes() == (expected or self.expected), f"{out}: not what an undisturbed run writes"
+        """The output is complete, and nothing is left beside it."""
+        assert out.read_bytes() == (expected or self.expected), f"{out}: differs from the output of an undisturbed run"
         self.assert_alone(out)
 
     def assert_alone(self, out: Path) -> None:
-        """Nothing is beside it but its status."""
+        """Only the status file is beside the output."""
         left = set(os.listdir(out.parent)) - {out.name, f"{out.name}.status.json"}
         assert not left, f"left behind: {sorted(left)}"
 
     def assert_one_line(self, run: Run) -> None:
+        """The run has written one line, its error, to standard error."""
         assert len(run.said) == 1, f"said {len(run.said)} lines: {run.said}"
         assert run.said[0].startswith("batchgen: "), run.said
 
-    def assert_goes_on(self, out: Path, *more: str | Path, jobs: int = 2) -> None:
-        """The same command, undisturbed, finishes and equals an undisturbed run."""
+    def assert_resumes(self, out: Path, *more: str | Path, jobs: int = 2) -> None:
+        """The same command, undisturbed, finishes with the bytes of an undisturbed run."""
         run = self.start(out, *more, jobs=jobs)
         assert run.finish() == 0, run.said
         self.assert_finished(out)
 
-    def left_in_memory(self, pids: Sequence[int]) -> int:
-        """How many semaphores of killed runs stay: loky's tracker clears away those that it was told of.
+    def count_semaphores(self, pids: Sequence[int]) -> int:
+        """How many semaphores of killed runs are left, which may be few; TMPDIR must be empty.
 
-        loky makes a semaphore and then tells the tracker; a kill between the two leaves 32 bytes in /dev/shm.
+        loky's tracker removes the semaphores that are registered with it. loky makes a semaphore and then registers
+        it: a kill between the two leaves 32 bytes in /dev/shm.
         """
         names = {f"-{pid}-" for pid in pids} | {f"_{pid}_" for pid in pids}
         left = lambda: [p for p in os.listdir("/dev/shm") if any(name in p for name in names)]  # noqa: E731
@@ -233,18 +229,19 @@ class Bench:
         assert len(stay) <= max(len(pids) // 50, 1), f"left in /dev/shm: {stay}"
         return len(stay)
 
-    def forget(self, out: Path) -> None:
-        """Clear the folder of an output that is done with."""
+    def remove(self, out: Path) -> None:
+        """Remove the folder of an output."""
         shutil.rmtree(out.parent)
 
 
-def need(tool: str) -> str:
-    """The tool's path; Skipped where it is missing."""
+def find_tool(tool: str) -> str:
+    """The tool's path; Skipped if it is missing."""
     found = shutil.which(tool)
     if found is None:
         raise Skipped(f"{tool} is not installed")
     return found
 
 
-def parts(out: Path) -> int:
+def count_parts(out: Path) -> int:
+    """The committed parts of an unfinished output."""
     return len(list((work_directory(out) / "parts").glob("*-*")))

@@ -1,4 +1,4 @@
-"""A cluster of two workers on loopback, or of two hosts in network namespaces, and what is done to it."""
+"""Faults of a cluster: two workers on loopback, or two hosts in network namespaces."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.bench import Bench, Run, Skipped, need, parts, wait_for
+from tests.faults.bench import Bench, Run, Skipped, count_parts, find_tool, wait_for
 from tests.support.clusters import Cluster, DaskCluster, MissingError, RayCluster, free_port, kill
 
 KILL_SECONDS = 10.0
@@ -19,33 +19,34 @@ SECONDS = 900.0  # of one run, at most
 SCHEDULER, FAR = "10.86.7.1", "10.86.7.2"
 
 
-def dask_workers_killed(bench: Bench) -> str:
-    return _workers_killed(bench, DaskCluster)
+def kill_dask_workers(bench: Bench) -> str:
+    return _kill_workers(bench, DaskCluster)
 
 
-def ray_workers_killed(bench: Bench) -> str:
-    return _workers_killed(bench, RayCluster)
+def kill_ray_workers(bench: Bench) -> str:
+    return _kill_workers(bench, RayCluster)
 
 
-def _workers_killed(bench: Bench, kind: type[DaskCluster | RayCluster]) -> str:
-    """One of the engine's two workers is killed every ten seconds: with its node process, its chunk and its model."""
-    prompts, options = _tales(bench, 2000 if bench.full else 200)
-    with _running(kind, bench) as cluster:
+def _kill_workers(bench: Bench, kind: type[DaskCluster | RayCluster]) -> str:
+    """Every ten seconds, kill one of the cluster's two workers, with its node process, its chunk and its model."""
+    prompts, options = _make_prompts(bench, 2000 if bench.full else 200)
+    with _start_cluster(kind, bench) as cluster:
         here, undisturbed, disturbed = (bench.new_output() for _ in range(3))
         _finish(bench.start(here, *options, prompts=prompts))
         calm = _finish(bench.start(undisturbed, *options, *cluster.options, prompts=prompts))
         run = bench.start(disturbed, *options, *cluster.options, prompts=prompts)
-        kills = _kill_every(KILL_SECONDS if bench.full else 3.0, cluster, run)
-        stormy = _finish(run)
+        kills = _kill_every(KILL_SECONDS if bench.full else calm / 3, cluster, run)
+        seconds = _finish(run)
         assert undisturbed.read_bytes() == disturbed.read_bytes() == here.read_bytes()
         bench.assert_alone(disturbed)
-        assert len(kills) >= 1, "none was killed"
-        assert stormy < SLOWDOWN * calm or not bench.full, (stormy, calm)
+        assert kills, "no worker was killed"
+        assert seconds < SLOWDOWN * calm or not bench.full, (seconds, calm)
         assert wait_for(lambda: not cluster.nodes(), 20.0), "node processes are left"
-    return f"{len(kills)} kills: exit 0, identical to one machine's, {stormy:.1f} s; undisturbed {calm:.1f} s"
+    return f"{len(kills)} kills: exit 0, identical to one machine's, {seconds:.1f} s; undisturbed {calm:.1f} s"
 
 
-def _tales(bench: Bench, n: int) -> tuple[Path, list[str]]:
+def _make_prompts(bench: Bench, n: int) -> tuple[Path, list[str]]:
+    """Prompts for the model tales, and the options of a run that completes them."""
     path = bench.new_folder() / "prompts.jsonl"
     lines = [
         json.dumps({"prompt": f"Once upon a time there were {row} brothers, and the", "seed": row}) for row in range(n)
@@ -56,26 +57,27 @@ def _tales(bench: Bench, n: int) -> tuple[Path, list[str]]:
 
 
 def _finish(run: Run) -> float:
+    """Wait for a run that must end well; returns its seconds."""
     assert run.finish(SECONDS) == 0, run.said
     return run.seconds
 
 
 def _kill_every(seconds: float, cluster: Cluster, run: Run) -> list[int]:
-    """From a thread, as long as the run lives; the list of the victims grows."""
+    """Kill a worker every so many seconds, in a thread, while the run lives; the returned list of pids grows."""
     rng, killed = random.Random(6), []
 
-    def storm() -> None:
+    def kill_workers() -> None:
         while not wait_for(lambda: run.process.poll() is not None, seconds):
             if victims := cluster.engine_workers():
                 killed.append(rng.choice(victims))
                 kill(killed[-1])
 
-    threading.Thread(target=storm, daemon=True).start()
+    threading.Thread(target=kill_workers, daemon=True).start()
     return killed
 
 
 @contextmanager
-def _running(kind: type[DaskCluster | RayCluster], bench: Bench) -> Iterator[DaskCluster | RayCluster]:
+def _start_cluster(kind: type[DaskCluster | RayCluster], bench: Bench) -> Iterator[DaskCluster | RayCluster]:
     try:
         cluster = kind(bench.new_folder())
     except MissingError as reason:
@@ -89,49 +91,49 @@ def _running(kind: type[DaskCluster | RayCluster], bench: Bench) -> Iterator[Das
 # ---- two hosts
 
 
-def partition(bench: Bench) -> str:
-    """A host of two is cut off in the middle of its chunks, and never heard of again."""
-    prompts, options = _tales(bench, 400 if bench.full else 200)
+def cut_off_host(bench: Bench) -> str:
+    """One of two hosts is cut off while it works, for good."""
+    prompts, options = _make_prompts(bench, 400 if bench.full else 200)
     here, out = bench.new_output(), bench.new_output()
     _finish(bench.start(here, *options, prompts=prompts))
-    with two_hosts() as (near, far), _two_workers(bench, near, far) as cluster:
-        run = bench.start(out, *options, *cluster.options, prompts=prompts, before=(*_within(near),))
-        run.until(lambda: parts(out) >= 2 and len(cluster.nodes()) == 2)
+    with _make_hosts() as (near, far), _start_workers(bench, near, far) as cluster:
+        run = bench.start(out, *options, *cluster.options, prompts=prompts, before=(*_run_on(near),))
+        run.until(lambda: count_parts(out) >= 2 and len(cluster.nodes()) == 2)
         _ip("netns", "exec", far, "ip", "link", "set", "veth-far", "down")
-        cut, started = parts(out), time.monotonic()
+        committed, started = count_parts(out), time.monotonic()
         _finish(run)
         seconds = time.monotonic() - started
         assert out.read_bytes() == here.read_bytes()
         bench.assert_alone(out)
         assert wait_for(lambda: not cluster.nodes(), 20.0), "node processes are left"
-    return f"cut off after {cut} chunks: exit 0 {seconds:.1f} s later, identical"
+    return f"cut off after {committed} chunks: exit 0 {seconds:.1f} s later, identical"
 
 
 @contextmanager
-def _two_workers(bench: Bench, near: str, far: str) -> Iterator[Cluster]:
-    """A scheduler and a worker on the near host, and a worker on the far one."""
+def _start_workers(bench: Bench, near: str, far: str) -> Iterator[Cluster]:
+    """A scheduler and a worker on the near host, and a worker on the far host."""
     cluster = Cluster(bench.new_folder())
     port = free_port()
     cluster.backend, cluster.option, cluster.address = "dask", "--scheduler", f"tcp://{SCHEDULER}:{port}"
     try:
         command = ["distributed.cli.dask_scheduler", "--host", SCHEDULER, "--port", str(port), "--no-dashboard"]
-        cluster.start(*command, before=_within(near))
+        cluster.start(*command, before=_run_on(near))
         for host, address in ((near, SCHEDULER), (far, FAR)):
             options = ["--host", address, "--nworkers", "1", "--nthreads", "1", "--no-dashboard"]
-            cluster.start("distributed.cli.dask_worker", cluster.address, *options, before=_within(host))
+            cluster.start("distributed.cli.dask_worker", cluster.address, *options, before=_run_on(host))
         assert wait_for(lambda: cluster.log().count("Starting established connection") >= 2, 60.0), cluster.log()
         yield cluster
     finally:
         cluster.stop()
 
 
-def _within(host: str) -> tuple[str, ...]:
-    return need("ip"), "netns", "exec", host
+def _run_on(host: str) -> tuple[str, ...]:
+    return find_tool("ip"), "netns", "exec", host
 
 
 @contextmanager
-def two_hosts() -> Iterator[tuple[str, str]]:
-    """Two network namespaces joined by a cable, which share this machine's file system."""
+def _make_hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by a virtual cable; they share this machine's files."""
     near, far = f"batchgen-near-{os.getpid()}", f"batchgen-far-{os.getpid()}"
     try:
         for host in (near, far):
@@ -148,6 +150,6 @@ def two_hosts() -> Iterator[tuple[str, str]]:
 
 
 def _ip(*words: str) -> None:
-    done = subprocess.run([need("ip"), *words], capture_output=True, text=True, check=False)
+    done = subprocess.run([find_tool("ip"), *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise Skipped(f"network namespaces cannot be made here: {done.stderr.strip()}")

@@ -1,26 +1,26 @@
-"""Disks that are full, failing, limited or read-only."""
+"""Disks that are full, fail, limit the size of files, or are read-only."""
 
 import subprocess
 import textwrap
 from pathlib import Path
 
-from tests.faults.bench import PREVIOUS, Bench, Skipped, need
-from tests.faults.kills import Call, calls_of, chosen
+from tests.faults.bench import PREVIOUS, Bench, Skipped, find_tool
+from tests.faults.kills import Call, choose, trace_calls
 
 WRITES = ("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2", "mkdir", "mkdirat")
 
 
-def error_at_each_call(bench: Bench) -> str:
-    """EIO and ENOSPC at every write, fsync, rename and mkdir of the parent, one at a time."""
-    calls = calls_of(bench, bench.new_output(), WRITES)
-    ends = {0: 0, 1: 0}
-    for i, call in enumerate(chosen(bench, calls, 3)):
+def fail_each_call(bench: Bench) -> str:
+    """EIO or ENOSPC at every write, fsync, rename and mkdir of the parent, one in each run."""
+    calls = trace_calls(bench, bench.new_output(), WRITES)
+    ends = {0: 0, 1: 0}  # exit code: runs
+    for i, call in enumerate(choose(bench, calls, 3)):
         error = ("EIO", "ENOSPC")[i % 2]
         ends[_fail_at(bench, call, error)] += 1
     names = sorted({call.name for call in calls})
     return (
         f"{sum(ends.values())} errors ({', '.join(names)}): {ends[1]} ended with exit 1 and one line, {ends[0]} made "
-        "no difference; I holds, all gone on with to identical bytes"
+        "no difference; outputs intact, all resumed to identical bytes"
     )
 
 
@@ -32,17 +32,17 @@ def _fail_at(bench: Bench, call: Call, error: str) -> int:
     if code == 1:
         bench.assert_one_line(run)
     bench.assert_intact(out, PREVIOUS)
-    bench.assert_goes_on(out, jobs=1)
-    bench.forget(out)
+    bench.assert_resumes(out, jobs=1)
+    bench.remove(out)
     return code
 
 
-def error_at_fsync_of_a_worker(bench: Bench) -> str:
-    """The N-th fsync of every process, workers among them: the part itself cannot be made safe."""
+def fail_worker_fsync(bench: Bench) -> str:
+    """The n-th fsync of every process fails, so also that of a worker's part."""
     times = 8 if bench.full else 1
     for n in range(2, times + 2):
         error = ("ENOSPC", "EIO")[n % 2]
-        strace = [need("strace"), "-f", "-q", "-o", "/dev/null", "-e", "trace=fsync"]
+        strace = [find_tool("strace"), "-f", "-q", "-o", "/dev/null", "-e", "trace=fsync"]
         out = bench.new_output()
         run = bench.start(out, before=[*strace, "-e", f"inject=fsync:error={error}:when={n}"])
         code = run.finish()
@@ -50,13 +50,13 @@ def error_at_fsync_of_a_worker(bench: Bench) -> str:
         if code == 1:
             bench.assert_one_line(run)
         bench.assert_intact(out)
-        bench.assert_goes_on(out)
-        bench.forget(out)
-    return f"{times} errors: exit 1 with one line, all gone on with to identical bytes"
+        bench.assert_resumes(out)
+        bench.remove(out)
+    return f"{times} errors: exit 1 with one line, all resumed to identical bytes"
 
 
-def file_size_limit(bench: Bench) -> str:
-    """RLIMIT_FSIZE, as `ulimit -f` or a quota sets it: no file grows beyond so many bytes."""
+def limit_file_size(bench: Bench) -> str:
+    """RLIMIT_FSIZE, as `ulimit -f` or a quota sets it: no file grows beyond some number of bytes."""
     limits = [64, 300, 1000, 2000, 4000, 6000, 10_000, 20_000, 70_000]
     limits = limits if bench.full else limits[3:4]
     failed = 0
@@ -69,14 +69,14 @@ def file_size_limit(bench: Bench) -> str:
             bench.assert_one_line(run)
             failed += 1
         bench.assert_intact(out, PREVIOUS)
-        bench.assert_goes_on(out)
-        bench.forget(out)
+        bench.assert_resumes(out)
+        bench.remove(out)
     assert failed
-    return f"{len(limits)} limits, {failed} reached: exit 1 with one line, all gone on with to identical bytes"
+    return f"{len(limits)} limits, {failed} reached: exit 1 with one line, all resumed to identical bytes"
 
 
-def small_tmpfs(bench: Bench) -> str:
-    """A disk that is full for the first run, and has room for the second."""
+def fill_disk(bench: Bench) -> str:
+    """A disk that is full in the first run, and has room in the second."""
     sizes = [20, 40, 80, 120, 160, 200, 240, 280] if bench.full else [120]
     reached = 0
     for kib in sizes:
@@ -100,11 +100,11 @@ def small_tmpfs(bench: Bench) -> str:
         reached += first
         assert (bench.folder / "copied.parquet").read_bytes() == bench.expected
     assert reached
-    return f"{len(sizes)} sizes, {reached} too small: exit 1 with one line, finished by the next run once there is room"
+    return f"{len(sizes)} sizes, {reached} too small: exit 1 with one line; with room, the next run finishes"
 
 
-def read_only(bench: Bench) -> str:
-    """A folder on a read-only mount, where root too may not write."""
+def refuse_read_only_folder(bench: Bench) -> str:
+    """A folder on a read-only mount: root cannot write there either."""
     out = bench.folder / "disk" / "out.parquet"
     (code, said) = _in_a_namespace(
         bench,
@@ -119,15 +119,15 @@ def read_only(bench: Bench) -> str:
     line = (bench.folder / "said").read_text()
     assert (code, said) == (1, 1), line
     assert "Read-only file system" in line, line
-    return "exit 1 with one line, before any model was looked for"
+    return "exit 1 with one line, before any model is looked up"
 
 
 def _in_a_namespace(bench: Bench, script: str, out: Path) -> list[int]:
-    """Run a shell script whose mounts nobody else sees; "$@" is the run. Returns the numbers that it prints."""
+    """Run a shell script with mounts of its own; "$@" is the run. Returns the numbers that the script prints."""
     out.parent.mkdir(exist_ok=True)
-    inside = [need("unshare"), "--user", "--map-root-user", "--mount"]
+    inside = [find_tool("unshare"), "--user", "--map-root-user", "--mount"]
     if subprocess.run([*inside, "true"], capture_output=True).returncode != 0:
-        raise Skipped("this system gives no user namespaces")
+        raise Skipped("this system has no user namespaces")
     command = map(str, bench.command(out))
     words = [*inside, "sh", "-c", textwrap.dedent(script), "sh", *command]
     done = subprocess.run(words, env=bench.environment, capture_output=True, text=True, timeout=300)

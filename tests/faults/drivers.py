@@ -1,6 +1,6 @@
-"""The command line with something wrong inside: started in place of it, by `python -c`, with batchgen unchanged.
+"""Start the command line with faults inside, by `python -c`; the code of batchgen is unchanged.
 
-Workers import what they are sent by its name, and so come upon the same wrongs.
+A worker imports the function that it is sent by its name: a function of this module brings the faults to workers.
 """
 
 import os
@@ -18,33 +18,34 @@ from batchgen.engine.engine import Engine
 from batchgen.jobs import cli
 from batchgen.types import Chunk, OutputRow, Receipt, Rejected
 from batchgen.workers import pool, worker
+from batchgen.workers.complete import unfinished_row
 from batchgen.workers.worker import WorkerSetup
 
-POISON = "FAULTS_POISON"  # what rows do: `3:kill 17:hang 40:raise@4 50:kill-once`, @4 at their fourth step
-FOLDER = "FAULTS_FOLDER"  # a file `3-...` in it for every time that row 3 did it; `released` ends those that hold
+POISON = "FAULTS_POISON"  # misdeeds of rows: `3:kill 17:hang 40:raise@4 50:kill-once`; @4: in the row's fourth step
+FOLDER = "FAULTS_FOLDER"  # gets a file `3-...` for each misdeed of row 3; the file `released` ends the misdeed `hold`
 
 # ---- rows that kill, hang or fail
 
 
-def poisoned() -> None:
-    """Some rows misbehave in a step that the engine takes with them."""
-    pool.run_chunk = poisoned_chunk
+def run_poisoned() -> None:
+    """Run the command line; some rows misbehave in a step of the engine."""
+    pool.run_chunk = run_poisoned_chunk
     cli.main()
 
 
-def poisoned_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
-    Engine.steps = _poisoned_steps
+def run_poisoned_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
+    Engine.steps = _take_poisoned_steps
     return worker.run_chunk(setup, chunk, attempt)
 
 
 _steps = Engine.steps
 
 
-def _poisoned_steps(self: Any, prompts: Any, on_step: Any = None, *more: Any) -> Any:
+def _take_poisoned_steps(self: Any, prompts: Any, on_step: Any = None, *more: Any) -> Any:
     poison = {int(row): what for row, what in (pair.split(":") for pair in os.environ[POISON].split())}
     taken: Counter[int] = Counter()
 
-    def poisoned_step(starting: Sequence[int], running: Sequence[int]) -> None:
+    def before_step(starting: Sequence[int], running: Sequence[int]) -> None:
         if on_step:
             on_step(starting, running)
         for row in {*starting, *running} & poison.keys():
@@ -53,7 +54,7 @@ def _poisoned_steps(self: Any, prompts: Any, on_step: Any = None, *more: Any) ->
             if taken[row] == int(step or 1):
                 _misbehave(row, what)
 
-    return _steps(self, prompts, poisoned_step, *more)
+    return _steps(self, prompts, before_step, *more)
 
 
 def _misbehave(row: int, what: str) -> None:
@@ -73,11 +74,11 @@ def _exit() -> None:
 
 
 def _raise() -> None:
-    raise ValueError("a row that no model can bear\nin two lines")
+    raise ValueError("this row cannot be completed\nin two lines")
 
 
 def _exhaust() -> None:
-    """Ask for more memory than there is."""
+    """Allocate more memory than there is."""
     before = _starve()
     try:
         np.ones(2**30)
@@ -86,7 +87,7 @@ def _exhaust() -> None:
 
 
 def _starve() -> tuple[int, int]:
-    """From here on there is no more memory than this process has; returns the limits that were."""
+    """Limit the process to the memory that it has now; returns the limits before."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**20, before[1]))
@@ -112,24 +113,24 @@ MISDEEDS: dict[str, Callable[[], object]] = {
     "hold": _hold,
 }
 
-# ---- a model that is none
+# ---- a stub for the model
 
 
-def stubbed() -> None:
-    """Every row is complete at once: what remains is reading, validating, planning, committing and merging."""
-    pool.run_chunk = stub_chunk
+def run_stub() -> None:
+    """Run the command line; rows are not generated. The rest remains: read, validate, plan, commit, merge."""
+    pool.run_chunk = run_stub_chunk
     cli.main()
 
 
-def stub_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
-    worker.complete_chunk = _stub_rows
+def run_stub_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
+    worker.complete_chunk = _make_rows
     return worker.run_chunk(setup, chunk, attempt)
 
 
-def _stub_rows(chunk: Chunk, *_: object) -> list[OutputRow]:
-    return [worker.unfinished_row(item) if isinstance(item, Rejected) else _stub_row(item) for item in chunk.items]
+def _make_rows(chunk: Chunk, *_: object) -> list[OutputRow]:
+    return [unfinished_row(item) if isinstance(item, Rejected) else _make_row(item) for item in chunk.items]
 
 
-def _stub_row(item: Any) -> OutputRow:
+def _make_row(item: Any) -> OutputRow:
     n = len(item.prompt_token_ids)
     return OutputRow(item.row, 0, item.id, item.prompt, "", n, 0, "stop", "ok", None, None)

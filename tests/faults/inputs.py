@@ -1,4 +1,4 @@
-"""What is wrong with inputs, models and output paths, and what a million broken lines do."""
+"""Inputs, models and output paths that cannot be used, and a million fuzzed lines."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.output.schema import output_schema
+from batchgen.output.schema import Columns
 from tests.faults.bench import ROOT, Bench, Run
 
 
-def refused_before_any_model(bench: Bench) -> str:
-    """Mistakes with input and output, all with a model that is damaged too: the mistake is told, not the damage."""
+def make_mistakes(bench: Bench) -> str:
+    """Mistakes with input and output, all with a damaged model: the error names the mistake, not the damage."""
     folder = bench.new_folder()
     model = Path(shutil.copytree(bench.model, folder / "damaged"))
     (model / "manifest.json").write_text("{")
@@ -52,15 +52,15 @@ def _contents(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def damaged_shards(bench: Bench) -> str:
-    """Weights cut short or with one byte changed, at random."""
+def damage_shards(bench: Bench) -> str:
+    """Shards that are truncated or have one byte changed, at random."""
     rng = random.Random(5)
     times = 60 if bench.full else 2
     model = Path(shutil.copytree(bench.model, bench.new_folder() / "model"))
     for i in range(times):
         shard = rng.choice(sorted(model.glob("*.npy")))
-        whole = shard.read_bytes()
-        damaged = bytearray(whole)
+        intact = shard.read_bytes()
+        damaged = bytearray(intact)
         if i % 2:
             damaged[rng.randrange(len(damaged))] ^= rng.randrange(1, 256)
         else:
@@ -74,12 +74,12 @@ def damaged_shards(bench: Bench) -> str:
         assert shard.name in run.said[0], run.said
         assert os.listdir(out.parent) == [], "something was written"
         shard.unlink()
-        shard.write_bytes(whole)
+        shard.write_bytes(intact)
     return f"{times} damages: exit 1 with one line that names the shard, nothing written"
 
 
-def zero_rows(bench: Bench) -> str:
-    """An empty file, and one of blank lines."""
+def read_no_rows(bench: Bench) -> str:
+    """An empty file, and a file of blank lines."""
     for text in ("", "\n \r\n\t\n\n"):
         path = bench.new_folder() / "prompts.jsonl"
         path.write_text(text)
@@ -87,12 +87,12 @@ def zero_rows(bench: Bench) -> str:
         run = bench.start(out, prompts=path)
         assert run.finish() == 0, run.said
         assert pq.read_table(out).num_rows == 0
-        assert pq.read_schema(out).remove_metadata() == output_schema()
+        assert pq.read_schema(out).remove_metadata() == Columns().schema()
     return "2 inputs: exit 0, an empty Parquet file of the full schema"
 
 
-def duplicate_ids(bench: Bench) -> str:
-    """Every id twice: rows are keyed by number."""
+def repeat_ids(bench: Bench) -> str:
+    """Every id twice: a row's key is its number."""
     lines = bench.prompts.read_text().splitlines()
     path = bench.new_folder() / "prompts.jsonl"
     path.write_text("".join(line + "\n" for line in (*lines, *lines)))
@@ -106,9 +106,9 @@ def duplicate_ids(bench: Bench) -> str:
     return f"{len(lines)} ids twice: {len(rows)} rows"
 
 
-def server(bench: Bench) -> str:
-    """The tests of fetching, whose server does all of it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_download.py"]
+def run_download_tests(bench: Bench) -> str:
+    """The tests of downloading: their server does all this."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_download.py"]
     done = subprocess.run(command, cwd=ROOT, env=bench.environment, capture_output=True, text=True, timeout=600)
     last = (done.stdout.splitlines() or [done.stderr])[-1]
     assert done.returncode == 0, last
@@ -147,39 +147,39 @@ INTERESTING = [
 LARGE = [b"[" * 100_000, b'{"prompt": "' + b"x" * 20_000_000 + b'"}', b'{"prompt": ' + b"9" * 5000 + b"}"]
 
 
-def fuzzed_lines(bench: Bench) -> str:
-    """Good lines with bytes changed, inserted and cut out; the model is a stub."""
+def fuzz_lines(bench: Bench) -> str:
+    """Good lines with bytes changed, inserted and removed; the model is a stub."""
     n = 1_000_000 if bench.full else 5_000
     path = bench.new_folder() / "prompts.jsonl"
     with open(path, "wb") as file:
-        file.writelines(line + b"\n" for line in _fuzzed(random.Random(7), n))
-    places = _places_of_rows(path)
+        file.writelines(line + b"\n" for line in _fuzz(random.Random(7), n))
+    places = _row_places(path)
     out = bench.new_output()
-    run: Run = bench.start(out, "--chunk-rows", "512", prompts=path, driver="stubbed")
+    run: Run = bench.start(out, "--chunk-rows", "512", prompts=path, driver="run_stub")
     assert run.finish(3600) == 3, run.said
     counts: Counter[str] = Counter()
     row = 0
     for batch in pq.ParquetFile(out).iter_batches(columns=["row", "status", "error", "prompt", "completion"]):
         for found in batch.to_pylist():
-            assert found["row"] == row, f"row {found['row']} in the place of {row}"
+            assert found["row"] == row, f"row {found['row']} instead of {row}"
             counts[found["status"]] += 1
             rejected = found["status"] == "rejected"
             assert rejected == (found["completion"] is None)
             assert not rejected or found["error"].startswith(f"{path.name}:{places[row]}: "), found["error"]
             row += 1
-    assert row == len(places), f"{len(places)} lines are rows and {row} came out"
+    assert row == len(places), f"{len(places)} lines are rows, and the output has {row}"
     assert counts.keys() == {"ok", "rejected"}, counts
     ok, rejected = counts["ok"], counts["rejected"]
     return f"{n:,} lines, {len(places):,} of them rows: {ok:,} ok + {rejected:,} rejected; {run.seconds:.0f} s"
 
 
-def _places_of_rows(path: Path) -> list[int]:
-    """The line numbers of lines that are not blank, counted in another way than the reader does."""
+def _row_places(path: Path) -> list[int]:
+    """The numbers of the lines that are not blank, counted in another way than the reader counts."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [number for number, line in enumerate(lines, 1) if not re.fullmatch(rb"[ \t\r]*", line)]
 
 
-def _fuzzed(rng: random.Random, n: int) -> Iterator[bytes]:
+def _fuzz(rng: random.Random, n: int) -> Iterator[bytes]:
     yield from LARGE
     for i in range(n - len(LARGE)):
         line = bytearray(json.dumps({"prompt": "abc é" * rng.randrange(5), "id": i}, ensure_ascii=bool(i % 2)).encode())

@@ -1,61 +1,67 @@
-"""What all this costs: memory of ten million rows and of 100,000 chunks, and time of an undisturbed run."""
+"""The costs of keeping the promises: memory of ten million rows and of 100,000 chunks, and time."""
 
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
 from batchgen.engine.engine import Engine
-from batchgen.input.readers import scan_input
-from batchgen.models.registry import find_model
-from batchgen.models.shards import load_manifest
+from batchgen.input.prompts import Cut, Prompts
+from batchgen.input.validation import make_check
+from batchgen.job import Job, WorkOptions
+from batchgen.models.model import Model
 from batchgen.output.ledger import open_ledger, work_directory
-from batchgen.output.schema import output_schema
-from batchgen.output.writer import merge_parts, write_part
-from batchgen.planning import plan_chunks
-from batchgen.progress import StatusFile, status_path
-from batchgen.run import Job, Model, columns, make_plan, reporting, run_metadata, validated, worker_setup
+from batchgen.output.outputs import open_output
+from batchgen.output.parts import write_part
+from batchgen.planning import Setting, make_plan, probe_arithmetic
+from batchgen.progress import reporting
+from batchgen.run import make_reporter
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, SamplingParams, TokenizedRequest
-from batchgen.workers.worker import completed_row, loaded, run_chunk, to_prompts
+from batchgen.workers.complete import completed_row, to_prompts
+from batchgen.workers.worker import load_engine, run_chunk
+from batchgen.workers.workers import worker_setup
 from tests.faults.bench import Bench, Run
 
 GROWTH_BYTES = 64 * 2**20
 OVERHEAD = 0.02
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one run with the stub model: the parent's peak of resident memory, and seconds."""
+    """A run with the stub model: the parent's peak of resident memory in bytes, seconds until the plan, and in all."""
 
     peak: int
     planned: float
     total: float
 
 
-def ten_million_rows(bench: Bench) -> str:
-    """The parent's memory with a tenth of the rows and with all of them."""
+def measure_rows(bench: Bench) -> str:
+    """The parent's memory with a tenth of the rows and with all rows."""
     rows = 10_000_000 if bench.full else 20_000
     few, many = _measure(bench, rows // 10), _measure(bench, rows)
     growth = many.peak - few.peak
     assert growth < GROWTH_BYTES, f"{growth / 2**20:.0f} MB more for ten times the rows"
-    return f"{_shown(rows // 10, few)}; {_shown(rows, many)}: {growth / 2**20:+.0f} MB"
+    return f"{_show(rows // 10, few)}; {_show(rows, many)}: {growth / 2**20:+.0f} MB"
 
 
-def hundred_thousand_chunks(bench: Bench) -> str:
-    """The parent's memory with a tenth of the chunks and with all of them: one row each, committed, not merged."""
+def measure_chunks(bench: Bench) -> str:
+    """The parent's memory with a tenth of the chunks and with all chunks: one row each, committed, not merged."""
     chunks = 100_000 if bench.full else 500
     few, many = (_measure(bench, n, chunk_rows=1, dataset=True) for n in (chunks // 10, chunks))
     growth = many.peak - few.peak
     assert growth < GROWTH_BYTES, f"{growth / 2**20:.0f} MB more for ten times the chunks"
-    return f"{_shown(chunks // 10, few)}; {_shown(chunks, many)}: {growth / 2**20:+.0f} MB"
+    return f"{_show(chunks // 10, few)}; {_show(chunks, many)}: {growth / 2**20:+.0f} MB"
 
 
-def _shown(rows: int, measured: Measured) -> str:
+def _show(rows: int, measured: Measured) -> str:
     peak, planned, total = measured.peak / 2**20, measured.planned, measured.total
     return f"{rows:,} rows: peak {peak:.0f} MB, planned in {planned:.1f} s, {total:.0f} s in all"
 
@@ -67,7 +73,7 @@ def _measure(bench: Bench, rows: int, *, chunk_rows: int = 512, dataset: bool = 
             file.write(f'{{"prompt": "{row % 1000} times", "id": {row}}}\n')
     out = bench.new_output(suffix="" if dataset else ".parquet")
     more = ["--format", "dataset"] if dataset else []
-    run = bench.start(out, "--chunk-rows", str(chunk_rows), *more, prompts=path, driver="stubbed")
+    run = bench.start(out, "--chunk-rows", str(chunk_rows), *more, prompts=path, driver="run_stub")
     peak, planned = 0, 0.0
     while run.process.poll() is None:
         peak = max(peak, _peak_bytes(run))
@@ -76,13 +82,13 @@ def _measure(bench: Bench, rows: int, *, chunk_rows: int = 512, dataset: bool = 
         time.sleep(0.05)
     assert run.finish() == 0, run.said
     assert sum(pq.read_metadata(part).num_rows for part in (out.glob("*.parquet") if dataset else [out])) == rows
-    bench.forget(out)
+    bench.remove(out)
     path.unlink()
     return Measured(peak, planned, run.seconds)
 
 
 def _peak_bytes(run: Run) -> int:
-    """The most that the parent has ever held (VmHWM); 0 once it is over."""
+    """The parent's peak so far (VmHWM); 0 once it has ended."""
     try:
         lines = Path(f"/proc/{run.pid}/status").read_text().splitlines()
     except OSError:
@@ -93,8 +99,8 @@ def _peak_bytes(run: Run) -> int:
 # ---- time
 
 
-class _Clock:
-    """Seconds of named pieces of work, the fastest of each: what others do on the machine does not count."""
+class Clock:
+    """Seconds of pieces of work, of each the fastest: other work on the machine then does not count."""
 
     def __init__(self) -> None:
         self.pieces: dict[object, float] = {}
@@ -103,7 +109,8 @@ class _Clock:
     def seconds(self) -> float:
         return sum(self.pieces.values())
 
-    def time(self, piece: object, work: Callable[[], object]) -> object:
+    def time(self, piece: object, work: Callable[[], T]) -> T:
+        """Do the work of a piece on the clock."""
         started = time.perf_counter()
         result = work()
         self.pieces[piece] = min(time.perf_counter() - started, self.pieces.get(piece, float("inf")))
@@ -118,56 +125,59 @@ def _bare_rows(chunk: Chunk, engine: Engine, tokenizer: Tokenizer, params: Sampl
     return sorted(done, key=lambda row: row.row)
 
 
-def overhead(bench: Bench) -> str:
-    """The same chunks of `tales` by the bare engine and as a worker does them, turn by turn in one process.
+def measure_overhead(bench: Bench) -> str:
+    """The same chunks of `tales` by the bare engine and as a run does them, in turn in one process.
 
     Bare: the engine, the text of its tokens, one Parquet file at the end. Whole: that with the work directory, its
-    plan, the worker's marker, a part with its fsyncs and hashes for every chunk, commits, progress, status, merge and
-    clearing up.
+    plan, the worker's marker, for every chunk a part that is synced, hashed and committed, progress, status, merge
+    and clearing up.
     """
     rounds, chunk_rows, n_chunks = (5, 511, 4) if bench.full else (1, 16, 2)  # 511: as planned for 100,000 rows
     path = bench.new_folder() / "prompts.jsonl"
     lines = [json.dumps({"prompt": f"The king said to his {row}. daughter"}) for row in range(chunk_rows * n_chunks)]
     path.write_text("\n".join(lines))
-    params = SamplingParams(max_tokens=40, temperature=0.8)
-    job = Job(path, bench.new_output(), "tales", params, jobs=1, chunk_rows=chunk_rows)
-    directory = find_model("tales")
-    model = Model(directory, load_manifest(directory))
-    bare, whole = _Clock(), _Clock()
+    sampling = SamplingParams(max_tokens=40, temperature=0.8)
+    job = Job(path, bench.new_output(), "tales", sampling, work=WorkOptions(jobs=1, chunk_rows=chunk_rows))
+    bare, whole = Clock(), Clock()
     with threadpool_limits(1, user_api="blas"):
         for i in range(rounds):
-            _take_turns(job, model, bare, whole, first=i % 2)
+            _take_turns(job, Model.open(job.model), bare, whole, first=i % 2)
     share = 1 - bare.seconds / whole.seconds
     assert share < (OVERHEAD if bench.full else 1), f"{share:.1%} of {whole.seconds:.1f} s"
     times = f"{whole.seconds:.1f} s, bare {bare.seconds:.1f} s"
     return f"{share:.2%} of wall time ({times}; {n_chunks} chunks of {chunk_rows} rows, the fastest of {rounds} each)"
 
 
-def _take_turns(job: Job, model: Model, bare: _Clock, whole: _Clock, first: int) -> None:
-    facts = scan_input(job.input)
-    plan, automatic = make_plan(job, model, facts, facts.rows)
-    chunks = list(plan_chunks(validated(job, model), job.chunk_rows or 1))
-    schema = output_schema()
-    rows = []
-    ledgers = open_ledger(job.output)
-    ledger = whole.time("lock", ledgers.__enter__)
-    plan = whole.time("plan", lambda: ledger.settle(plan, automatic, restart=False))
-    setup = worker_setup(job, model, plan, columns(job, facts))
-    engine, tokenizer = loaded(setup)
-    status = StatusFile(status_path(job.output), str(job.output))
+def _take_turns(job: Job, model: Model, bare: Clock, whole: Clock, first: int) -> None:
+    """One round: the steps of run_job in this process, and beside each chunk the bare engine with the same chunk."""
+    prompts = Prompts.open(job.input)
+    output = open_output(job.output, prompts, model.load_tokenizer)
+    facts = prompts.scan()
+    rows = output.rows_to_do(facts)
+    asked = make_plan(job, facts, model, Setting(probe_arithmetic(model), rows.count, 1, output.format))
+    columns = output.columns(facts, job.sampling)
+    held = open_ledger(output.path)
+    ledger = whole.time("lock", held.__enter__)
+    plan = whole.time("plan", lambda: output.claim(ledger, *asked, job.work.restart))
+    setup = worker_setup(model, plan, columns)
+    engine, tokenizer = load_engine(setup)
+    check = make_check(tokenizer, model.config.n_ctx, job.policy)
+    reporter = make_reporter(job, output, ledger, rows, lambda _: None)
+    schema, done = columns.schema(facts.kept), []
 
-    def as_a_worker(chunk) -> None:
-        with reporting(lambda _: None, status, ledger, facts.rows):
+    def do_as_a_run(chunk: Chunk) -> None:
+        with reporting(reporter):
             ledger.commit(run_chunk(setup, chunk, str(ledger.attempt)))
 
-    for i, chunk in enumerate(chunks):
+    for i, chunk in enumerate(prompts.chunks(facts, job.sampling, check, Cut(plan.chunk_rows))):
         for turn in (i + first, i + first + 1):
             if turn % 2:
-                rows += bare.time(i, lambda chunk=chunk: _bare_rows(chunk, engine, tokenizer, job.params))
+                done += bare.time(i, lambda chunk=chunk: _bare_rows(chunk, engine, tokenizer, job.sampling))
             else:
-                whole.time(i, lambda chunk=chunk: as_a_worker(chunk))
-    whole.time("merge", lambda: merge_parts(ledger.parts(), job.output, schema, run_metadata(plan), facts.rows))
-    whole.time("clear", lambda: ledgers.__exit__(None, None, None))
-    bare.time("write", lambda: write_part(rows, job.output.with_name("bare.parquet"), schema))
-    assert pq.read_table(job.output).equals(pq.read_table(job.output.with_name("bare.parquet")))
-    job.output.with_name("bare.parquet").unlink()
+                whole.time(i, lambda chunk=chunk: do_as_a_run(chunk))
+    whole.time("merge", lambda: output.publish(ledger, plan, schema, facts.rows))
+    whole.time("clear", lambda: held.__exit__(None, None, None))
+    bare_path = output.path.with_name("bare.parquet")
+    bare.time("write", lambda: write_part(done, bare_path, schema))
+    assert pq.read_table(output.path).equals(pq.read_table(bare_path))
+    bare_path.unlink()

@@ -1,4 +1,4 @@
-"""Signals, and many runs at once."""
+"""Signals, time limits, the status file, and many runs at once."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from batchgen.output.ledger import work_directory
-from tests.faults.bench import PATIENCE, PREVIOUS, ROWS, Bench, Run, parts, wait_for
+from tests.faults.bench import PATIENCE, PREVIOUS, ROWS, Bench, Run, count_parts, wait_for
 from tests.faults.poison import Poison
 
 STOP_SECONDS = 5.0
@@ -21,7 +21,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 Send = Callable[[int, int], None]
 
 
-def signalled(bench: Bench) -> str:
+def send_signals(bench: Bench) -> str:
     """SIGTERM and SIGINT, to the process and to its group, at random moments."""
     rng = random.Random(3)
     slowest = 0.0
@@ -32,29 +32,29 @@ def signalled(bench: Bench) -> str:
         run = bench.start(out)
         run.until(work_directory(out).exists)
         time.sleep(rng.uniform(0.0, bench.seconds / 3))
-        committed = parts(out)
+        committed = count_parts(out)
         ended, seconds = _stop(bench, run, send, number)
         assert ended in (CODES[number], 0), (ended, run.said)
         if ended:
             bench.assert_one_line(run)
-            assert parts(out) >= committed or out.read_bytes() == bench.expected, "a committed part is gone"
+            assert count_parts(out) >= committed or out.read_bytes() == bench.expected, "a committed part is gone"
             slowest, stopped = max(slowest, seconds), stopped + 1
         else:
             finished += 1
         bench.assert_intact(out, PREVIOUS)
-        bench.assert_goes_on(out)
-        bench.forget(out)
+        bench.assert_resumes(out)
+        bench.remove(out)
     assert stopped, "none was in time"
-    return f"{stopped} ended with 143 or 130 in {slowest:.1f} s at most, all gone on with; {finished} had just finished"
+    return f"{stopped} ended with 143 or 130 in {slowest:.1f} s at most, all resumed; {finished} had just finished"
 
 
-def signalled_while_a_worker_hangs(bench: Bench) -> str:
-    """What hangs must not hold up the end; and a second signal does not wait at all."""
+def send_signals_while_workers_hang(bench: Bench) -> str:
+    """A worker that hangs does not delay the end, and after a second signal the run does not wait at all."""
     slowest = {1: 0.0, 2: 0.0}
     for number, code in CODES.items() if bench.full else [(signal.SIGTERM, 143)]:
         for signals in (1, 2):
             out, poison = bench.new_output(), Poison(bench, {5: "hang", 100: "hang"})
-            run = bench.start(out, driver="poisoned", environment=poison.environment)
+            run = bench.start(out, driver="run_poisoned", environment=poison.environment)
             run.until(poison.deaths)
             time.sleep(0.3)
             if signals == 2:
@@ -63,26 +63,26 @@ def signalled_while_a_worker_hangs(bench: Bench) -> str:
             ended, seconds = _stop(bench, run, os.kill, number)
             assert ended == code, (ended, run.said)
             slowest[signals] = max(slowest[signals], seconds)
-            bench.assert_goes_on(out)
-            bench.forget(out)
+            bench.assert_resumes(out)
+            bench.remove(out)
     assert slowest[2] < bench.limit(1.0), f"a second signal took {slowest[2]:.1f} s"
-    return f"ended in {slowest[1]:.1f} s at most, in {slowest[2]:.2f} s after a second signal; gone on with"
+    return f"ended in {slowest[1]:.1f} s at most, in {slowest[2]:.2f} s after a second signal; all resumed"
 
 
 def _stop(bench: Bench, run: Run, send: Send, number: int) -> tuple[int, float]:
-    """Send the signal; the exit code, and the seconds until the last process was gone."""
+    """Send the signal; returns the exit code, and the seconds until the last process is gone."""
     started = time.monotonic()
     try:
         send(run.pid, number)
-    except ProcessLookupError:  # it has just ended
+    except ProcessLookupError:  # it has just ended by itself
         return run.finish(), 0.0
     code = run.finish(bench.limit(STOP_SECONDS))
-    run.gone_after(bench.limit(STOP_SECONDS))
+    run.wait_for_processes(bench.limit(STOP_SECONDS))
     return code, time.monotonic() - started
 
 
-def time_limit(bench: Bench) -> str:
-    """--time-limit of a second or two, again and again until it is done."""
+def reach_time_limits(bench: Bench) -> str:
+    """Runs with --time-limit of a second or two, one after another until the output is complete."""
     out = bench.new_output(PREVIOUS)
     lines = bench.prompts.read_text() * 4
     prompts = bench.new_folder() / "prompts.jsonl"
@@ -100,13 +100,13 @@ def time_limit(bench: Bench) -> str:
         bench.assert_intact(out, PREVIOUS, expected)
         limit *= 1.3
     assert codes[-1] == 0, (codes, run.said)
-    assert len(codes) > 1, "it was never over"
+    assert len(codes) > 1, "no time limit was reached"
     bench.assert_finished(out, expected)
     return f"exit {', '.join(map(str, codes))}; identical"
 
 
-def status_file(bench: Bench) -> str:
-    """Read while it is rewritten, after SIGKILL, and at the end."""
+def read_status(bench: Bench) -> str:
+    """Read the status file while it is rewritten, after SIGKILL, and at the end."""
     out = bench.new_output()
     path = out.with_name(f"{out.name}.status.json")
     run = bench.start(out, "--max-tokens", "80")
@@ -130,17 +130,17 @@ def status_file(bench: Bench) -> str:
     os.kill(run.pid, signal.SIGKILL)
     run.finish()
     assert json.loads(path.read_text())["state"] == "running"
-    bench.assert_goes_on(out)
-    return f"whole each of {reads:,} times, {max(ages):.1f} s old at most; says the exit code at the end"
+    bench.assert_resumes(out)
+    return f"complete each of {reads:,} times, {max(ages):.1f} s old at most; with the exit code at the end"
 
 
-def twenty_at_once(bench: Bench) -> str:
-    """Twenty starts on one output; the one that runs goes on until the others have ended."""
+def start_twenty(bench: Bench) -> str:
+    """Twenty starts on one output; a row holds the run that begins until the others have ended."""
     out, poison = bench.new_output(), Poison(bench, {5: "hold"})
-    runs = [bench.start(out, driver="poisoned", environment=poison.environment) for _ in range(20)]
+    runs = [bench.start(out, driver="run_poisoned", environment=poison.environment) for _ in range(20)]
     try:
         assert wait_for(lambda: sum(_is_over(run) for run in runs) == 19, PATIENCE), "nineteen should have ended"
-        in_the_crowd = time.monotonic() - runs[0].started
+        together = time.monotonic() - runs[0].started
         slowest = max(_cpu_seconds(run) for run in runs if _is_over(run))
         before = _names(work_directory(out))
         late = bench.start(out)
@@ -153,22 +153,22 @@ def twenty_at_once(bench: Bench) -> str:
     for run in runs:
         assert run.process.returncode == 0 or "another run holds it" in " ".join(run.said), run.said
     bench.assert_finished(out)
-    assert slowest < bench.limit(BUSY_SECONDS), f"{slowest:.2f} s of processor time to be refused"
+    assert slowest < bench.limit(BUSY_SECONDS), f"a refused run took {slowest:.2f} s of processor time"
     return (
-        f"1 ran, 19 exit 75 with {slowest:.2f} s of processor time at most ({in_the_crowd:.1f} s for the twenty starts "
+        f"1 ran, 19 exit 75 with {slowest:.2f} s of processor time at most ({together:.1f} s for the twenty starts "
         f"together); one more was refused in {late.seconds:.2f} s"
     )
 
 
 def _is_over(run: Run) -> bool:
-    """It has ended; not yet reaped, so that its times can be asked for."""
+    """Whether it has ended; it is not reaped, so that its times can still be read."""
     return run.process.returncode is not None or bool(
         os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     )
 
 
 def _cpu_seconds(run: Run) -> float:
-    """Of a process that is over and not reaped."""
+    """The processor time of a run that has ended and is not reaped."""
     fields = Path(f"/proc/{run.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

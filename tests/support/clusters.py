@@ -1,4 +1,4 @@
-"""Real clusters on loopback, of two workers each, in sessions of their own; and their processes, to be killed."""
+"""Real clusters of two workers on loopback, in their own sessions, and their processes, for tests that kill them."""
 
 import os
 import shutil
@@ -17,11 +17,11 @@ PATIENCE = 90.0
 
 
 class MissingError(Exception):
-    """A cluster that cannot be started here, and why."""
+    """A cluster cannot be started here; the text says why."""
 
 
 def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
-    """Give up after that many seconds: many times what it takes."""
+    """Wait until the condition holds, at most so many seconds: many times what it takes."""
     until = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < until:
         time.sleep(0.05)
@@ -47,7 +47,7 @@ def kill(pid: int) -> None:
 
 
 class Cluster:
-    """What both kinds have: processes that are known by their session, and by the TMPDIR that they hand down."""
+    """What both kinds share. Their processes are found by their session and by TMPDIR, which children inherit."""
 
     backend: str
     option: str
@@ -88,7 +88,7 @@ class Cluster:
             try:
                 state, _, _, session = (path / "stat").read_text().rpartition(")")[2].split()[:4]
                 environment, command = (path / "environ").read_bytes(), (path / "cmdline").read_bytes()
-            except OSError:  # it is over
+            except OSError:  # it has ended
                 continue
             ours = mine in environment.split(b"\0") or int(session) in sessions
             if ours and state not in "ZX" and word.encode() in command:
@@ -96,11 +96,11 @@ class Cluster:
         return found
 
     def nodes(self) -> list[int]:
-        """batchgen's processes there."""
+        """batchgen's node processes."""
         return self.processes("batchgen.workers.cluster.node")
 
     def engine_workers(self) -> list[int]:
-        """The engine's own processes that are at work for a run."""
+        """The engine's own worker processes with a chunk of a run."""
         found = set()
         for pid in self.nodes():
             try:
@@ -123,7 +123,7 @@ class Cluster:
 
 
 class DaskCluster(Cluster):
-    """A scheduler, and two workers with a nanny each, which starts them again."""
+    """A scheduler and two workers, each with a nanny that restarts it."""
 
     backend, option = "dask", "--scheduler"
 

@@ -1,7 +1,7 @@
-"""An HTTP server on the loopback that serves files and has the faults of real ones, in the order they are given.
+"""An HTTP server on the loopback interface that serves files, with the faults of real servers in a given order.
 
 with FaultServer({"/a": data}) as server:
-    server.faults["/a"] = [drop(after=100), status(503), good]   # then good for ever
+    server.faults["/a"] = [drop(after=100), status(503), good]   # then good replies
     server.url("/a"), server.requests["/a"]
 """
 
@@ -18,14 +18,14 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """What one request is answered with; a fault changes some of it."""
+    """The answer to one request; a fault changes some of its fields."""
 
     status: int
     body: bytes
     headers: dict[str, str]
-    send: int | None = None  # how many bytes of the body are sent before the connection is closed
-    stall: bool = False  # instead of closed, left open without another byte
-    reset: bool = False  # closed by RST
+    send: int | None = None  # close the connection after this many bytes of the body
+    stall: bool = False  # leave the connection open without another byte
+    reset: bool = False  # close the connection by RST
     chunked: bool = False
     drip: float = 0.0  # seconds between bytes
 
@@ -35,7 +35,7 @@ Fault = Callable[[Reply, "Asked"], Reply]
 
 @dataclass
 class Asked:
-    """One request: its headers, and the whole file."""
+    """One request: its headers, and the complete file."""
 
     path: str
     headers: dict[str, str]
@@ -48,12 +48,12 @@ def good(reply: Reply, asked: Asked) -> Reply:
 
 
 def drop(after: int, reset: bool = False) -> Fault:
-    """Close the connection after so many bytes of the body."""
+    """Close the connection after `after` bytes of the body."""
     return lambda reply, asked: _with(reply, send=after, reset=reset)
 
 
 def stall(after: int) -> Fault:
-    """Send so many bytes of the body and then nothing, for ever."""
+    """Send `after` bytes of the body and then nothing more."""
     return lambda reply, asked: _with(reply, send=after, stall=True)
 
 
@@ -72,12 +72,12 @@ def redirect(location: str) -> Fault:
 
 
 def ignore_range(reply: Reply, asked: Asked) -> Reply:
-    """200 and the whole file, whatever was asked."""
+    """Answer 200 with the complete file."""
     return Reply(200, asked.data, {"Content-Length": str(len(asked.data)), "ETag": etag(asked.data)})
 
 
 def wrong_offset(by: int) -> Fault:
-    """206 of a part that begins elsewhere than asked."""
+    """Answer 206 with a part that begins elsewhere than requested."""
 
     def fault(reply: Reply, asked: Asked) -> Reply:
         if reply.status != 206:
@@ -90,19 +90,19 @@ def wrong_offset(by: int) -> Fault:
 
 
 def content_range(text: str) -> Fault:
-    """206 with a Content-Range of that text, for those who asked for a part."""
+    """Put a text into the Content-Range of a 206."""
     return lambda reply, asked: (
         _with(reply, headers=reply.headers | {"Content-Range": text}) if reply.status == 206 else reply
     )
 
 
 def other_file(data: bytes, **headers: str) -> Fault:
-    """The whole of another file, as if it had been changed on the server."""
+    """Answer with another file, as if the file had changed on the server."""
     return lambda reply, asked: Reply(200, data, {"Content-Length": str(len(data)), "ETag": etag(data)} | headers)
 
 
 def other_part(data: bytes) -> Fault:
-    """The part that was asked for, of another file: a server that does not heed If-Range."""
+    """Answer with the requested part of another file, like a server that ignores If-Range."""
 
     def fault(reply: Reply, asked: Asked) -> Reply:
         if reply.status != 206:
@@ -113,7 +113,7 @@ def other_part(data: bytes) -> Fault:
 
 
 def without(*names: str) -> Fault:
-    """The good reply without some of its headers."""
+    """Answer without some headers."""
     return lambda reply, asked: _with(
         reply, headers={name: value for name, value in reply.headers.items() if name not in names}
     )
@@ -125,12 +125,12 @@ def header(**headers: str) -> Fault:
 
 
 def claim(length: int) -> Fault:
-    """A Content-Length that is not the body's."""
+    """State a wrong Content-Length."""
     return header(Content_Length=str(length))
 
 
 def chunked(extra: bytes = b"") -> Fault:
-    """The body in chunks, its length unsaid, with more bytes behind it."""
+    """Send the body chunked, without its length, and `extra` bytes after it."""
 
     def fault(reply: Reply, asked: Asked) -> Reply:
         headers = {name: value for name, value in reply.headers.items() if name != "Content-Length"}
@@ -161,7 +161,7 @@ def _with(reply: Reply, **changes: Any) -> Reply:
 
 
 class FaultServer:
-    """Serves files by path, each request with the next of its path's faults; after the last one, without."""
+    """Serves files by path; each request gets the next fault of its path, and a good reply after the last fault."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
@@ -190,7 +190,7 @@ class FaultServer:
         self.thread.join()
 
     def reply(self, asked: Asked) -> Reply:
-        """The right answer to a request, and then what the fault makes of it."""
+        """The good answer to a request, changed by the next fault."""
         n, tag = len(asked.data), etag(asked.data)
         reply = Reply(200, asked.data, {"Content-Length": str(n), "ETag": tag})
         if "range" in asked.headers and asked.headers.get("if-range", tag) == tag:
@@ -207,7 +207,7 @@ class FaultServer:
 
 
 class _Quiet(ThreadingHTTPServer):
-    """A client that leaves in the middle is what is tested, and no news."""
+    """Prints nothing when a client closes its connection, which the tests make it do."""
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass
@@ -224,7 +224,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             reply = server.reply(asked) if data is not None else status(404)(Reply(404, b"", {}), asked)
             try:
                 self._answer(reply)
-            except OSError:  # the client left, as some are meant to
+            except OSError:  # the client closed the connection
                 self.close_connection = True
 
         def _answer(self, reply: Reply) -> None:

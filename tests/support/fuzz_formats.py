@@ -1,7 +1,7 @@
 """Damage a file of a model thousands of times: python -m tests.support.fuzz_formats [N] [KIND ...]; KIND as in KINDS.
 
-After each mutation the model either is refused with a ModelError of one line, or loads bit for bit as it was before.
-A crash ends the process, which whoever started it sees; a hang meets the alarm.
+After each mutation the model is either refused with a ModelError of one line, or loads bit for bit as before. A crash
+ends the process, so run this in a process of its own; an alarm ends a hang.
 """
 
 import json
@@ -21,7 +21,7 @@ import numpy as np
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.models.convert import INDEX, read_tf_tensors
-from batchgen.models.huggingface import _Weights, hf_names, read_hf_config
+from batchgen.models.huggingface import hf_names, open_weights, read_hf_config
 from batchgen.models.shards import load_manifest, load_params, read_json, verify_shards
 from tests.support.hf_checkpoint import write_hf_model
 from tests.support.models import BYTES, write_byte_model
@@ -58,7 +58,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 class Target:
-    """A file, of which all but the tail is damaged, and how it is loaded."""
+    """A file to damage, except its tail, and how to load it."""
 
     file: Path
     tail: bytes = b""
@@ -67,12 +67,12 @@ class Target:
         return mutate(data, rng)
 
     def load(self) -> None:
-        """Load it; raises ModelError where it is refused, AssertionError where it is not as it was."""
+        """Load it; raises ModelError if it is refused, AssertionError if it differs from before."""
         raise NotImplementedError
 
 
 class Manifest(Target):
-    """manifest.json: what is loaded is what its own text says, and all hashes are right."""
+    """manifest.json: the loaded model is the one that its text describes, and all hashes match."""
 
     def __init__(self, directory: Path) -> None:
         self.model = write_byte_model(directory / "model")
@@ -114,8 +114,8 @@ class Safetensors(Target):
         self.expected = self._read()
 
     def _read(self) -> dict[str, Any]:
-        with _Weights(self.src) as weights:
-            weights.checked(read_hf_config(self.src / "config.json"))
+        with open_weights(self.src) as weights:
+            weights.check(read_hf_config(self.src / "config.json"))
             return {name: weights.read(name) for name in hf_names(BYTES).values()}
 
     def load(self) -> None:
@@ -142,7 +142,7 @@ class Bundle(Target):
 
 @cache
 def tf_checkpoint() -> dict[str, bytes]:
-    """A tiny checkpoint's files, written once by a process of its own."""
+    """The files of a tiny checkpoint, written once by a separate process."""
     script = Path(__file__).with_name("write_tf_checkpoint.py")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
         subprocess.run([sys.executable, str(script), directory, json.dumps(TINY), "1"], check=True, capture_output=True)
@@ -156,7 +156,7 @@ class BundleData(Bundle):
 
 
 class BundleEntries(Bundle):
-    """The entries in the index of a TensorFlow checkpoint, with the checksum of their block put right again."""
+    """The entries in the index of a TensorFlow checkpoint, with a correct checksum of their block."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -196,7 +196,7 @@ CRC32C = [_crc32c_of_byte(byte) for byte in range(256)]
 
 
 def masked(crc: int) -> bytes:
-    """A checksum as it stands in a table file: rotated and shifted, so that it is none of itself."""
+    """A checksum as a table file stores it: rotated, plus a constant."""
     crc ^= 0xFFFFFFFF
     return (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
 

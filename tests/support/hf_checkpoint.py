@@ -13,7 +13,7 @@ from tests.support.models import BYTES, sharp_tensors, write_byte_vocabulary
 
 
 def hf_tensors(config: GPT2Config = BYTES, seed: int = 0) -> dict[str, Array]:
-    """Weights under Hugging Face's names without a prefix, with lm_head.weight where it is not wte's."""
+    """Weights under Hugging Face's names without a prefix; with lm_head.weight unless it is tied to wte."""
     tensors = sharp_tensors(config, seed)
     found = {theirs: tensors[name] for name, theirs in hf_names(config).items()}
     if not config.tie_word_embeddings:
@@ -22,14 +22,14 @@ def hf_tensors(config: GPT2Config = BYTES, seed: int = 0) -> dict[str, Array]:
 
 
 def hf_config(config: GPT2Config = BYTES) -> dict[str, Any]:
-    """A config.json as transformers writes it, with what batchgen does not look at."""
+    """A config.json as transformers writes it, with options that batchgen ignores."""
     values = config.as_dict()
     values |= {"vocab_size": values.pop("n_vocab"), "n_positions": values.pop("n_ctx"), "model_type": "gpt2"}
     return values | {"architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "attn_pdrop": 0.1}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Any]) -> Path:
-    """Write a safetensors file by hand, bfloat16 included: a value that is a pair is (dtype, array of its bits)."""
+    """Write a safetensors file without the library, for bfloat16: a value is an array or (dtype, array of bits)."""
     header, offset, blocks = {}, 0, []
     names = {"<f4": "F32", "<f2": "F16", "<f8": "F64", "<i8": "I64", "|u1": "U8"}
     for name, value in tensors.items():
@@ -45,7 +45,7 @@ def write_safetensors(path: Path, tensors: dict[str, Any]) -> Path:
 
 
 def write_hf_model(directory: Path, config: GPT2Config = BYTES, *, prefix: str = "", **options: Any) -> Path:
-    """config.json, model.safetensors, vocab.json and merges.txt; options go into config.json."""
+    """Write config.json, model.safetensors, vocab.json and merges.txt; options are added to config.json."""
     write_byte_vocabulary(directory)
     (directory / "encoder.json").rename(directory / "vocab.json")
     (directory / "vocab.bpe").rename(directory / "merges.txt")

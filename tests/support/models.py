@@ -7,7 +7,7 @@ import numpy as np
 
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import Array, Params, nest, random_tensors
-from batchgen.models.shards import write_model
+from batchgen.models.shards import Description, write_model
 from batchgen.text.tokenizer import END_OF_TEXT, byte_alphabet
 
 TINY = GPT2Config(n_vocab=500, n_ctx=256, n_embd=64, n_head=4, n_layer=3)
@@ -15,7 +15,7 @@ BYTES = GPT2Config(n_vocab=257, n_ctx=128, n_embd=32, n_head=2, n_layer=2)
 
 
 def sharp_tensors(config: GPT2Config, seed: int = 0) -> dict[str, Array]:
-    """Random weights large enough that the next token depends strongly on all that came before."""
+    """Random weights so large that the next token depends strongly on all tokens before it."""
     tensors = random_tensors(config, seed)
     for name, tensor in tensors.items():
         if tensor.ndim == 2 and name != "lm_head":
@@ -38,13 +38,12 @@ def write_byte_vocabulary(directory: Path) -> Path:
 
 
 def write_byte_model(directory: Path, config: GPT2Config = BYTES, seed: int = 0) -> Path:
-    """A whole model directory over the byte vocabulary: prompts are as long in tokens as in bytes."""
+    """A model directory with the byte vocabulary: a prompt has as many tokens as bytes."""
     vocabulary = write_byte_vocabulary(directory.parent / f"{directory.name}-vocabulary")
     tensors = sharp_tensors(config, seed)
     del tensors["lm_head"]
-    write_model(
-        directory, config, tensors.items(), name=directory.name, source={"kind": "test"}, tokenizer_dir=vocabulary
-    )
+    description = Description(directory.name, config, {"kind": "test"})
+    write_model(directory, description, tensors.items(), tokenizer_dir=vocabulary)
     return directory
 
 

@@ -1,4 +1,4 @@
-"""A worker with poison: prompts that kill, hang or break their worker. Takes the place of pool.run_chunk.
+"""Poison: prompts that kill, hang or break their worker. run_chunk replaces pool.run_chunk.
 
 Workers import it by name, so it must be a module. The first word of a prompt says what happens, and when:
 at its first step, in the middle of its decoding, or when it is written down; once only, or every time.
@@ -12,17 +12,17 @@ from pathlib import Path
 
 from batchgen.types import Chunk, Receipt
 from batchgen.workers import worker
+from batchgen.workers.marker import Marker
 
-DEATHS = "deaths"  # a file beside the model: a line for each
+DEATHS = "deaths"  # a file beside the model: a line for each death
 
 
 def run_chunk(setup: worker.WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
     words = {item.row: (item.prompt or "").partition(" ")[0] for item in chunk.items}
     seen: dict[int, int] = {}
-    on = _MARKER_ON
 
-    def poisoned_on(self: worker.Marker, suspects: list[int], running: list[int] = ()) -> None:  # type: ignore[assignment]
-        on(self, suspects, running)
+    def set_in_flight(self: Marker, suspects: list[int], running: list[int] = ()) -> None:  # type: ignore[assignment]
+        _SET_IN_FLIGHT(self, suspects, running)
         for row in (*suspects, *running):
             seen[row] = seen.get(row, 0) + 1
             when = "first" if seen[row] == 1 else "middle" if row in running and seen[row] == 5 else "last"
@@ -30,11 +30,11 @@ def run_chunk(setup: worker.WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
                 continue
             act(words.get(row, ""), when, partial(record, Path(setup.model).parent / DEATHS, words.get(row, "")))
 
-    worker.Marker.on = poisoned_on  # type: ignore[method-assign]
+    Marker.set_in_flight = set_in_flight  # type: ignore[method-assign]
     return worker.run_chunk(setup, chunk, attempt)
 
 
-_MARKER_ON = worker.Marker.on
+_SET_IN_FLIGHT = Marker.set_in_flight
 
 
 def act(word: str, when: str, record) -> None:
@@ -55,7 +55,7 @@ def act(word: str, when: str, record) -> None:
 
 
 def record(path: Path, word: str) -> bool:
-    """Count a death; whether it is the first of this word."""
+    """Count a death; returns whether it is the first of this word."""
     first = not path.exists() or word not in path.read_text().split()
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"{word}\n")

@@ -1,6 +1,6 @@
-"""GPT-2 in float64, written out from the paper position by position and head by head, sharing no code with batchgen.
+"""GPT-2 in float64, written from the paper, position by position and head by head; it shares no code with batchgen.
 
-Slow and plain on purpose: what the tests hold the fast forward pass and pico.py against.
+The tests compare the fast forward pass and pico.py with it. It is slow and plain on purpose.
 """
 
 import math

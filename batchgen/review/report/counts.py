@@ -1,4 +1,4 @@
-"""What a report tells, counted in one pass over an output: memory does not grow with its rows."""
+"""The numbers of a report, counted in one pass over an output: memory does not grow with its rows."""
 
 import json
 import re
@@ -6,14 +6,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchgen.files import STATUS_SUFFIX
 from batchgen.output.reading import read_batches, read_rows_at
 
+T = TypeVar("T")
+Row: TypeAlias = dict[str, object]  # an output row, by column
 Timeline = list[tuple[float, int, int]]
 
 SHOWN_REJECTS = 50
@@ -21,9 +25,9 @@ SHOWN_SAMPLES = 20
 COUNTED = ("row", "sample", "id", "prompt_tokens", "completion_tokens", "finish_reason", "status", "error")
 SAMPLED = ("row", "sample", "id", "prompt", "completion", "finish_reason")
 OTHER = "other reasons"
-_MOST_REASONS = 1_000  # told apart; a file of others' making may have one for every row
+_MOST_REASONS = 1_000  # counted apart; another program's file may have one for every row
 _LONGEST_REASON = 200
-_END = ("seconds", "rows_done", "completion_tokens")  # where the run ended, in the status file
+_END = ("seconds", "rows_done", "completion_tokens")  # in the status file: the last point
 _PLACE = re.compile(r"\A.*?:(?:row )?\d+: ", re.DOTALL)  # p.jsonl:7, p.parquet:row 7
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _QUOTED = re.compile(r"'[^']{20,}'")
@@ -31,7 +35,7 @@ _QUOTED = re.compile(r"'[^']{20,}'")
 
 @dataclass(slots=True)
 class Counts:
-    """Counts of output rows; prompt_tokens and completion_tokens are how many rows have so many tokens."""
+    """Counts of output rows; prompt_tokens and completion_tokens count rows by number of tokens."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
@@ -39,8 +43,8 @@ class Counts:
     prompt_tokens: Counter[int] = field(default_factory=Counter)  # of ok rows' prompts, each counted once
     completion_tokens: Counter[int] = field(default_factory=Counter)  # of ok rows
     input_rows: int = 0
-    rejects: list[dict[str, Any]] = field(default_factory=list)  # the first
-    samples: list[dict[str, Any]] = field(default_factory=list)  # some of the ok rows
+    rejects: list[Row] = field(default_factory=list)  # the first ones
+    samples: list[Row] = field(default_factory=list)  # some of the ok rows
 
     @property
     def rows(self) -> int:
@@ -59,7 +63,7 @@ def count_output(path: Path) -> Counts:
 
 
 class _Lottery:
-    """Draws n of the positions that enter, every one with the same chance, and always the same."""
+    """Draws n of the positions that enter, each with the same chance; the draw is the same every time."""
 
     def __init__(self, n: int) -> None:
         self._n, self._rng = n, np.random.default_rng(0)
@@ -71,7 +75,7 @@ class _Lottery:
         self.drawn, self._keys = np.concatenate([self.drawn, positions])[best], keys[best]
 
 
-def _count(batch: Any, counts: Counts) -> npt.NDArray[np.int64]:
+def _count(batch: pa.RecordBatch, counts: Counts) -> npt.NDArray[np.int64]:
     """Add a record batch to the counts; returns the positions of its ok rows."""
     first = pc.fill_null(pc.equal(batch["sample"], 0), False)
     ok = pc.fill_null(pc.equal(batch["status"], "ok"), False)
@@ -85,7 +89,7 @@ def _count(batch: Any, counts: Counts) -> npt.NDArray[np.int64]:
     return np.flatnonzero(ok.to_numpy(zero_copy_only=False))
 
 
-def _count_rejects(batch: Any, counts: Counts) -> None:
+def _count_rejects(batch: pa.RecordBatch, counts: Counts) -> None:
     for error in batch["error"].to_pylist():
         reason = reason_of(error or "no reason is given")
         counts.reasons[reason if reason in counts.reasons or len(counts.reasons) < _MOST_REASONS else OTHER] += 1
@@ -93,13 +97,13 @@ def _count_rejects(batch: Any, counts: Counts) -> None:
     counts.rejects += batch.slice(0, room).to_pylist()
 
 
-def _tally(counter: Counter[Any], values: Any) -> None:
+def _tally(counter: Counter[T], values: pa.Array) -> None:
     for pair in values.drop_null().value_counts():
         counter[pair["values"].as_py()] += pair["counts"].as_py()
 
 
 def reason_of(error: str) -> str:
-    """What errors of a kind have in common: without the place, the numbers, what is quoted at length, and the remedy.
+    """The kind of an error: its text without the place, numbers, long quotations and the remedy.
 
     "p.jsonl:7: 200 prompt tokens + 12 max_tokens exceed n_ctx 128; lower max_tokens" ->
     "N prompt tokens + N max_tokens exceed n_ctx N"
@@ -111,10 +115,10 @@ def reason_of(error: str) -> str:
 def read_timeline(path: Path, counts: Counts) -> Timeline | None:
     """[seconds since the start, rows, completion tokens] so far, from the status file beside the output.
 
-    None where there is no such file, no course of a run in it, or that of a run with other counts.
+    None if there is no such file, if it has no timeline, or if its counts are not those of this output.
     """
     try:
-        status = json.loads(path.with_name(path.name + ".status.json").read_bytes())
+        status = json.loads(path.with_name(path.name + STATUS_SUFFIX).read_bytes())
         end = [tuple(status[key] for key in _END)] if all(key in status for key in _END) else []
         points = [(float(seconds), int(rows), int(tokens)) for seconds, rows, tokens in [*status["timeline"], *end]]
     except (OSError, ValueError, RecursionError, KeyError, TypeError, OverflowError):

@@ -1,20 +1,20 @@
-"""HTML in which text is escaped by being text: only what is already Markup goes in as it is."""
+"""HTML with text escaped by its type: a str is escaped, Markup is not."""
 
 import html
 import unicodedata
 
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # categories that are not seen, or move what is
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # categories that are invisible or move other characters
 _JOINERS = "\u200c\u200d"  # within words of Persian, and within emoji: harmless and needed
 
 
 class Markup(str):
-    """HTML, as against the text that any other string is."""
+    """HTML; any other string is text."""
 
     __slots__ = ()
 
 
 def element(name: str, *children: str, **attributes: str | None) -> Markup:
-    """One element; no attribute of None: element("td", "a < b", class_="n") -> <td class="n">a &lt; b</td>."""
+    """One element; None leaves an attribute out: element("td", "a < b", class_="n") -> <td class="n">a &lt; b</td>."""
     given = "".join(
         f' {key.strip("_")}="{html.escape(value)}"' for key, value in attributes.items() if value is not None
     )
@@ -26,7 +26,7 @@ def join(*children: str) -> Markup:
 
 
 def visible(text: str) -> Markup:
-    r"""Text of others: what would be unseen or turn the line around (\x1b, U+202E) stands as its own escape."""
+    r"""Text from an output: an invisible or direction-changing character (\x1b, U+202E) is shown as its escape."""
     parts: list[str] = []
     for character in text:
         if unicodedata.category(character) in _HIDDEN and character not in "\n\t" + _JOINERS:

@@ -1,4 +1,4 @@
-"""The report's plots, as inline SVG whose colours are the page's: one drawing for light and dark."""
+"""The report's plots, as inline SVG with the page's colours: one drawing for light and dark."""
 
 import io
 import itertools
@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,19 +22,19 @@ Doubles = npt.NDArray[np.float64]
 
 WIDTH, HEIGHT = 4.6, 2.3  # inches of 72 units; on the narrowest page about as many pixels
 BINS = 40  # of a histogram, at most
-STEPS = 30  # of the speed, at most: finer ones show when completions end, not how fast they come
+STEPS = 30  # of the speed, at most: finer steps show when completions end, not how fast the run is
 _COLOURS = {"#000001": "var(--ink)", "#000002": "var(--accent)", "#000003": "var(--line)"}
 _INK, _ACCENT, _LINE = _COLOURS
 _TO_INLINE = [
     (re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", re.DOTALL), ""),
     (re.compile(r'(?<=<svg) ([^>]*?)(?:width|height)="[^"]*" ([^>]*?)(?:width|height)="[^"]*"'), r" \1\2"),
-    (re.compile(r'<g id="[^"]*"'), "<g"),  # what is referred to are paths
+    (re.compile(r'<g id="[^"]*"'), "<g"),  # only paths are referred to by id
     (re.compile(r"font: ?([\d.]+px)[^;\"]*"), r"font-size: \1"),
     (re.compile(r" font-family:[^;]*;"), ""),
     (re.compile(r"\s*\n\s*"), "\n"),
 ]
-_STYLE: Any = {  # the type of its keys is matplotlib's, and changes with it
-    "svg.fonttype": "none",  # text stays text: it can be read out, and takes the page's font
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: screen readers can read it, and it has the page's font
     "font.size": 9.5,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -54,16 +54,16 @@ _STYLE: Any = {  # the type of its keys is matplotlib's, and changes with it
 
 
 def check_plotting() -> None:
-    """Raise a BatchgenError that says how to have it, where the plotting library is not installed."""
+    """Raise a BatchgenError that says how to install the plotting library, if it is missing."""
     try:
         import matplotlib  # noqa: F401, ICN001
     except ImportError as error:
-        raise BatchgenError("a report needs matplotlib; install it with: pip install 'batchgen[report]'") from error
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it found no folder for its cache of fonts, and such
+        raise BatchgenError("a report needs matplotlib; install it with: pip install matplotlib") from error
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not its warnings about a font cache
 
 
 def token_histogram(counts: Counter[int], label: str, unit: str) -> Markup:
-    """How many rows (`unit`) have how many tokens: bins of equal width, 1, 2 or 5 times a power of ten."""
+    """Rows (`unit`) by number of tokens: bins of equal width, 1, 2 or 5 times a power of ten."""
     lowest, highest = min(counts), max(counts)
     width = bin_width(lowest, highest)
     first = lowest // width * width
@@ -73,7 +73,7 @@ def token_histogram(counts: Counter[int], label: str, unit: str) -> Markup:
         bins[(tokens - first) // width] += rows
 
     def paint(axes: "Axes") -> None:
-        at = edges[list(bins)] + (width / 2 if width > 1 else 0)  # a bar of one number stands on it
+        at = edges[list(bins)] + (width / 2 if width > 1 else 0)  # the bar of a single number is centred on it
         axes.bar(at, list(bins.values()), 0.92 * width, color=_ACCENT, linewidth=0)
         axes.set_xlabel("tokens" if width == 1 else f"tokens, {width:,} to a bar")
         axes.set_ylabel(unit)
@@ -82,7 +82,7 @@ def token_histogram(counts: Counter[int], label: str, unit: str) -> Markup:
 
 
 def bin_width(lowest: int, highest: int) -> int:
-    """The least of 1, 2, 5, 10, 20 ... with which BINS bins are enough; 0, 39 -> 1; 0, 1023 -> 50."""
+    """The smallest of 1, 2, 5, 10, 20 ... that needs at most BINS bins; 0, 39 -> 1; 0, 1023 -> 50."""
     widths = (mantissa * int(10**power) for power in itertools.count() for mantissa in (1, 2, 5))
     return next(width for width in widths if highest // width - lowest // width < BINS)
 
@@ -103,7 +103,7 @@ def speed(timeline: Timeline) -> Markup:
 
 
 def rates_between(timeline: Timeline) -> tuple[Doubles, Doubles]:
-    """Edges [n + 1] in seconds and tokens/s between them [n], n <= STEPS; tokens come evenly between two points."""
+    """Edges [n + 1] in seconds and tokens/s between them [n], n <= STEPS; the rate is constant between two points."""
     seconds, _, tokens = np.array(timeline, np.float64).T
     later = np.r_[True, np.diff(seconds) > 0]
     seconds, tokens = seconds[later], tokens[later]
@@ -112,14 +112,14 @@ def rates_between(timeline: Timeline) -> tuple[Doubles, Doubles]:
 
 
 def _draw(title: str, paint: Callable[["Axes"], None]) -> Markup:
-    """What `paint` draws on a pair of axes that count; the title is what it is called for those who do not see it."""
+    """Draw with `paint` on axes with whole numbers; the title is for screen readers."""
     check_plotting()
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot, which would look for a display
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     file = io.StringIO()
-    with rc_context(_STYLE | {"svg.hashsalt": title}):  # by which names in the drawing are its own, and always the same
+    with rc_context(_STYLE | {"svg.hashsalt": title}):  # type: ignore[arg-type]  # the salt makes ids unique and stable
         figure = Figure((WIDTH, HEIGHT), layout="constrained")
         axes = figure.add_subplot()
         for axis in (axes.xaxis, axes.yaxis):
@@ -131,7 +131,7 @@ def _draw(title: str, paint: Callable[["Axes"], None]) -> Markup:
 
 
 def _inline(svg: str, title: str) -> Markup:
-    """An SVG file's text as an element of a page: no preamble, size or font of its own, the page's colours."""
+    """An SVG file's text as an element of a page: without preamble, size and font, in the page's colours."""
     body = svg[svg.index("<svg") :]
     for pattern, replacement in _TO_INLINE:
         body = pattern.sub(replacement, body)

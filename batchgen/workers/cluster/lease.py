@@ -1,11 +1,10 @@
-"""A small file in the attempt's directory that says that the run lives, for node processes anywhere on the cluster.
+"""A small file in the attempt's directory that shows node processes anywhere on the cluster that the run lives.
 
 The run changes its content every few seconds, and removes it at its end. A node process ends when it is gone, or has
-not changed for a minute by its own clock: the run is over, its machine is dead, or this node is cut off. Only content
-is looked at, by opening the file: times and clocks of a shared file system are not to be relied on.
+not changed for a minute by the node's own clock: the run is over, its machine is dead, or this node is cut off. A node
+opens the file and compares its content: times and clocks of a shared file system are not reliable.
 """
 
-import logging
 import os
 import threading
 import time
@@ -15,23 +14,21 @@ from pathlib import Path
 
 from batchgen.workers.pool import no_interrupts_to_workers
 
-logger = logging.getLogger(__name__)
-
 NAME = "lease"
 REFRESH_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
 
 @contextmanager
-def held_lease(attempt: Path) -> Iterator[Path]:
-    """Keep the lease fresh while the block runs, from a thread."""
+def hold_lease(attempt: Path) -> Iterator[Path]:
+    """Keep the lease fresh from a thread while the block runs."""
     path, over = attempt / NAME, threading.Event()
 
     def refresh() -> None:
         beat = 0
         while not over.wait(REFRESH_SECONDS):
             beat += 1
-            with suppress(OSError):  # a full disk ends the run where it writes something that matters
+            with suppress(OSError):  # if the disk is full, the run ends when it writes a part
                 _write(path, beat)
 
     path.touch()
@@ -49,7 +46,7 @@ def held_lease(attempt: Path) -> Iterator[Path]:
 
 
 def _write(path: Path, beat: int) -> None:
-    """In place and of one length, so that it needs no room on a full disk."""
+    """In place and always of the same length, so that it needs no space on a full disk."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
         os.pwrite(descriptor, b"%020d" % beat, 0)
@@ -57,21 +54,21 @@ def _write(path: Path, beat: int) -> None:
         os.close(descriptor)
 
 
-class Watch:
+class LeaseWatch:
     """A node's view of the lease."""
 
     def __init__(self, attempt: Path, stale: float = STALE_SECONDS) -> None:
         self._path, self._stale = attempt / NAME, stale
         self._content, self._since = b"", time.monotonic()
 
-    def ended(self) -> str:
-        """Why there is nothing more to do here; empty while the run lives."""
+    def end_reason(self) -> str:
+        """Why there is nothing more to do; empty while the run lives."""
         now = time.monotonic()
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:
             return "the run is over"
-        except OSError:  # the file system does not answer, or knows the directory no more
+        except OSError:  # the file system does not answer, or its handle is stale
             content = self._content
         if content != self._content:
             self._content, self._since = content, now

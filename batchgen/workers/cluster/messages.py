@@ -1,10 +1,11 @@
-"""What the processes of a cluster run say to each other, and how it goes through a pipe."""
+"""What the processes of a cluster run send each other, and how it goes through a pipe."""
 
 import os
 import struct
 import sys
-from dataclasses import dataclass
-from typing import IO, Any, BinaryIO
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import IO, BinaryIO
 
 from batchgen.errors import BatchgenError
 from batchgen.types import Receipt
@@ -16,7 +17,7 @@ _LENGTH = struct.Struct("!Q")
 
 @dataclass(frozen=True, slots=True)
 class NodeSetup:
-    """What a node process must be for a run, and what it works with. Paths are on the shared file system."""
+    """What a node process needs for a run, and what it must have. Paths are on the shared file system."""
 
     worker: WorkerSetup
     attempt: str
@@ -24,41 +25,44 @@ class NodeSetup:
     blas: str  # Blas.kernels
     model_cache: str | None = None  # a directory of the node's own
     row_timeout: float | None = None
+    flags: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)  # for options.use_flags
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What became of a chunk: a receipt, an error that ends the run, or neither, where it is to be done again.
+    """The outcome of a chunk: a receipt, an error that ends the run, or neither: then the chunk is done again.
 
-    The receipt's path is relative to the attempt's directory, and size is that of the part in bytes.
+    The receipt's path is relative to the attempt's directory.
     """
 
     host: str
     receipt: Receipt | None = None
-    size: int = 0
+    size: int = 0  # of the part, in bytes
     error: BatchgenError | None = None
-    lost: str = ""  # why
+    lost: str = ""  # why there is neither
     warnings: tuple[str, ...] = ()  # for the run's own log
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A chunk for the cluster: the arguments of do_chunk. Without any: the lease to remove when the run is dead, or a
-    ticket that is no longer waited for."""
+    """To the driver: a chunk (the arguments of do_chunk); or a ticket to cancel; or, with ticket 0, the run's lease.
+
+    The driver removes the lease when the run is gone.
+    """
 
     ticket: int
-    arguments: tuple[Any, ...] = ()
+    arguments: tuple[str, str, bytes, bytes] | None = None
     lease: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What the engine says: of a ticket, a pickled Reply, or why it was lost; of none, how many slots there are.
+    """From the driver: of a ticket, a pickled Reply or why it is lost; of none (0), the number of slots.
 
-    error is what ends the run: the task could not run at all, or (without a ticket) there is no connection.
+    error ends the run: the task cannot run at all, or (ticket 0) there is no connection.
     """
 
-    ticket: int | None = None
+    ticket: int = 0
     reply: bytes = b""
     lost: str = ""
     error: str = ""
@@ -71,7 +75,7 @@ def send(stream: IO[bytes], data: bytes) -> None:
 
 
 def receive(stream: IO[bytes]) -> bytes:
-    """The next message; EOFError where the other end is gone."""
+    """The next message; EOFError if the other end is gone."""
     (length,) = _LENGTH.unpack(_read(stream, _LENGTH.size))
     return _read(stream, length)
 
@@ -83,8 +87,8 @@ def _read(stream: IO[bytes], length: int) -> bytes:
     return data
 
 
-def own_streams() -> tuple[BinaryIO, BinaryIO]:
-    """Standard input and output for messages alone: what else is printed goes to standard error."""
+def take_streams() -> tuple[BinaryIO, BinaryIO]:
+    """Standard input and output, for messages alone: all other output goes to standard error."""
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

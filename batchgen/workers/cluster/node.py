@@ -1,11 +1,10 @@
-"""python -m batchgen.workers.cluster.node VERSION PARENT: a node's side of a run. task.py starts one for each task.
+"""python -m batchgen.workers.cluster.node VERSION PARENT: a node's side of a run, started by task.py for each task.
 
-It does chunks as one machine does, with a Pool of one worker, so that all that holds there of rows, memory and BLAS
-holds here: the worker can be killed, hang or run out of memory, and this process finds the row. Markers lie on the
-node's own disk, parts in a directory of this process's own under the attempt's, each under a name that is used once.
+It does chunks with a Pool of one worker, so rows, memory and BLAS are handled as on one machine: the worker may be
+killed, hang or run out of memory, and this process finds the row. The marker lies on the node's own disk, parts in a
+directory of this process under the attempt's. Their names are used once, because the engine may run a task twice.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -31,13 +30,14 @@ from batchgen.engine.engine import kv_bytes_per_token
 from batchgen.engine.probe import blas_info
 from batchgen.engine.scheduler import tokens_needed
 from batchgen.errors import BatchgenError, ModelError, OutputError
-from batchgen.files import sync_path
+from batchgen.files import lock, sync_path, temporary_path
 from batchgen.gpt2.config import GPT2Config
 from batchgen.models.shards import load_manifest, model_hash, verify_shards
+from batchgen.options import say, use_flags
 from batchgen.planning import WORKER_BYTES, available_memory
 from batchgen.types import Chunk
-from batchgen.workers.cluster.lease import Watch
-from batchgen.workers.cluster.messages import NodeSetup, Reply, own_streams, receive, send
+from batchgen.workers.cluster.lease import LeaseWatch
+from batchgen.workers.cluster.messages import NodeSetup, Reply, receive, send, take_streams
 from batchgen.workers.pool import Pool
 from batchgen.workers.worker import WorkerSetup
 
@@ -46,82 +46,91 @@ MAX_WARNINGS = 50  # of one chunk
 HOST = socket.gethostname()
 
 
-class Node:
-    """A worker for one run, on a node that was looked at."""
-
-    def __init__(self, setup: NodeSetup, private: Path) -> None:
-        """private is a directory on the node's own disk. Raises BatchgenError where rows of this node would not do."""
-        self.attempt = Path(setup.attempt)
-        check_versions(setup)
-        model = model_here(setup)
-        check_room(setup.worker, load_manifest(model).config)
-        self.folder = self.attempt / f"node-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.folder.mkdir()
-        worker = replace(setup.worker, model=str(model), parent=os.getpid(), markers=str(private))
-        self._pool = Pool(worker, self.folder, 1, setup.row_timeout)
-        self._done = 0
-
-    def complete(self, chunk: Chunk) -> Reply:
-        """Generate and write the chunk; raises what Pool does."""
-        [receipt] = self._pool.receipts(iter([chunk]))  # to its end: the worker stays for the next
-        self._done += 1
-        path = self.folder / f"{chunk.index:08d}-{self._done}.parquet"
-        os.replace(receipt.path, path)  # what was told of once is not written again, whatever the engine asks for
-        sync_path(self.folder)
-        relative = str(path.relative_to(self.attempt))
-        return Reply(HOST, receipt=replace(receipt, path=relative), size=path.stat().st_size)
+# ---- the node's own disk
 
 
-# ---- what a node must be
+def private_folder() -> Path:
+    """A folder on the node's own disk that only this user can write to."""
+    path = Path(tempfile.gettempdir(), f"batchgen-{os.getuid()}")
+    path.mkdir(0o700, exist_ok=True)
+    if path.lstat().st_uid != os.getuid() or path.lstat().st_mode & 0o022:
+        raise BatchgenError(f"{path}: another user owns it or can write to it; remove it, or set TMPDIR")
+    return path
+
+
+@contextmanager
+def lock_here(what: str) -> Iterator[BinaryIO]:
+    """Hold this node's lock on something; yields a file for notes to the next holder."""
+    path = private_folder() / hashlib.sha256(what.encode()).hexdigest()[:16]
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as file:
+        lock(file.fileno(), wait=True)
+        yield file
+
+
+def make_marker_folder() -> Path:
+    """A new folder for markers; removes those of node processes that were killed."""
+    with lock_here("private folders"):
+        for path in private_folder().glob("node-*"):
+            with suppress(OSError), open(path / "lock", "rb") as other:
+                if lock(other.fileno()):
+                    shutil.rmtree(path)
+        path = Path(tempfile.mkdtemp(prefix="node-", dir=private_folder()))
+        lock(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))  # as long as this process lives
+    return path
+
+
+# ---- what a node must have
 
 
 def check_versions(setup: NodeSetup) -> None:
-    """Rows have the same bits only from the same NumPy and the same kernels of its BLAS."""
+    """Rows have the same bits only with the same NumPy and the same kernels of its BLAS."""
     numpy, kernels = version("numpy"), blas_info().kernels
     if numpy != setup.numpy:
-        raise BatchgenError(f"NumPy {numpy} there, and {setup.numpy} where the run was planned; install the same")
+        raise BatchgenError(
+            f"this node has NumPy {numpy}, and the run was planned with {setup.numpy}; install the same"
+        )
     if kernels != setup.blas:
         raise BatchgenError(
-            f"its BLAS is {kernels!r}, and {setup.blas!r} where the run was planned: rows would differ in their last "
+            f"its BLAS is {kernels!r}, and the run was planned with {setup.blas!r}: rows would differ in their last "
             "bits; start the workers and this command with the same OPENBLAS_CORETYPE, such as Haswell"
         )
 
 
-def check_room(setup: WorkerSetup, config: GPT2Config) -> None:
-    """A worker that is killed for lack of memory would cost its chunk, again and again."""
+def check_memory(setup: WorkerSetup, config: GPT2Config) -> None:
+    """Refuse to start a worker that would be killed for lack of memory, and lose its chunk again and again."""
     most = setup.max_batch * tokens_needed(config.n_ctx, 0) * kv_bytes_per_token(config)
     needed, free = min(setup.kv_bytes, most) + WORKER_BYTES, available_memory()
     if needed > free:
         raise BatchgenError(
-            f"{free / 1e9:.1f} GB of memory are free there, and one more worker takes up to {needed / 1e9:.1f}; start "
-            "fewer of the engine's workers, or give less --kv-memory"
+            f"{free / 1e9:.1f} GB of memory are free, and one more worker needs up to {needed / 1e9:.1f}; start fewer "
+            f"of the engine's workers, or lower {say('kv_bytes')}"
         )
 
 
-def model_here(setup: NodeSetup) -> Path:
-    """The model's directory to map, with every shard read and found right once a run and node."""
+def prepare_model(setup: NodeSetup) -> Path:
+    """The model's directory to map; every shard is read and checked once per run and node."""
     source, wanted = Path(setup.worker.model), setup.worker.model_hash
     directory = Path(setup.model_cache, wanted) if setup.model_cache else source
-    with only_one_here(str(directory)) as note:
+    with lock_here(str(directory)) as note:
         if setup.model_cache and not directory.exists():
             copy_model(source, directory)
         found = model_hash(load_manifest(directory))
         if found != wanted:
-            raise ModelError(f"{directory}: model {found} is there, and the run is of {wanted}; copy that one there")
-        seen = f"{setup.attempt} {wanted}".encode()
-        if note.read() != seen:
+            raise ModelError(f"{directory}: has model {found}, and the run needs {wanted}; copy that model there")
+        checked = f"{setup.attempt} {wanted}".encode()
+        if note.read() != checked:
             verify_shards(directory)
             note.seek(0)
             note.truncate()
-            note.write(seen)
+            note.write(checked)
     return directory
 
 
 def copy_model(source: Path, directory: Path) -> None:
-    """Copy a model to the node's cache; it has its name there only when it is whole and right."""
+    """Copy a model to the node's cache; the copy gets its name when it is complete and verified."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    if temporary.exists():  # of a copy that was cut short: a lock keeps others out
+    temporary = temporary_path(directory)
+    if temporary.exists():  # of a copy that was interrupted: a lock excludes others
         shutil.rmtree(temporary)
     try:
         shutil.copytree(source, temporary)
@@ -129,47 +138,56 @@ def copy_model(source: Path, directory: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error
         raise OutputError(
-            f"{directory}: the model cannot be copied there ({reason}); make room, or choose another --model-cache"
+            f"{directory}: the model cannot be copied there ({reason}); make room, or choose another "
+            f"{say('model_cache')}"
         ) from error
     verify_shards(temporary)
     os.rename(temporary, directory)
 
 
-@contextmanager
-def only_one_here(what: str) -> Iterator[BinaryIO]:
-    """Hold this node's lock on something, with a file that says what the last holder has left there."""
-    path = private_folder() / hashlib.sha256(what.encode()).hexdigest()[:16]
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+def check_run(planned_with: str, data: bytes) -> None:
+    """Refuse a run of another batchgen, or one whose attempt this node does not see; data is a pickled NodeSetup."""
+    if planned_with != __version__:  # then a pickled record may be something else here
+        raise BatchgenError(f"this node has batchgen {__version__}, and the run {planned_with}; install the same")
+    attempt = Path(pickle.loads(data).attempt)
+    if not attempt.is_dir():
+        raise OutputError(
+            f"{attempt}: no such folder on this node; the output must be on a file system that all nodes share, under "
+            "the same path"
+        )
 
 
-def private_folder() -> Path:
-    """A folder on the node's own disk that this user alone can write to."""
-    path = Path(tempfile.gettempdir(), f"batchgen-{os.getuid()}")
-    path.mkdir(0o700, exist_ok=True)
-    if path.lstat().st_uid != os.getuid() or path.lstat().st_mode & 0o022:
-        raise BatchgenError(f"{path}: it is another's, or others can write there; remove it, or set TMPDIR")
-    return path
+# ---- chunks
 
 
-def new_private_folder() -> Path:
-    """For markers; those of node processes that were killed are cleared away."""
-    with only_one_here("private folders"):
-        for path in private_folder().glob("node-*"):
-            with suppress(OSError), open(path / "lock", "rb") as other:
-                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
-        path = Path(tempfile.mkdtemp(prefix="node-", dir=private_folder()))
-        fcntl.flock(os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC), fcntl.LOCK_EX)  # for life
-    return path
+class Node:
+    """A worker for one run, on a node that was checked."""
 
+    def __init__(self, setup: NodeSetup, private: Path) -> None:
+        """private is a directory on the node's own disk. Raises BatchgenError if the node is unfit for the run."""
+        self.attempt = Path(setup.attempt)
+        check_versions(setup)
+        model = prepare_model(setup)
+        check_memory(setup.worker, load_manifest(model).config)
+        self.folder = self.attempt / f"node-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.folder.mkdir()
+        worker = replace(setup.worker, model=str(model), parent=os.getpid(), markers=str(private))
+        self._pool = Pool(worker, self.folder, 1, setup.row_timeout)
+        self._done = 0
 
-# ---- the process
+    def complete(self, chunk: Chunk) -> Reply:
+        """Complete and write the chunk; raises what Pool does."""
+        [receipt] = self._pool.receipts(iter([chunk]))  # to its end: the worker stays for the next chunk
+        self._done += 1
+        path = self.folder / f"{chunk.index:08d}-{self._done}.parquet"
+        os.replace(receipt.path, path)
+        sync_path(self.folder)
+        relative = str(path.relative_to(self.attempt))
+        return Reply(HOST, receipt=replace(receipt, path=relative), size=path.stat().st_size)
 
 
 class _Warnings(logging.Handler):
-    """Keeps what the pool has to say for the run's own log."""
+    """Keeps the pool's warnings for the run's own log."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -184,8 +202,18 @@ class _Warnings(logging.Handler):
         return lines
 
 
+def name_node(error: Exception) -> BatchgenError:
+    """The error that ends the run, with this node's name."""
+    if isinstance(error, BatchgenError):
+        return type(error)(f"node {HOST}: {error}")
+    if isinstance(error, OSError):
+        return OutputError(f"node {HOST}: {error.filename}: {error.strerror or error}")
+    traceback.print_exc()  # a bug: the engine's log has all of it
+    return BatchgenError(f"node {HOST}: {type(error).__name__}: {error}")
+
+
 def serve(calls: BinaryIO, answers: BinaryIO, setup: NodeSetup, private: Path) -> None:
-    """Do chunks until there are no more."""
+    """Do chunks until the engine's worker closes the pipe."""
     warnings, node = _Warnings(), None
     logging.getLogger("batchgen").addHandler(warnings)
     while True:
@@ -193,78 +221,52 @@ def serve(calls: BinaryIO, answers: BinaryIO, setup: NodeSetup, private: Path) -
         try:
             node = node or Node(setup, private)
             reply = node.complete(chunk)
-        except OSError as error:  # of this node: its disk, its mount; a part that cannot be written is an OutputError
-            node, reply = None, Reply(HOST, lost=str(for_the_run(error)))
+        except OSError as error:  # this node's disk or mount; a part that cannot be written is an OutputError
+            node, reply = None, Reply(HOST, lost=str(name_node(error)))
         except Exception as error:
-            reply = Reply(HOST, error=for_the_run(error))
+            reply = Reply(HOST, error=name_node(error))
         send(answers, pickle.dumps(replace(reply, warnings=warnings.take())))
 
 
-def for_the_run(error: Exception) -> BatchgenError:
-    """What ends the run, in words that name this node."""
-    if isinstance(error, BatchgenError):
-        return type(error)(f"node {HOST}: {error}")
-    if isinstance(error, OSError):
-        return OutputError(f"node {HOST}: {error.filename}: {error.strerror or error}")
-    traceback.print_exc()  # a fault of this program: all of it is in the engine's log
-    return BatchgenError(f"node {HOST}: {type(error).__name__}: {error}")
+# ---- the process
+
+
+def leave(private: Path) -> NoReturn:
+    """End now: the worker gets SIGKILL when this process ends, and nothing waits for its chunk."""
+    shutil.rmtree(private, ignore_errors=True)
+    os._exit(0)
 
 
 def watch(parent: int, attempt: Path, private: Path) -> None:
-    """End this process with its parent, and with the run, whatever its worker is doing."""
-    lease = Watch(attempt)
+    """End this process with its parent and with the run, even in the middle of a chunk."""
+    lease = LeaseWatch(attempt)
     while True:
         time.sleep(WATCH_SECONDS)
-        reason = "the engine's worker is gone" if os.getppid() != parent else lease.ended()
+        reason = "the engine's worker is gone" if os.getppid() != parent else lease.end_reason()
         if reason:
             sys.stderr.write(f"batchgen: node process {os.getpid()} ends: {reason}\n")
             leave(private)
 
 
-def leave(private: Path) -> NoReturn:
-    """Now: the worker gets SIGKILL as this process ends, and nobody waits for what it was doing."""
-    shutil.rmtree(private, ignore_errors=True)
-    os._exit(0)
-
-
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asked, parent = sys.argv[1], int(sys.argv[2])
-    calls, answers = own_streams()
-    try:
+    planned_with, parent = sys.argv[1], int(sys.argv[2])
+    calls, answers = take_streams()
+    with suppress(EOFError, BrokenPipeError):
         data = receive(calls)
-        if wrong := why_not(asked, data):
-            receive(calls)
-            send(answers, pickle.dumps(Reply(HOST, error=for_the_run(wrong))))
+        try:
+            check_run(planned_with, data)
+            private = make_marker_folder()
+        except (BatchgenError, OSError) as error:
+            receive(calls)  # the first chunk
+            send(answers, pickle.dumps(Reply(HOST, error=name_node(error))))
             return
         setup: NodeSetup = pickle.loads(data)
-        try:
-            private = new_private_folder()
-        except (BatchgenError, OSError) as error:
-            receive(calls)
-            send(answers, pickle.dumps(Reply(HOST, error=for_the_run(error))))
-            return
-    except EOFError:
-        return
-    watcher = threading.Thread(target=watch, args=(parent, Path(setup.attempt), private), daemon=True)
-    watcher.start()
-    try:
-        serve(calls, answers, setup, private)
-    except (EOFError, BrokenPipeError):
+        use_flags(setup.flags)
+        threading.Thread(target=watch, args=(parent, Path(setup.attempt), private), daemon=True).start()
+        with suppress(EOFError, BrokenPipeError):
+            serve(calls, answers, setup, private)
         leave(private)
-
-
-def why_not(asked: str, data: bytes) -> BatchgenError | None:
-    """What keeps this node from so much as watching the run."""
-    if asked != __version__:  # what is pickled there may be something else here
-        return BatchgenError(f"batchgen {__version__} there, and {asked} where the run was started; install the same")
-    attempt = Path(pickle.loads(data).attempt)
-    if attempt.is_dir():
-        return None
-    return OutputError(
-        f"{attempt}: no such folder there; the output must be on a file system that all nodes share, under the same "
-        "path"
-    )
 
 
 if __name__ == "__main__":

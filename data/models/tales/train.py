@@ -426,11 +426,11 @@ def tensors_of(model: GPT2) -> dict[str, np.ndarray]:
 
 def export(tensors: dict[str, np.ndarray], shape: Shape, out: Path, source: dict[str, str]) -> None:
     """Write the shards and the manifest that batchgen reads; `out` keeps its other files."""
-    from batchgen.models.shards import write_model
+    from batchgen.models.shards import Description, write_model
     from batchgen.gpt2.config import GPT2Config
 
     config = GPT2Config(**vars(shape))
-    write_model(out, config, tensors.items(), name="tales", source=source, tokenizer_dir=out, replace=True)
+    write_model(out, Description("tales", config, source), tensors.items(), tokenizer_dir=out, replace=True)
 
 
 def arguments() -> argparse.Namespace:

@@ -1,6 +1,6 @@
-"""On the path of a test's cluster: its node processes obey the poison words of tests/support/poison.py.
+"""On the path of a test's cluster: the poison of tests/support/poison.py works in its node processes.
 
-BATCHGEN_MISSING makes the engine's workers such as have no batchgen.
+With BATCHGEN_MISSING the engine's workers cannot import batchgen.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""The output path is absent, its previous version, or the complete new file; and nothing else is left behind."""
+"""parts.py, file.py: a path is absent, its previous version, or the complete new file; no other file is left."""
 
 import hashlib
 import json
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import OutputError, UsageError
-from batchgen.output import writer
-from batchgen.output.schema import output_schema, rows_to_table
-from batchgen.output.writer import check_output, merge_parts, write_part
+from batchgen.output import file as file_module
+from batchgen.output import parts as parts_module
+from batchgen.output.file import FileOutput, write_parquet
+from batchgen.output.lines import write_json_lines
+from batchgen.output.parts import read_parts, write_part
+from batchgen.output.schema import Columns, rows_to_table
 from batchgen.types import OutputRow
+from tests.support.plans import plan_of
+from tests.support.stand_ins import Prompts
 
-SCHEMA = output_schema()
+SCHEMA = Columns().schema()
 TEMPORARY = ".out.parquet.batchgen-tmp"
-METADATA = {"batchgen": '{"model": "tales"}'}
+PLAN = plan_of()
+
+
+def merge(parts: Iterable[Path], out: Path, schema: pa.Schema, rows: int) -> None:
+    """What FileOutput.publish does with the parts of a ledger."""
+    write = write_json_lines if out.suffix == ".jsonl" else write_parquet
+    FileOutput(out, Prompts(), write).replace_rows(read_parts(parts, schema), PLAN, schema, rows)
+
+
+def check(out: Path, inputs: list[Path]) -> None:
+    FileOutput(out, Prompts(local_paths=inputs), write_parquet).check()
 
 
 def ok(row: int, sample: int = 0, prompt: str = "Once") -> OutputRow:
@@ -111,10 +126,10 @@ def test_a_part_on_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("token_ids", [False, True])
 def test_a_merge_keeps_every_row_in_order(parts_folder: Path, out_folder: Path, token_ids: bool) -> None:
-    schema = output_schema(token_ids=token_ids)
+    schema = Columns(token_ids).schema()
     parts, rows = write_parts(parts_folder, [3, 1, 10, 7], schema)
     out = out_folder / "out.parquet"
-    merge_parts(parts, out, schema, METADATA, len(rows))
+    merge(parts, out, schema, len(rows))
     table = pq.read_table(out, page_checksum_verification=True)
     assert table.schema.equals(schema)
     assert table.to_pylist() == records(rows, schema)
@@ -123,11 +138,11 @@ def test_a_merge_keeps_every_row_in_order(parts_folder: Path, out_folder: Path, 
 
 
 def test_json_lines_hold_the_same_rows(parts_folder: Path, out_folder: Path) -> None:
-    schema = output_schema(token_ids=True)
+    schema = Columns(token_ids=True).schema()
     rows = [ok(0, prompt='\u2028"\n\0\x85é\U0001f98a'), bad(1), ok(2, sample=1)]
     write_part(rows, parts_folder / "0", schema)
     out = out_folder / "out.jsonl"
-    merge_parts([parts_folder / "0"], out, schema, METADATA, 3)
+    merge([parts_folder / "0"], out, schema, 3)
     lines = out.read_bytes().split(b"\n")
     assert [json.loads(line) for line in lines[:-1]] == records(rows, schema)
     assert lines[-1] == b""
@@ -144,10 +159,11 @@ def test_row_groups_are_bounded_and_coalesced(
     folder = tmp_path_factory.mktemp("merge")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)  # hundreds of files
-        patch.setattr(writer, "GROUP_ROWS", group_rows)
-        patch.setattr(writer, "BATCH_ROWS", batch_rows)
+        for module in (file_module, parts_module):
+            patch.setattr(module, "GROUP_ROWS", group_rows)
+        patch.setattr(parts_module, "BATCH_ROWS", batch_rows)
         parts, rows = write_parts(folder, sizes)
-        merge_parts(parts, folder / "out.parquet", SCHEMA, {}, len(rows))
+        merge(parts, folder / "out.parquet", SCHEMA, len(rows))
     assert pq.read_table(folder / "out.parquet").to_pylist() == records(rows)
     metadata = pq.read_metadata(folder / "out.parquet")
     groups = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
@@ -157,9 +173,9 @@ def test_row_groups_are_bounded_and_coalesced(
 
 
 def test_a_merge_of_parts_of_a_row_holds_few_batches_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "GROUP_BATCHES", 8)
+    monkeypatch.setattr(file_module, "GROUP_BATCHES", 8)
     batches = [pa.RecordBatch.from_pydict({"row": [row]}) for row in range(100)]
-    (group,) = writer._groups(iter(batches))
+    (group,) = file_module._groups(iter(batches))
     assert len(group) <= 8
     assert pa.Table.from_batches(group)["row"].to_pylist() == list(range(100))
 
@@ -167,11 +183,11 @@ def test_a_merge_of_parts_of_a_row_holds_few_batches_at_a_time(monkeypatch: pyte
 def test_large_rows_make_small_row_groups(
     parts_folder: Path, out_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "GROUP_BYTES", 10_000)
+    monkeypatch.setattr(file_module, "GROUP_BYTES", 10_000)
     parts = [parts_folder / str(row) for row in range(9)]
     for row, part in enumerate(parts):
         write_part([ok(row, prompt="x" * 4000)], part, SCHEMA)
-    merge_parts(parts, out_folder / "o.parquet", SCHEMA, {}, 9)
+    merge(parts, out_folder / "o.parquet", SCHEMA, 9)
     assert 4 <= pq.ParquetFile(out_folder / "o.parquet").num_row_groups <= 5
 
 
@@ -182,7 +198,7 @@ def test_a_merge_does_not_depend_on_how_rows_were_cut_into_parts_but_for_row_gro
     for name, sizes in (("a", [20]), ("b", [1, 0, 19])):
         (parts_folder / name).mkdir()
         parts, rows = write_parts(parts_folder / name, sizes)
-        merge_parts(parts, out_folder / f"{name}.parquet", SCHEMA, {}, len(rows))
+        merge(parts, out_folder / f"{name}.parquet", SCHEMA, len(rows))
         tables.append(pq.read_table(out_folder / f"{name}.parquet"))
     assert tables[0].equals(tables[1])
 
@@ -194,7 +210,7 @@ def test_zero_rows_make_an_empty_file_of_the_full_schema(
 ) -> None:
     parts, _ = write_parts(parts_folder, [0] * empty_parts)
     out = out_folder / f"out.{suffix}"
-    merge_parts(parts, out, SCHEMA, METADATA, 0)
+    merge(parts, out, SCHEMA, 0)
     if suffix == "jsonl":
         assert out.read_bytes() == b""
     else:
@@ -202,17 +218,18 @@ def test_zero_rows_make_an_empty_file_of_the_full_schema(
         assert pq.read_schema(out).equals(SCHEMA)
 
 
-def test_the_manifest_is_in_the_file(parts_folder: Path, out_folder: Path) -> None:
+def test_the_plan_is_in_the_file(parts_folder: Path, out_folder: Path) -> None:
     parts, rows = write_parts(parts_folder, [2])
     out = out_folder / "out.parquet"
-    merge_parts(parts, out, SCHEMA, METADATA, len(rows))
-    assert pq.read_schema(out).metadata == {b"batchgen": b'{"model": "tales"}'}
-    assert pq.read_metadata(out).metadata[b"batchgen"] == b'{"model": "tales"}'
+    merge(parts, out, SCHEMA, len(rows))
+    assert pq.read_schema(out).metadata.keys() == {b"batchgen"}
+    for metadata in (pq.read_schema(out).metadata, pq.read_metadata(out).metadata):
+        assert json.loads(metadata[b"batchgen"]) == PLAN.to_json()
 
 
 def test_columns_are_zstd_with_page_checksums(parts_folder: Path, out_folder: Path) -> None:
     parts, rows = write_parts(parts_folder, [50])
-    merge_parts(parts, out_folder / "o.parquet", SCHEMA, {}, len(rows))
+    merge(parts, out_folder / "o.parquet", SCHEMA, len(rows))
     for path in (parts[0], out_folder / "o.parquet"):
         group = pq.read_metadata(path).row_group(0)
         assert {group.column(index).compression for index in range(group.num_columns)} == {"ZSTD"}
@@ -229,7 +246,7 @@ def test_permissions_are_those_of_a_new_file(parts_folder: Path, out_folder: Pat
     parts, rows = write_parts(parts_folder, [1])
     old = os.umask(umask)
     try:
-        merge_parts(parts, out_folder / "out.parquet", SCHEMA, {}, len(rows))
+        merge(parts, out_folder / "out.parquet", SCHEMA, len(rows))
     finally:
         os.umask(old)
     assert (out_folder / "out.parquet").stat().st_mode & 0o777 == 0o666 & ~umask
@@ -254,11 +271,11 @@ def test_the_file_is_synced_before_its_rename_and_the_folder_after(
 
     monkeypatch.setattr("os.fsync", traced_fsync)
     monkeypatch.setattr("os.replace", traced_replace)
-    merge_parts(parts, out, SCHEMA, {}, len(rows))
+    merge(parts, out, SCHEMA, len(rows))
     assert calls == [f"sync {TEMPORARY}", f"rename {TEMPORARY} out.parquet", "sync out"]
 
 
-# ---- faults: each of them must leave the previous file, or none, and no temporary
+# ---- faults: each must leave the previous file or none, and no temporary file
 
 
 def flip_a_byte(part: Path) -> None:
@@ -270,7 +287,7 @@ def flip_a_byte(part: Path) -> None:
 
 def other_columns(part: Path) -> None:
     part.unlink()
-    write_part([ok(0)], part, output_schema(token_ids=True))
+    write_part([ok(0)], part, Columns(token_ids=True).schema())
 
 
 FAULTS = {
@@ -295,7 +312,7 @@ def test_a_bad_part_leaves_the_output_as_it_was(
     if previous is not None:
         out.write_bytes(previous)
     with pytest.raises(OutputError, match=message) as caught:
-        merge_parts(parts, out, SCHEMA, METADATA, len(rows))
+        merge(parts, out, SCHEMA, len(rows))
     assert "\n" not in str(caught.value)
     assert [path.read_bytes() for path in out_folder.iterdir()] == ([] if previous is None else [previous])
 
@@ -312,7 +329,7 @@ def test_an_exception_in_the_middle_leaves_nothing(
         raise error
 
     with pytest.raises(error):
-        merge_parts(interrupted(), out_folder / f"out.{suffix}", SCHEMA, METADATA, 30)
+        merge(interrupted(), out_folder / f"out.{suffix}", SCHEMA, 30)
     assert list(out_folder.iterdir()) == []
 
 
@@ -324,7 +341,7 @@ def test_a_full_disk_is_an_output_error_and_leaves_nothing(parts_folder: Path, o
     size = sum(path.stat().st_size for path in parts_folder.iterdir())
     for limit in (0, 100, size // 2, size - 200):
         with file_size_limit(limit), pytest.raises(OutputError, match=r"out\.\w+: cannot be written: File too large;"):
-            merge_parts([parts_folder / "0"], out, SCHEMA, METADATA, len(rows))
+            merge([parts_folder / "0"], out, SCHEMA, len(rows))
         assert list(out_folder.iterdir()) == []
 
 
@@ -339,36 +356,36 @@ def test_a_failing_disk_is_an_output_error_and_leaves_nothing(
 
     monkeypatch.setattr(call, fail)
     with pytest.raises(OutputError, match="cannot be written: Input/output error"):
-        merge_parts(parts, out_folder / "out.parquet", SCHEMA, {}, len(rows))
+        merge(parts, out_folder / "out.parquet", SCHEMA, len(rows))
     assert list(out_folder.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_cleared_away(parts_folder: Path, out_folder: Path) -> None:
+def test_a_temporary_file_of_a_killed_run_is_removed(parts_folder: Path, out_folder: Path) -> None:
     parts, rows = write_parts(parts_folder, [5])
     (out_folder / TEMPORARY).write_bytes(b"half a file")
-    merge_parts(parts, out_folder / "out.parquet", SCHEMA, {}, len(rows))
+    merge(parts, out_folder / "out.parquet", SCHEMA, len(rows))
     assert [path.name for path in out_folder.iterdir()] == ["out.parquet"]
 
 
-# ---- check_output
+# ---- the check before the run
 
 
 def test_a_good_output_path_passes_and_is_not_made(out_folder: Path) -> None:
     for name in ("new.parquet", "new.jsonl", "NEW.PARQUET"):
-        check_output(out_folder / name, [])
+        check(out_folder / name, [])
     assert list(out_folder.iterdir()) == []
 
 
 def test_a_previous_output_passes_untouched(out_folder: Path) -> None:
     (out_folder / "old.parquet").write_bytes(b"old")
-    check_output(out_folder / "old.parquet", [out_folder / "missing.jsonl"])
+    check(out_folder / "old.parquet", [out_folder / "missing.jsonl"])
     assert [path.read_bytes() for path in out_folder.iterdir()] == [b"old"]
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out", "out.parquet.gz", ".parquet"])
 def test_an_unknown_suffix_is_a_usage_error(out_folder: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"neither of \.parquet, \.jsonl"):
-        check_output(out_folder / name, [])
+    with pytest.raises(UsageError, match=r"not one of \.parquet, \.jsonl"):
+        check(out_folder / name, [])
 
 
 def test_the_input_itself_is_refused_under_any_name(out_folder: Path) -> None:
@@ -377,7 +394,7 @@ def test_the_input_itself_is_refused_under_any_name(out_folder: Path) -> None:
     (out_folder / "hard.jsonl").hardlink_to(source)
     for out in (source, out_folder / ".." / "out" / "in.jsonl", out_folder / "hard.jsonl"):
         with pytest.raises(OutputError, match="this is the input"):
-            check_output(out, [out_folder / "missing.jsonl", source])
+            check(out, [out_folder / "missing.jsonl", source])
 
 
 def test_what_a_rename_cannot_replace_is_refused(out_folder: Path) -> None:
@@ -393,17 +410,17 @@ def test_what_a_rename_cannot_replace_is_refused(out_folder: Path) -> None:
         ("pipe", "a pipe or device"),
     ]:
         with pytest.raises(OutputError, match=message):
-            check_output(out_folder / f"{name}.jsonl", [])
+            check(out_folder / f"{name}.jsonl", [])
 
 
-def test_a_folder_that_is_not_there_or_none_is_refused(out_folder: Path) -> None:
+def test_a_missing_folder_and_a_file_in_its_place_are_refused(out_folder: Path) -> None:
     (out_folder / "file").write_bytes(b"")
     with pytest.raises(OutputError, match=r"is no such folder; create it \(mkdir -p\)"):
-        check_output(out_folder / "missing" / "o.parquet", [])
+        check(out_folder / "missing" / "o.parquet", [])
     with pytest.raises(OutputError, match="is not a folder"):
-        check_output(out_folder / "file" / "o.parquet", [])
+        check(out_folder / "file" / "o.parquet", [])
     with pytest.raises(OutputError, match="cannot be written: File name too long"):
-        check_output(out_folder / ("x" * 300 + ".parquet"), [])
+        check(out_folder / ("x" * 300 + ".parquet"), [])
 
 
 def test_a_folder_that_takes_no_files_is_refused(out_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,4 +429,4 @@ def test_a_folder_that_takes_no_files_is_refused(out_folder: Path, monkeypatch: 
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(OutputError, match="the folder cannot be written: Read-only file system; choose another"):
-        check_output(out_folder / "o.parquet", [])
+        check(out_folder / "o.parquet", [])

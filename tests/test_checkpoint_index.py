@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from batchgen.errors import ModelError
-from batchgen.models.bundle import check_index
+from batchgen.models.checkpoint_index import check_index
 from tests.support.fuzz_formats import CRC32C, masked
 
 DATA_BYTES = 4 * 50 * 8
@@ -33,7 +33,7 @@ def entry(shape: tuple[int, ...] = (50, 8), dtype: int = 1, offset: int = 0, **m
 
 
 def block(entries: list[tuple[bytes, bytes]]) -> bytes:
-    """One restart point, whole keys; with its type and checksum behind it."""
+    """A block with one restart point and whole keys, followed by its type and checksum."""
     body = b"".join(varint(0) + varint(len(key)) + varint(len(value)) + key + value for key, value in entries)
     body += (0).to_bytes(4, "little") + (1).to_bytes(4, "little") + b"\0"
     crc = 0xFFFFFFFF
@@ -60,7 +60,7 @@ def check(tmp_path: Path, text: bytes) -> None:
     check_index(tmp_path / "i", tmp_path / "d")
 
 
-def test_a_plain_index_is_taken(tmp_path: Path) -> None:
+def test_a_plain_index_is_accepted(tmp_path: Path) -> None:
     check(tmp_path, table([HEADER, (b"model/wpe", entry((10, 8))), (b"model/wte", entry((40, 8), offset=320))]))
     check(tmp_path, table([HEADER, (b"scalar", entry(()))]))
 
@@ -73,22 +73,22 @@ def test_a_plain_index_is_taken(tmp_path: Path) -> None:
         ([HEADER, HEADER], "keys are out of order"),
         ([(b"", field(1, 2))], "the header is not that of one little-endian data file"),
         ([(b"", field(1, 1) + field(2, 1))], "the header is not that of one"),
-        ([(b"", field(9, 1))], "field 9 of type 0 is none of a plain tensor's"),
+        ([(b"", field(9, 1))], "field 9 of type 0 does not belong to a plain tensor"),
         ([HEADER, (b"a", entry(dtype=9))], "'a': expected float32, found type 9"),
-        ([HEADER, (b"a", entry(offset=4))], "it ends before 'a', at byte 1604, does"),
+        ([HEADER, (b"a", entry(offset=4))], "it ends before 'a' does, at byte 1604"),
         ([HEADER, (b"a", entry(size=8))], r"'a': 8 bytes are not of shape \[50, 8\]"),
         ([HEADER, (b"a", entry(offset=2**62))], "it ends before 'a'"),
         ([HEADER, (b"a", entry((2**62, 2**62), size=16))], "bytes are not of shape"),
         ([HEADER, (b"a", entry((1,) * 9))], "bytes are not of shape"),
         ([HEADER, (b"a", entry() + field(3, 1))], "or not in the first data file"),
-        ([HEADER, (b"a", entry() + field(7, b""))], "field 7 of type 2 is none of a plain tensor's"),
-        ([HEADER, (b"a", entry() + field(1, 1))], "a field is there twice"),
-        ([HEADER, (b"a", entry() + b"\x2d\1")], "a field is there twice|a field is cut off|none of a plain"),
+        ([HEADER, (b"a", entry() + field(7, b""))], "field 7 of type 2 does not belong to a plain tensor"),
+        ([HEADER, (b"a", entry() + field(1, 1))], "a field occurs twice"),
+        ([HEADER, (b"a", entry() + b"\x2d\1")], "a field occurs twice|a field is cut off|does not belong to a plain"),
         ([HEADER, (b"a", b"\x08" + b"\xff" * 11)], "a number is cut off or too large"),
         ([HEADER, (b"\xff", entry())], "can't decode byte 0xff"),
     ],
 )
-def test_any_other_entry_is_refused(entries: list[tuple[bytes, bytes]], message: str, tmp_path: Path) -> None:
+def test_an_invalid_entry_is_refused(entries: list[tuple[bytes, bytes]], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"cannot be read .*{message}.*download the checkpoint again"):
         check(tmp_path, table(entries))
 
@@ -103,18 +103,18 @@ def test_any_other_entry_is_refused(entries: list[tuple[bytes, bytes]], message:
         (table([HEADER]) * 90_000, "it is larger than 4194304 bytes"),
     ],
 )
-def test_what_is_no_table_is_refused(text: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_table_is_refused(text: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
         check(tmp_path, text)
 
 
-def test_every_cut_and_every_flipped_bit_is_refused_or_read(tmp_path: Path) -> None:
+def test_every_truncation_is_refused_and_every_flipped_bit_is_refused_or_read(tmp_path: Path) -> None:
     whole = table([HEADER, (b"model/wpe", entry((10, 8)))])
     for n in range(len(whole)):
         with pytest.raises(ModelError, match="cannot be read"):
             check(tmp_path, whole[:n])
     for bit in range(8 * len(whole)):
-        with suppress(ModelError):  # most; the others are checksums, which TensorFlow compares, and padding
+        with suppress(ModelError):  # not for bits of checksums, which TensorFlow compares, and of padding
             check(tmp_path, _flipped(whole, bit))
 
 

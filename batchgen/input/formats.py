@@ -1,0 +1,185 @@
+"""What the input formats share: the three functions of each, the records that they return, and a few checks."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BufferedReader
+from typing import Protocol
+
+import pyarrow as pa
+
+from batchgen.errors import InputError, UsageError
+from batchgen.input.kept import Column, kept_batch, take_rows, text_array
+from batchgen.input.parameters import parameter_names
+from batchgen.input.sources import UNPACKING_ERRORS, Source
+from batchgen.input.words import describe_missing, first_line
+from batchgen.job import DEFAULT_ID_COLUMN, InputOptions
+from batchgen.options import say, shown
+from batchgen.types import Rejected, Request, SamplingParams
+
+BATCH_ROWS = 1_024  # rows of a text format that are in memory at a time, or fewer if they are large:
+BATCH_BYTES = 16 * 2**20
+
+# the first bytes of files that users often pass by mistake: what they are, and the remedy
+_OTHER_FORMATS = (
+    (b"\xff\xfe", "UTF-16 text", "save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "save it as UTF-8"),
+    (b"{\0", "UTF-16 text", "save it as UTF-8"),
+    (b"\0{", "UTF-16 text", "save it as UTF-8"),
+    (b"PAR1", "a Parquet file", "name it .parquet"),
+    (b"\x1f\x8b", "a gzip file", "name it .jsonl.gz, or unpack it if it was packed twice"),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", "name it .jsonl.zst, or unpack it if it was packed twice"),
+    (b"BZh", "a bzip2 file", "unpack it"),
+    (b"\xfd7zXZ", "an xz file", "unpack it"),
+    (b"PK\x03\x04", "a zip file", "unpack it"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the check of a file finds: the names of its columns, and whether it is one of OpenAI's batch files."""
+
+    names: list[str]  # in JSON lines, the keys of the first rows
+    openai: bool | None = False  # None: it has no row
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """What the scan of a file finds, of the whole file."""
+
+    rows: int
+    sha256: str  # of the stored bytes, in hex
+    bytes: int
+    logprobs: bool  # a row may ask for them
+    columns: Mapping[str, Column]  # the kept columns that the file itself has
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a pass makes requests of rows, and the columns that it keeps."""
+
+    options: InputOptions
+    params: SamplingParams  # of a row that gives none of its own
+    kept: pa.Schema
+    openai: bool
+    custom_ids: dict[str, str] = field(default_factory=dict)  # of OpenAI's batch files so far, each with its place
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of an input, and what the output carries of each."""
+
+    items: Sequence[Request | Rejected]
+    kept: pa.Table | None  # a row for each item; None: nothing is kept
+
+    def take(self, indices: Sequence[int]) -> "Rows":
+        """The rows at these indices."""
+        kept = None if self.kept is None else take_rows(self.kept, indices)
+        return Rows([self.items[index] for index in indices], kept)
+
+
+class Format(Protocol):
+    """The functions of a format's module. Each opens the file once; InputError if it cannot be read as this format."""
+
+    def check(self, source: Source, options: InputOptions) -> Found:
+        """Read the start of the file and refuse what cannot be an input; a single bad row is not refused."""
+
+    def scan(self, source: Source, keep: Sequence[str]) -> Scanned:
+        """Read the whole file: count its rows, hash its bytes, find the types of kept columns."""
+
+    def read(self, source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:
+        """Yield every row in order, numbered from first_row, in batches of bounded size."""
+
+
+class BadRow(Exception):
+    """The reason why a row is not a request, and the parts of it that could be read."""
+
+    def __init__(self, reason: str, id_: str | None = None, prompt: str | None = None) -> None:
+        super().__init__(reason, id_, prompt)
+        self.reason, self.id, self.prompt = reason, id_, prompt
+
+    def reject(self, row: int, place: str) -> Rejected:
+        """The row as it appears in the output."""
+        return Rejected(row, place, self.id, self.prompt, f"{place}: {self.reason}")
+
+
+# ---- checks
+
+
+def check_first_bytes(file: BufferedReader, source: Source) -> None:
+    """Raise InputError if a file at its start is damaged, or of a format that is often passed by mistake."""
+    try:
+        start = file.peek(8)
+    except UNPACKING_ERRORS as error:
+        what = f"not a {source.packing} file, or a damaged one" if source.packing else "cannot be read"
+        raise InputError(f"{source.where}: {what} ({first_line(error)}); fetch or pack it again") from error
+    for magic, what, remedy in _OTHER_FORMATS:
+        if start.startswith(magic):
+            wanted = "JSON lines" if source.format == "jsonl" else source.format.upper()
+            raise InputError(f"{source.where}: this is {what}, not {wanted}; {remedy}")
+
+
+def needed_columns(options: InputOptions) -> dict[str, str]:
+    """The columns that an input must have, by option; only the default id column may be absent."""
+    columns = {"prompt_column": options.prompt_column}
+    if options.id_column != DEFAULT_ID_COLUMN:
+        columns["id_column"] = options.id_column
+    return columns
+
+
+def find_columns(names: Sequence[str], source: Source, options: InputOptions) -> list[str]:
+    """The columns to read of a file with a header: prompt, id and parameters.
+
+    Raises InputError if a needed or kept column is missing or there twice, or a parameter's name is misspelled.
+    """
+    for option, column in needed_columns(options).items():
+        if column not in names:
+            raise InputError(f"{source.where}: {describe_missing(column, option, names, 'column')}")
+    request = (options.prompt_column, options.id_column)
+    columns = [name for name in dict.fromkeys(request) if name in names]
+    if options.row_params:
+        try:
+            columns += parameter_names(dict.fromkeys(names), request)
+        except UsageError as error:
+            raise InputError(f"{source.where}: column {error}, or pass {say('row_params', False)}") from error
+    for name in (*columns, *options.keep):
+        if (times := names.count(name)) > 1:
+            raise InputError(f"{source.where}: {times} columns are called {shown(name)}; rename all but one")
+    return columns
+
+
+# ---- batches
+
+
+def batch_rows(
+    rows: Iterable[tuple[Request | Rejected, Mapping[str, object], int]],
+    names: Sequence[str],
+    source: Source,
+    schema: pa.Schema,
+) -> Iterator[Rows]:
+    """Yield rows of a text format in batches; a row comes with its fields and its bytes.
+
+    names: the kept columns that are in the fields; schema: all kept columns. Rows before an InputError are yielded.
+    """
+    items: list[Request | Rejected] = []
+    values: dict[str, list[object]] = {name: [] for name in names}
+    size = 0
+    try:
+        for item, fields, length in rows:
+            items.append(item)
+            for name, column in values.items():
+                column.append(fields.get(name))
+            size += length
+            if len(items) == BATCH_ROWS or size >= BATCH_BYTES:
+                yield _make_rows(items, values, source, schema)
+                items, values, size = [], {name: [] for name in names}, 0
+    except InputError:
+        yield _make_rows(items, values, source, schema)
+        raise
+    yield _make_rows(items, values, source, schema)
+
+
+def _make_rows(
+    items: list[Request | Rejected], values: dict[str, list[object]], source: Source, schema: pa.Schema
+) -> Rows:
+    arrays = {name: text_array(column, schema.field(name), source) for name, column in values.items()}
+    return Rows(items, kept_batch(source, schema, arrays, len(items)) if schema.names else None)

@@ -1,0 +1,263 @@
+"""Options, declared once: a field of a record says what it is on the command line, in a row and in Python.
+
+A record is a frozen dataclass whose fields are made by `option`. The command line is built from the declarations
+(jobs/flatten.py), `arguments` turns a record back into the words of a command, `check_ranges` holds a record to what
+its fields may be, and `say` names an option in an error as the caller knows it.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any, TypeVar
+
+from batchgen.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option: what --help says, how it is spelled, and which values it may have."""
+
+    help: str
+    panel: str = ""  # its group in --help
+    flag: str = ""  # on the command line; empty: the field's name
+    off: str | None = ""  # of a boolean, the flag that unsets it; empty: --no-NAME; None: there is none
+    short: str = ""  # -n
+    metavar: str | None = None
+    key: str = ""  # the name in errors, if the field's own is not unique; empty: the field's name
+    within: tuple[float, float, str] | None = None  # lowest, highest, and the range in words
+    choices: tuple[str, ...] = ()
+    parse: Callable[[str], Any] | None = None  # the text of the command line; ValueError says what is wrong with it
+    show: Callable[[Any], str | None] = str  # the reverse; None: not given
+    argument: bool = False  # given by its position
+
+
+def option(default: Any, help: str, panel: str = "", **declared: Any) -> Any:
+    """A dataclass field with an Option; see there. default MISSING: it must be given."""
+    metadata = {"option": Option(help=help, panel=panel, **declared)}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+def options_of(record: Any) -> dict[str, Option]:
+    """The options of a record or of its type, by field."""
+    fields = dataclasses.fields(record)
+    return {one.name: one.metadata["option"] for one in fields if "option" in one.metadata}
+
+
+def flag_of(name: str, declared: Option) -> str:
+    """max_tokens -> --max-tokens"""
+    return declared.flag or f"--{name.replace('_', '-')}"
+
+
+def off_flag_of(name: str, declared: Option) -> str | None:
+    """share_prefixes -> --no-share-prefixes; None if the flag can only be set."""
+    return f"--no-{flag_of(name, declared)[2:]}" if declared.off == "" else declared.off
+
+
+# ---- a record as words of a command line
+
+
+def arguments(record: Any) -> Iterator[str]:
+    """The words of a command line that make this record, without arguments and what has its default.
+
+    SamplingParams(max_tokens=8, stop=("a", "-b")) -> --max-tokens 8 --stop a --stop=-b
+    """
+    for one in dataclasses.fields(record):
+        declared = one.metadata.get("option")
+        value = getattr(record, one.name)
+        if declared is not None and not declared.argument and value != one.default:
+            yield from words_of(one.name, declared, value)
+
+
+def words_of(name: str, declared: Option, value: Any) -> Iterator[str]:
+    """The words that give one option this value; none for (), None, and False without an off flag."""
+    flag = flag_of(name, declared)
+    if isinstance(value, bool):
+        words = flag if value else off_flag_of(name, declared)
+        yield from [words] if words else []
+        return
+    for item in value if isinstance(value, tuple) and declared.parse is None else (value,):
+        if item is not None:
+            yield from with_value(flag, str(declared.show(item)))
+
+
+def with_value(flag: str, text: str) -> Iterator[str]:
+    """--stop a -> two words; --stop=-a -> one, because a word that begins with a dash would be an option."""
+    yield from (f"{flag}={text}",) if text.startswith("-") else (flag, text)
+
+
+# ---- names in errors
+
+_flags: dict[str, tuple[str, str | None]] = {}  # by name: the flag, and the one that unsets it
+
+
+def use_flags(flags: Mapping[str, tuple[str, str | None]]) -> None:
+    """Name options by their flags from here on: errors of this process are read at a command line."""
+    _flags.clear()
+    _flags.update(flags)
+
+
+def flags_in_use() -> dict[str, tuple[str, str | None]]:
+    """What another process needs for `use_flags`."""
+    return dict(_flags)
+
+
+def flags_of(records: Iterable[Any]) -> dict[str, tuple[str, str | None]]:
+    """The flags of some types of records, for `use_flags`."""
+    return {
+        declared.key or name: (flag_of(name, declared), off_flag_of(name, declared))
+        for record in records
+        for name, declared in options_of(record).items()
+    }
+
+
+def say(name: str, value: object = None) -> str:
+    """An option, or an option with a value, as the reader of an error writes it.
+
+    say("on_too_long", "shorten") -> `--on-too-long shorten` at a command line, `on_too_long='shorten'` in Python
+    """
+    flag, off = _flags.get(name, ("", None))
+    if not flag:
+        return name if value is None else f"{name}={value!r}"
+    if value is None or value is True:
+        return flag
+    return (off or f"no {flag}") if value is False else f"{flag} {value}"
+
+
+# ---- ranges
+
+
+def check_ranges(record: Any) -> None:
+    """Raise UsageError, with the range, for a field that is out of it; None passes where it is the default."""
+    for one in dataclasses.fields(record):
+        declared: Option | None = one.metadata.get("option")
+        value = getattr(record, one.name)
+        if declared is None or (value is None and one.default is None):
+            continue
+        if declared.choices and value not in declared.choices:
+            raise UsageError(f"{one.name} {shown(value)} is none of {', '.join(declared.choices)}; choose one of these")
+        if declared.within:
+            low, high, words = declared.within
+            number = is_number(value) and not (isinstance(low, int) and isinstance(value, float))
+            if not number or not low <= value <= high:
+                raise UsageError(f"{one.name} {shown(value)} is out of range ({words})")
+        elif isinstance(one.default, bool) and not isinstance(value, bool):
+            raise UsageError(f"{one.name} {shown(value)} is out of range (true or false)")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; every integer is, however long (too long for math.isfinite)."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (isinstance(value, float) and math.isfinite(value))
+
+
+def shown(value: object) -> str:
+    """repr, of bounded length and of printable characters: a row of the input may hold anything."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"({type(value).__name__}, nested too deeply)"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---- how values are written on a command line
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_auto(parse: Callable[[str], T]) -> Callable[[str], T | None]:
+    """Also accept `auto`, which is None."""
+    return lambda text: None if text == "auto" else parse(text)
+
+
+def show_auto(value: int | None) -> str:
+    """The reverse."""
+    return "auto" if value is None else str(value)
+
+
+def parse_count(text: str) -> int:
+    """A whole number from 1."""
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+        raise ValueError(f"{text!r}: must be a whole number from 1 on, or auto")
+    return int(text)
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes: `1536M` -> 1610612736."""
+    match = re.fullmatch(r"(\d{1,15})([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r}: not a size; write it as 1536M or 2G")
+    if not int(match[1]):
+        raise ValueError(f"{text!r} is out of range (a byte or more); leave it out: it is automatic then")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds: `90` and `90s` -> 90.0, `50m` -> 3000.0, `1h30m` -> 5400.0."""
+    parts = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text)
+    seconds = sum(float(number) * _SECONDS[unit or "s"] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < 1e9:
+        raise ValueError(f"{text!r}: not a time; write it as 90s, 50m or 1h30m")
+    return seconds
+
+
+def show_duration(seconds: float | None) -> str | None:
+    """90.0 -> `90s`"""
+    return None if seconds is None else f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
+
+
+def parse_token_ids(text: str) -> tuple[int, ...]:
+    """`198,13` -> (198, 13)"""
+    return tuple(_parse_token_id(part) for part in text.split(",") if part)
+
+
+def show_token_ids(value: tuple[int, ...]) -> str:
+    """(198, 13) -> `198,13`"""
+    return ",".join(map(str, value))
+
+
+def parse_biases(text: str) -> tuple[tuple[int, float], ...]:
+    """`198=-100,464=2.5` -> ((198, -100.0), (464, 2.5))"""
+    return tuple(dict(map(_parse_bias, filter(None, text.split(",")))).items())
+
+
+def show_biases(value: tuple[tuple[int, float], ...]) -> str:
+    """((198, -100.0), (464, 2.5)) -> `198=-100.0,464=2.5`"""
+    return ",".join(f"{token}={float(bias)!r}" for token, bias in value)
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    number = _parse_token_id(token)
+    try:
+        return number, float(bias)
+    except ValueError as error:
+        raise ValueError(f"{text!r}: write it as a token id and a number, such as 198=-100") from error
+
+
+def _parse_token_id(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
+        raise ValueError(f"{text!r}: not a token id; write whole numbers from 0 on")
+    return int(text)
+
+
+# ---- fields whose text is parsed; None is automatic
+
+
+def count(help: str, panel: str, **declared: Any) -> Any:
+    """A field for a whole number from 1."""
+    return option(None, help, panel, parse=parse_auto(parse_count), show=show_auto, **declared)
+
+
+def size(help: str, panel: str, **declared: Any) -> Any:
+    """A field for a number of bytes."""
+    return option(None, help, panel, parse=parse_auto(parse_size), show=show_auto, **declared)
+
+
+def duration(help: str, panel: str, **declared: Any) -> Any:
+    """A field for seconds; None: no limit."""
+    return option(None, help, panel, metavar="TIME", parse=parse_duration, show=show_duration, **declared)

@@ -1,0 +1,127 @@
+"""A file of all rows: Parquet, JSON lines, or answers to an OpenAI batch file.
+
+Closing a pq.ParquetWriter writes a valid footer over whatever it got so far, after an exception too, so nothing is
+ever written under the final name: only a file that was closed, counted and synced is renamed to it.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import pyarrow as pa
+
+from batchgen.errors import OutputError, UsageError
+from batchgen.files import replacing
+from batchgen.input.prompts import Facts, Prompts
+from batchgen.options import say
+from batchgen.output.ledger import Ledger
+from batchgen.output.parts import GROUP_ROWS, open_writer, read_parts
+from batchgen.output.place import SUFFIXES, check_folder, output_errors, refuse_input, refuse_link
+from batchgen.output.rows import Rows
+from batchgen.output.schema import Columns, choose_columns
+from batchgen.plan import Plan
+from batchgen.types import SamplingParams
+
+GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
+GROUP_BATCHES = 512
+METADATA_KEY = "batchgen"  # in a Parquet file's own metadata: the plan
+
+WriteRows: TypeAlias = Callable[[Iterable[pa.RecordBatch], BinaryIO, pa.Schema, Plan], None]
+
+
+def _groups(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    """Gather small batches into row groups of up to GROUP_ROWS rows and about GROUP_BYTES bytes."""
+    group: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in batches:
+        if group and (rows + len(batch) > GROUP_ROWS or size + batch.nbytes > GROUP_BYTES):
+            yield group
+            group, rows, size = [], 0, 0
+        if len(group) == GROUP_BATCHES:  # most of a batch of few rows is its own administration, 16 KB
+            group = pa.Table.from_batches(group).combine_chunks().to_batches()
+        group.append(batch)
+        rows += len(batch)
+        size += batch.nbytes
+    if group:
+        yield group
+
+
+def write_groups(batches: Iterable[pa.RecordBatch], file: BinaryIO, schema: pa.Schema) -> None:
+    with open_writer(file, schema) as writer:
+        for group in _groups(batches):
+            writer.write_table(pa.Table.from_batches(group, schema), row_group_size=GROUP_ROWS)
+
+
+def write_parquet(batches: Iterable[pa.RecordBatch], file: BinaryIO, schema: pa.Schema, plan: Plan) -> None:
+    """Row groups of bounded size, with the plan in the file's own metadata; reading.read_plan reads it."""
+    metadata = {METADATA_KEY: json.dumps(plan.to_json(), sort_keys=True)}
+    write_groups(batches, file, schema.with_metadata(metadata))
+
+
+def count_rows(batches: Iterable[pa.RecordBatch], expected: int, path: Path) -> Iterator[pa.RecordBatch]:
+    """Yield the batches, and raise OutputError after the last unless they held the expected number of rows."""
+    rows = 0
+    for batch in batches:
+        rows += len(batch)
+        yield batch
+    if rows != expected:
+        remedy = f"run again with {say('restart', True)}"
+        raise OutputError(f"{path}: the parts hold {rows} rows, not {expected}; {remedy}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileOutput:
+    """A file that `write` fills with all rows; it appears complete or not at all."""
+
+    path: Path
+    prompts: Prompts
+    write: WriteRows
+    token_ids: bool = False
+    has_answers: bool = False  # to an OpenAI batch file
+
+    @property
+    def where(self) -> Path:
+        return self.path
+
+    @property
+    def format(self) -> str:
+        return self.path.suffix.lower().lstrip(".")
+
+    def check(self) -> None:
+        """Raise OutputError or UsageError for a path that cannot become a file, or must not be replaced by one."""
+        path, inputs = self.path, self.prompts.local_paths
+        if path.suffix.lower() not in SUFFIXES:
+            what = f"the suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}"
+            raise UsageError(f"{path}: {what}; name the output so")
+        with output_errors(path):
+            refuse_link(path)
+            if path.is_dir():
+                remedy = f"name a file in it, such as {path / 'completions.parquet'}"
+                raise OutputError(f"{path}: a directory; {remedy}, or pass {say('output_format', 'dataset')}")
+            if path.exists() and not path.is_file():
+                raise OutputError(f"{path}: a pipe or device, which cannot be replaced at once; name a regular file")
+            refuse_input(path, inputs)
+        check_folder(path, inputs)
+
+    def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
+        columns = choose_columns(self.prompts, facts, sampling, token_ids=self.token_ids)
+        if self.has_answers and columns.logprobs:  # an answer has the text of each token
+            return replace(columns, token_ids=True)
+        return columns
+
+    def rows_to_do(self, facts: Facts) -> Rows:
+        return Rows(facts.rows)
+
+    def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
+        return ledger.adopt(plan, automatic, restart)
+
+    def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
+        """Merge the parts; memory is one row group, whatever their number."""
+        self.replace_rows(read_parts(ledger.parts(), schema), plan, schema, rows)
+
+    def replace_rows(self, batches: Iterable[pa.RecordBatch], plan: Plan, schema: pa.Schema, rows: int) -> None:
+        """Make these batches the file; OutputError unless they hold `rows` rows and can be written."""
+        with output_errors(self.path), replacing(self.path) as file:
+            self.write(count_rows(batches, rows, self.path), file, schema, plan)

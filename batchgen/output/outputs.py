@@ -1,0 +1,122 @@
+"""Outputs: where the rows of a run go. One protocol, and the choice among its implementations."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import pyarrow as pa
+
+from batchgen.errors import UsageError
+from batchgen.input.prompts import Facts, Prompts
+from batchgen.job import OutputOptions
+from batchgen.options import say
+from batchgen.output.dataset import Dataset
+from batchgen.output.file import FileOutput, write_parquet
+from batchgen.output.ledger import Ledger
+from batchgen.output.lines import write_json_lines
+from batchgen.output.openai import answers_writer
+from batchgen.output.place import is_json_lines
+from batchgen.output.retried import RetriedFile
+from batchgen.output.rows import Rows
+from batchgen.output.schema import Columns, check_keep
+from batchgen.output.store import is_address, open_store, parse_address
+from batchgen.output.upload import DatasetUpload, FileUpload
+from batchgen.plan import Plan
+from batchgen.text.tokenizer import Tokenizer
+from batchgen.types import SamplingParams
+
+LoadTokenizer: TypeAlias = Callable[[], Tokenizer]
+
+
+class Output(Protocol):
+    """Where rows go. A run calls the methods in this order; at every instant the output is absent, old or complete."""
+
+    @property
+    def where(self) -> Path | str:
+        """Its name for people: the path, or the address without keys."""
+
+    @property
+    def path(self) -> Path:
+        """The work directory and the status file are beside it; for a store, a stand-in in work_dir."""
+
+    @property
+    def format(self) -> str:
+        """What the plan says: parquet, jsonl or dataset."""
+
+    def check(self) -> None:
+        """Raise a BatchgenError for a place that cannot be written or must not be replaced; nothing stays changed."""
+
+    def rows_to_do(self, facts: Facts) -> Rows:
+        """The input rows to generate: all, or the failed ones of a finished output."""
+
+    def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
+        """The columns of every row, fixed before the first."""
+
+    def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
+        """Adopt the plan, or the plan of the run to resume, and hold the place; returns the plan that holds.
+
+        automatic names the fields of the plan that nobody asked for. Raises UsageError naming what differs.
+        """
+
+    def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
+        """Make the committed parts the output, which must then hold so many rows."""
+
+
+def work_folder(options: OutputOptions) -> Path:
+    """The folder of the work directory: the output's own; for an address, work_dir or the current folder."""
+    return (options.work_dir or Path()) if is_address(str(options.path)) else Path(options.path).parent
+
+
+def _make_file(path: Path, options: OutputOptions, prompts: Prompts, load_tokenizer: LoadTokenizer) -> FileOutput:
+    """A file output of the kind that the suffix, the input and the options ask for."""
+    has_answers = prompts.openai and is_json_lines(path)
+    if has_answers and prompts.options.keep:
+        remedy = "name the output .parquet"
+        raise UsageError(f"{say('keep')}: OpenAI's lines have no place for other columns; {remedy}")
+    if has_answers:
+        write = answers_writer(load_tokenizer)
+    else:
+        write = write_json_lines if is_json_lines(path) else write_parquet
+    kind = RetriedFile if options.retry_failed else FileOutput
+    return kind(path, prompts, write, options.token_ids, has_answers)
+
+
+def _open_local(text: str, options: OutputOptions, prompts: Prompts, load_tokenizer: LoadTokenizer) -> Output:
+    path = Path(text)
+    if options.work_dir is not None:
+        remedy = "leave it out, or name s3://bucket/..."
+        raise UsageError(f"{say('work_dir')}: a local output keeps its work beside it; {remedy}")
+    if not path.name:
+        raise UsageError(f"{say('output')} {text!r} is not a file name; name one, such as completions.parquet")
+    if options.format == "file":
+        return _make_file(path, options, prompts, load_tokenizer)
+    if options.retry_failed:
+        what = "wants a finished .parquet file, and this is a dataset"
+        raise UsageError(f"{path}: {say('retry_failed', True)} {what}")
+    return Dataset(path, prompts, options.token_ids)
+
+
+def _open_upload(text: str, options: OutputOptions, prompts: Prompts, load_tokenizer: LoadTokenizer) -> Output:
+    address = parse_address(text, dataset=options.format == "dataset")
+    if options.retry_failed:
+        what = f"{say('retry_failed', True)} is for an output that is a local file"
+        remedy = "download the file, retry its rows there, and upload it"
+        raise UsageError(f"{address.where}: {what}; {remedy}")
+    path = work_folder(options) / address.last
+    store = open_store(address)
+    if address.name:
+        return FileUpload(_make_file(path, options, prompts, load_tokenizer), address, store)
+    return DatasetUpload(Dataset(path, prompts, options.token_ids), address, store)
+
+
+def open_output(options: OutputOptions, prompts: Prompts, load_tokenizer: LoadTokenizer) -> Output:
+    """The output that the options ask for, after its check; BatchgenError if the place cannot be used.
+
+    load_tokenizer is called if an answer to an OpenAI batch file names tokens.
+    """
+    check_keep(prompts.options.keep)
+    text = str(options.path)
+    choose = _open_upload if is_address(text) else _open_local
+    output = choose(text, options, prompts, load_tokenizer)
+    output.check()
+    return output

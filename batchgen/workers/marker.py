@@ -1,0 +1,133 @@
+"""The marker of a worker: a small mapped file with what the worker does now. It outlives the worker.
+
+The process that waits for the worker reads it: to show progress, to find a worker that hangs, and to find the rows
+that ended a worker.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from batchgen.engine.engine import LARGEST_BATCH
+
+MAX_ROWS = 2 * LARGEST_BATCH
+
+RECORD = np.dtype(
+    [
+        ("pulse", np.int64),  # changes with everything that the worker does
+        ("working", np.int64),  # 1: on a chunk, 0: idle
+        ("chunk", np.int64),
+        ("rows", np.int64),  # of the chunk that are done
+        ("prompt_tokens", np.int64),  # of these rows
+        ("completion_tokens", np.int64),  # of all rows so far
+        ("n_suspects", np.int64),
+        ("n_running", np.int64),
+        ("in_flight", np.int64, MAX_ROWS),  # [n_suspects + n_running] rows, the suspects first
+    ]
+)
+COUNTS = ("rows", "prompt_tokens", "completion_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What a marker says: the worker's chunk, what is done of it, and the rows in flight.
+
+    suspects are the rows that the worker has just begun to read, or is about to write down: if a row ends its worker,
+    it is most likely one of these. running are the other rows of the step.
+    """
+
+    pid: int
+    pulse: int
+    working: bool
+    chunk: int
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    suspects: tuple[int, ...]
+    running: tuple[int, ...]
+
+    @property
+    def in_flight(self) -> tuple[int, ...]:
+        return self.suspects + self.running
+
+
+class Marker:
+    """Writes one record, a few microseconds per step; the pulse last, when the rest is there."""
+
+    def __init__(self, record: npt.NDArray[np.void], chunk: int = 0) -> None:
+        """record [1]: of type RECORD, mapped (see `open`) or in memory."""
+        self._record: np.void = record[0]  # a view
+        self._in_flight: npt.NDArray[np.int64] = self._record["in_flight"]
+        self._record["chunk"] = chunk
+        for name in (*COUNTS, "n_suspects", "n_running"):
+            self._record[name] = 0
+        self._record["working"] = 1
+        self._record["pulse"] += 1
+
+    @classmethod
+    def open(cls, directory: Path, chunk: int) -> "Marker":
+        """The marker of this process, at the start of a chunk."""
+        path = directory / f"worker-{os.getpid()}"
+        if not path.exists():
+            path.write_bytes(bytes(RECORD.itemsize))  # not a hole: it could not be filled on a full disk
+        return cls(np.memmap(path, RECORD, "r+"), chunk)
+
+    def add(self, rows: int, prompt_tokens: int, completion_tokens: int = 0) -> None:
+        """Count what is done."""
+        self._record["rows"] += rows
+        self._record["prompt_tokens"] += prompt_tokens
+        self._record["completion_tokens"] += completion_tokens
+
+    def set_in_flight(self, suspects: Sequence[int], running: Sequence[int] = ()) -> None:
+        """Name the rows that are next, before anything is done with them."""
+        rows = [*suspects, *running][:MAX_ROWS]
+        self._in_flight[: len(rows)] = rows
+        self._record["n_suspects"] = min(len(suspects), len(rows))
+        self._record["n_running"] = max(len(rows) - len(suspects), 0)
+        self._record["pulse"] += 1
+
+    def on_step(self, starting: Sequence[int], running: Sequence[int]) -> None:
+        """Called by the engine before each step; each row of the step gets a token."""
+        self.set_in_flight(starting, running)
+        self._record["completion_tokens"] += len(starting) + len(running)
+
+    def set_completion_tokens(self, completion_tokens: int) -> None:
+        """Correct the count: a token that ends a sequence is not in it, and equal rows are generated only once."""
+        self._record["completion_tokens"] = completion_tokens
+
+    def finish(self) -> None:
+        """The chunk is done; its counts stay until the next chunk."""
+        self.set_in_flight(())
+        self._record["working"] = 0
+
+    def abandon(self) -> Sighting:
+        """What the marker says now; then clear its counts, as nothing of the chunk will come."""
+        sighting = _sighting(os.getpid(), self._record)
+        for name in COUNTS:
+            self._record[name] = 0
+        self.finish()
+        return sighting
+
+
+def _sighting(pid: int, record: np.void) -> Sighting:
+    n_suspects, n_running = int(record["n_suspects"]), int(record["n_running"])
+    in_flight = tuple(record["in_flight"][: n_suspects + n_running].tolist())
+    numbers = {name: int(record[name]) for name in ("pulse", "chunk", *COUNTS)}
+    suspects, running = in_flight[:n_suspects], in_flight[n_suspects:]
+    return Sighting(pid=pid, working=bool(record["working"]), suspects=suspects, running=running, **numbers)
+
+
+def read_sightings(directory: Path) -> list[Sighting]:
+    """What the workers of an attempt do now; for a dead one, what it did last."""
+    sightings = []
+    for path in directory.glob("worker-*"):
+        with suppress(FileNotFoundError, IsADirectoryError):
+            data = path.read_bytes()
+            if len(data) == RECORD.itemsize:  # otherwise it is just being made
+                sightings.append(_sighting(int(path.name.partition("-")[2]), np.frombuffer(data, RECORD)[0]))
+    return sightings

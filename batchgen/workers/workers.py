@@ -1,0 +1,130 @@
+"""Who does the chunks of a run: this machine's worker processes, or a cluster. open_workers chooses."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from batchgen.job import WorkOptions
+from batchgen.models.model import Model
+from batchgen.options import flags_in_use
+from batchgen.output.schema import Columns
+from batchgen.plan import Plan
+from batchgen.planning import default_kv_bytes, fitting_jobs
+from batchgen.types import Chunk, Receipt
+from batchgen.workers.cluster.connection import Connection, connect
+from batchgen.workers.cluster.messages import NodeSetup
+from batchgen.workers.cluster.pool import ClusterPool
+from batchgen.workers.pool import Pool
+from batchgen.workers.supply import Deadline
+from batchgen.workers.worker import WorkerSetup
+
+
+class Workers(Protocol):
+    """Who does the chunks: this machine's pool, or a cluster."""
+
+    @property
+    def slots(self) -> int:
+        """Chunks that can be done at once; 0: a cluster without workers yet."""
+
+    @property
+    def jobs(self) -> int:
+        """Chunks that `run` does at once, at most."""
+
+    def run(
+        self, plan: Plan, columns: Columns, chunks: Iterator[Chunk], n_chunks: int, deadline: Deadline
+    ) -> Iterator[Receipt]:
+        """Do the chunks, of which there are n_chunks; yields their receipts as they come.
+
+        When the deadline is near, no more chunks are taken. Raises what reading `chunks` raises, and a BatchgenError
+        if the run cannot go on.
+        """
+
+
+def worker_setup(model: Model, plan: Plan, columns: Columns) -> WorkerSetup:
+    """What the worker processes of a run are sent."""
+    return WorkerSetup(
+        model=str(model.directory.resolve()),
+        model_hash=plan.model_hash,
+        kv_bytes=plan.kv_bytes,
+        max_batch=plan.batch_size,
+        share_prefixes=plan.share_prefixes,
+        columns=columns,
+        params=plan.parameters,
+        parent=os.getpid(),
+    )
+
+
+@dataclass(slots=True)
+class LocalWorkers:
+    """Worker processes of this machine."""
+
+    options: WorkOptions
+    model: Model
+    attempt: Path
+    stack: ExitStack  # closes a run that is not at its end
+    jobs: int = 0
+
+    @property
+    def slots(self) -> int:
+        return fitting_jobs(self.options.kv_bytes or default_kv_bytes(self.model.config), self.model.bytes)
+
+    def run(
+        self, plan: Plan, columns: Columns, chunks: Iterator[Chunk], n_chunks: int, deadline: Deadline
+    ) -> Iterator[Receipt]:
+        jobs = self.options.jobs or fitting_jobs(plan.kv_bytes, self.model.bytes)
+        self.jobs = max(min(jobs, n_chunks), 1)
+        pool = Pool(worker_setup(self.model, plan, columns), self.attempt, self.jobs, self.options.row_timeout)
+        receipts = pool.receipts(deadline.limit(chunks, lambda: pool.longest))
+        return self.stack.enter_context(closing(receipts))
+
+
+@dataclass(slots=True)
+class ClusterWorkers:
+    """Workers of a Dask or Ray cluster."""
+
+    options: WorkOptions
+    model: Model
+    attempt: Path
+    stack: ExitStack  # closes a run that is not at its end
+    connection: Connection
+    jobs: int = 0
+
+    @property
+    def slots(self) -> int:
+        return self.connection.slots
+
+    def run(
+        self, plan: Plan, columns: Columns, chunks: Iterator[Chunk], n_chunks: int, deadline: Deadline
+    ) -> Iterator[Receipt]:
+        options = self.options
+        self.jobs = max(min(options.jobs or self.slots, n_chunks), 1)
+        setup = NodeSetup(
+            worker=worker_setup(self.model, plan, columns),
+            attempt=str(self.attempt.absolute()),
+            numpy=plan.numpy,
+            blas=plan.blas,
+            model_cache=str(options.model_cache.absolute()) if options.model_cache else None,
+            row_timeout=options.row_timeout,
+            flags=flags_in_use(),
+        )
+        pool = ClusterPool(self.connection, setup, options.jobs, deadline)
+        receipts = pool.receipts(deadline.limit(chunks, lambda: pool.longest))
+        return self.stack.enter_context(closing(receipts))
+
+
+@contextmanager
+def open_workers(options: WorkOptions, model: Model, attempt: Path) -> Iterator[Workers]:
+    """The workers of a run, which write into the directory `attempt`. When the block ends, so does the run.
+
+    Raises UsageError if the cluster's engine is not installed here, BatchgenError if no cluster answers.
+    """
+    with ExitStack() as stack:
+        if options.backend == "loky":
+            yield LocalWorkers(options, model, attempt, stack)
+        else:
+            address = options.scheduler or options.address or "auto"
+            connection = stack.enter_context(connect(options.backend, address))
+            yield ClusterWorkers(options, model, attempt, stack, connection)

@@ -1,0 +1,61 @@
+"""marker.py: what a worker writes of itself, another process reads."""
+
+import os
+from pathlib import Path
+
+from batchgen.engine.engine import LARGEST_BATCH
+from batchgen.workers.marker import Marker, read_sightings
+
+
+def test_a_marker_shows_what_its_worker_does(tmp_path):
+    marker = Marker.open(tmp_path, 4)
+    marker.add(1, 20, 300)
+    marker.set_in_flight([7, 8], [1, 2, 3])
+    [seen] = read_sightings(tmp_path)
+    assert (seen.pid, seen.chunk) == (os.getpid(), 4)
+    assert (seen.rows, seen.prompt_tokens, seen.completion_tokens) == (1, 20, 300)
+    assert (seen.suspects, seen.running, seen.in_flight) == ((7, 8), (1, 2, 3), (7, 8, 1, 2, 3))
+    marker.set_in_flight([1])
+    assert read_sightings(tmp_path)[0].pulse > seen.pulse
+    assert read_sightings(tmp_path)[0].in_flight == (1,)
+    assert read_sightings(tmp_path)[0].working
+    marker.finish()
+    [seen] = read_sightings(tmp_path)
+    assert (seen.working, seen.rows, seen.in_flight) == (False, 1, ())
+
+
+def test_the_next_chunk_counts_from_zero_and_the_pulse_continues(tmp_path):
+    Marker.open(tmp_path, 4).add(1, 20, 300)
+    before = read_sightings(tmp_path)[0].pulse
+    Marker.open(tmp_path, 5)
+    [seen] = read_sightings(tmp_path)
+    assert (seen.chunk, seen.rows, seen.completion_tokens) == (5, 0, 0)
+    assert seen.pulse > before
+
+
+def test_a_marker_holds_as_many_rows_as_can_be_in_flight(tmp_path):
+    marker = Marker.open(tmp_path, 0)
+    marker.set_in_flight(range(LARGEST_BATCH), range(LARGEST_BATCH, 3 * LARGEST_BATCH))
+    assert read_sightings(tmp_path)[0].in_flight == tuple(range(2 * LARGEST_BATCH))
+
+
+def test_an_incomplete_marker_is_ignored(tmp_path):
+    (tmp_path / "worker-1").touch()
+    (tmp_path / "worker-2").write_bytes(bytes(16))
+    assert read_sightings(tmp_path) == []
+
+
+def test_only_markers_are_sightings(tmp_path):
+    Path(tmp_path, "worker-3.example-17-ab").mkdir()  # of someone else
+    Path(tmp_path, "worker-17").write_bytes(b"")  # just being made
+    assert read_sightings(tmp_path) == []
+
+
+def test_an_abandoned_chunk_counts_for_nothing(tmp_path):
+    marker = Marker.open(tmp_path, 4)
+    marker.on_step([7], [8])
+    marker.add(1, 20)
+    sighting = marker.abandon()
+    assert (sighting.rows, sighting.completion_tokens, sighting.suspects, sighting.running) == (1, 2, (7,), (8,))
+    [seen] = read_sightings(tmp_path)
+    assert (seen.working, seen.chunk, seen.rows, seen.completion_tokens, seen.in_flight) == (False, 4, 0, 0, ())

@@ -1,0 +1,142 @@
+"""options.py: an option is declared once, and is read, written, checked and named from its declaration."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchgen.errors import UsageError
+from batchgen.job import FLAGS, RECORDS, InputOptions, Job, OutputOptions, Policy, WorkOptions
+from batchgen.options import (
+    arguments,
+    flag_of,
+    options_of,
+    parse_auto,
+    parse_biases,
+    parse_count,
+    parse_duration,
+    parse_size,
+    parse_token_ids,
+    say,
+    show_auto,
+    show_biases,
+    show_duration,
+    show_token_ids,
+    use_flags,
+)
+from batchgen.types import SamplingParams
+
+pytestmark = pytest.mark.usefixtures("python_names")
+
+
+def test_every_field_of_a_record_is_an_option():
+    for record in RECORDS:
+        assert options_of(record).keys() == {field.name for field in dataclasses.fields(record)}
+
+
+def test_no_two_options_have_one_flag_or_one_name():
+    flags = [flag_of(name, one) for record in RECORDS for name, one in options_of(record).items() if not one.argument]
+    names = [one.key or name for record in RECORDS for name, one in options_of(record).items()]
+    assert len(flags) == len(set(flags))
+    assert len(names) == len(set(names))
+
+
+def test_an_option_is_named_as_its_reader_writes_it():
+    assert say("on_too_long", "shorten") == "on_too_long='shorten'"
+    assert say("kv_bytes") == "kv_bytes"
+    use_flags(FLAGS)
+    assert say("on_too_long", "shorten") == "--on-too-long shorten"
+    assert say("kv_bytes", "64M") == "--kv-memory 64M"
+    assert say("restart", True) == say("restart") == "--restart"
+    assert say("row_params", False) == "--no-row-params"
+    assert say("output_format", "dataset") == "--format dataset"
+
+
+def test_a_record_is_written_as_the_words_of_a_command_line():
+    assert list(arguments(SamplingParams())) == []
+    assert list(arguments(SamplingParams(max_tokens=8, stop=("a", "-b"), ignore_eos=True))) == [
+        *("--max-tokens", "8"),
+        "--ignore-eos",
+        *("--stop", "a", "--stop=-b"),
+    ]
+    assert list(arguments(WorkOptions(share_prefixes=False, kv_bytes=2**30, time_limit=5400.0))) == [
+        *("--kv-memory", str(2**30)),
+        "--no-share-prefixes",
+        *("--time-limit", "5400s"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (lambda: SamplingParams(max_tokens=0), r"max_tokens 0 is out of range \(1 or more\)"),
+        (lambda: SamplingParams(max_tokens=True), "max_tokens True is out of range"),
+        (lambda: SamplingParams(top_k=1.5), "top_k 1.5 is out of range"),
+        (lambda: SamplingParams(temperature=float("nan")), "temperature nan is out of range"),
+        (lambda: SamplingParams(echo=1), r"echo 1 is out of range \(true or false\)"),
+        (lambda: Policy(on_too_long="cut"), "on_too_long 'cut' is none of reject, truncate-left, shorten"),
+        (lambda: InputOptions("p.jsonl", format="xml"), "format 'xml' is none of auto, jsonl"),
+        (lambda: WorkOptions(backend="spark"), "backend 'spark' is none of loky, dask, ray"),
+        (lambda: WorkOptions(backend="dask"), "which cluster"),
+        (lambda: WorkOptions(scheduler="tcp://h:1"), "scheduler names a Dask cluster"),
+        (lambda: WorkOptions(model_cache="/cache"), "model_cache is for a cluster"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_when_the_record_is_built(record, message):
+    with pytest.raises(UsageError, match=message):
+        record()
+
+
+def test_a_job_takes_strings_and_paths():
+    job = Job("p.jsonl", "o.parquet")
+    assert job == Job(InputOptions(("p.jsonl",)), OutputOptions("o.parquet"))
+    assert Job(["a.jsonl", "b.jsonl"], "o.parquet").input.files == ("a.jsonl", "b.jsonl")
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**8), st.floats(-100, 100)), unique_by=lambda pair: pair[0]))
+def test_biases_are_read_as_they_are_written(biases):
+    assert parse_biases(show_biases(tuple(biases))) == tuple(biases)
+
+
+@given(st.lists(st.integers(0, 10**8)))
+def test_token_ids_are_read_as_they_are_written(ids):
+    assert parse_token_ids(show_token_ids(tuple(ids))) == tuple(ids)
+
+
+@given(st.floats(1e-6, 1e8))
+def test_durations_are_read_as_they_are_written(seconds):
+    assert parse_duration(show_duration(seconds)) == pytest.approx(seconds, abs=1e-9)
+
+
+@given(st.none() | st.integers(1, 10**8))
+def test_counts_are_read_as_they_are_written(count):
+    assert parse_auto(parse_count)(show_auto(count)) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("50m", 3000), ("1h30m", 5400), ("2d", 172800)]
+)
+def test_durations_are_seconds(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+def test_sizes_have_units():
+    assert parse_size("1536M") == parse_size("1536MiB") == 1536 * 2**20
+    assert (parse_size("2g"), parse_size("77")) == (2 * 2**30, 77)
+    assert parse_auto(parse_size)("auto") is None
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        *((parse_size, text) for text in ("lots", "0", "", "-1", "1T", "1.5G")),
+        *((parse_duration, text) for text in ["", "0", "-5", "m", "5x", "5 m", "1e3", "nan", "inf", "9999999999"]),
+        *((parse_count, text) for text in ("0", "-1", "1.5", "many", "")),
+        *((parse_token_ids, text) for text in ("a", "1;2", "-1", "1" * 10)),
+        *((parse_biases, text) for text in ("5", "5=", "x=1", "1=high")),
+    ],
+)
+def test_a_text_that_is_no_value_is_refused(parse, text):
+    with pytest.raises(ValueError, match=r"'"):
+        parse(text)

@@ -1,0 +1,261 @@
+"""prompts.py: the laws of an input that hold for every format."""
+
+import csv
+import gzip
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchgen.errors import InputError
+from batchgen.input import formats, jsonl, sources
+from batchgen.input import parquet as parquet_format
+from batchgen.input.formats import Found, Rows, Scanned
+from batchgen.input.kept import kept_columns
+from batchgen.input.prompts import FORMATS, Cut
+from batchgen.types import Chunk, OutputRow, Rejected, Request, SamplingParams
+from tests.support.inputs import PARAMS, chunks, open_prompts, parquet, read, refusal, scan, unchecked
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_only_the_default_id_column_may_be_absent(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"p.{suffix}"
+    if suffix == "jsonl":
+        path.write_bytes(b'{"prompt": "a", "idx": 1}')
+    else:
+        parquet(tmp_path, {"prompt": ["a"], "idx": [1]})
+    open_prompts(path)
+    open_prompts(path, "prompt", "idx")
+    assert "did you mean 'idx'? pass it as --id-column" in refusal(path, "prompt", "index")
+
+
+def test_the_samples_are_all_good_rows() -> None:
+    path = Path(__file__).parents[1] / "data" / "prompts" / "sample.jsonl"
+    open_prompts(path)
+    rows = read(path)
+    assert len(rows) == len({row.id for row in rows}) == 12
+    assert all(isinstance(row, Request) and row.id and row.prompt for row in rows)
+
+
+# ---- parameters of a row's own
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes columns to a file of this format."""
+
+    def write(**columns: list[Any]) -> Path:
+        if request.param == "parquet":
+            return parquet(tmp_path, columns)
+        path = tmp_path / "p.jsonl"
+        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return write
+
+
+def test_a_rows_parameters_win_over_the_jobs_and_null_does_not(rows: Callable[..., Path]) -> None:
+    path = rows(
+        prompt=["a", "b", "c"],
+        max_tokens=[3, None, 5.0],
+        stop=[["x"], None, ["y", "z"]],
+        echo=[None, True, False],
+        logit_bias=[{"5": 1.0}, None, {"5": None}],
+        colour=["red", None, "blue"],
+    )
+    base = SamplingParams(max_tokens=9, stop=("s",))
+    got = [item.params for item in read(path, base) if isinstance(item, Request)]
+    assert got == [
+        SamplingParams(max_tokens=3, stop=("x",), logit_bias=((5, 1.0),)),
+        SamplingParams(max_tokens=9, stop=("s",), echo=True),
+        SamplingParams(max_tokens=5, stop=("y", "z")),
+    ]
+    assert {item.params for item in read(path, base, row_params=False)} == {base}
+
+
+def test_a_rows_parameter_out_of_range_rejects_that_row_alone(rows: Callable[..., Path]) -> None:
+    path = rows(prompt=["a", "b", "c"], id=["x", "y", "z"], temperature=[0.5, -1.0, None])
+    first, bad, last = read(path, SamplingParams())
+    assert isinstance(bad, Rejected)
+    assert (bad.id, bad.prompt, bad.row) == ("y", "b", 1)
+    assert bad.error == f"{bad.place}: temperature -1.0 is out of range (0 (greedy), or 0.001 to 100)"
+    assert isinstance(first, Request)
+    assert isinstance(last, Request)
+
+
+def test_a_prompt_column_called_like_a_parameter_is_the_prompt(rows: Callable[..., Path]) -> None:
+    path = rows(stop=["a"], seed=["i"])
+    (item,) = read(path, SamplingParams(), prompt_column="stop", id_column="seed")
+    assert (item.prompt, item.id, item.params) == ("a", "i", SamplingParams())
+
+
+def test_a_misspelled_parameter_is_a_rejected_row_of_json_and_a_refused_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "a", "max_token": 3}\n{"prompt": "a"}')
+    first, bad, last = read(tmp_path / "p.jsonl")
+    assert isinstance(bad, Rejected)
+    assert bad.error == "p.jsonl:2: 'max_token' is not a parameter; did you mean 'max_tokens'? rename it"
+    assert [type(first), type(last)] == [Request, Request]
+    path = parquet(tmp_path, {"prompt": ["a"], "max_token": [3]})
+    with pytest.raises(InputError, match="column 'max_token' is not a parameter.*--no-row-params"):
+        open_prompts(path)
+    open_prompts(path, row_params=False)
+
+
+def test_the_scan_finds_whether_a_row_may_ask_for_logprobs(rows: Callable[..., Path]) -> None:
+    assert scan(rows(prompt=["a", "b"], logprobs=[None, 1])).logprobs
+    assert not scan(rows(prompt=["a", 'say \\"logprobs\\"'], n=[1, 2])).logprobs
+
+
+# ---- three openings, one pass for requests and kept columns
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    """The records, whose columns are text, in the format that the name says."""
+    columns = {name: [record[name] for record in records] for name in records[0]}
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif path.suffix == ".csv":
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([columns, *(record.values() for record in records)])
+        path.write_text(text.getvalue())
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+RECORDS = [{"id": str(row), "prompt": "" if row % 5 == 0 else f"p{row}", "k": f"k{row}"} for row in range(30)]
+BATCH = [{"custom_id": str(row), "url": "/v1/completions", "body": {"prompt": "a"}, "k": f"k{row}"} for row in range(9)]
+
+
+@pytest.fixture
+def openings(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each local file was opened."""
+    counts: Counter[str] = Counter()
+    before = sources._LocalFile.open
+
+    def count(file: Any) -> Any:
+        counts[file.path.name] += 1
+        return before(file)
+
+    monkeypatch.setattr(sources._LocalFile, "open", count)
+    return counts
+
+
+@pytest.mark.parametrize("keep", [(), ("k", "id")])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_a_file_is_opened_once_to_check_once_to_scan_and_once_to_read(
+    tmp_path: Path, openings: Counter[str], name: str, keep: tuple[str, ...]
+) -> None:
+    prompts = open_prompts(write(tmp_path / name, RECORDS), keep=keep)
+    assert openings == {name: 1}
+    facts = prompts.scan()
+    assert openings == {name: 2}
+    list(prompts.chunks(facts, PARAMS, lambda item: item, Cut(7)))  # type: ignore[arg-type, return-value]
+    assert openings == {name: 3}
+
+
+def test_a_batch_file_of_openai_is_opened_three_times(tmp_path: Path, openings: Counter[str]) -> None:
+    path = tmp_path / "b.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in BATCH))
+    chunks(open_prompts(path, keep=("custom_id",)))
+    assert openings == {"b.jsonl": 3}
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4, 1000])
+@pytest.mark.parametrize("chunk_rows", [1, 7, 30, 500])
+def test_each_chunk_has_its_rows_and_their_kept_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_rows: int, batch_rows: int
+) -> None:
+    for module in (formats, parquet_format):
+        monkeypatch.setattr(module, "BATCH_ROWS", batch_rows)
+    files = [write(tmp_path / name, RECORDS) for name in ("a.jsonl", "b.csv", "c.parquet", "d.jsonl.gz")]
+    prompts = open_prompts(files, keep=("k", "id"))
+    found = chunks(prompts, chunk_rows)
+    assert [chunk.index for chunk in found] == list(range(-(-120 // chunk_rows)))
+    assert [item for chunk in found for item in chunk.items] == list(prompts.requests(PARAMS))
+    assert {len(chunk.items) for chunk in found[:-1]} <= {chunk_rows}
+    kept = [row for chunk in found for row in kept_columns(chunk, output_rows(chunk)).to_pylist()]
+    assert kept == [{"k": record["k"], "id": record["id"]} for record in RECORDS] * 4
+
+
+def output_rows(chunk: Chunk) -> list[OutputRow]:
+    return [OutputRow(item.row, 0, None, None, None, None, None, None, "ok", None, None) for item in chunk.items]
+
+
+def test_a_chunk_that_is_done_is_counted_and_not_checked(tmp_path: Path) -> None:
+    prompts = open_prompts(write(tmp_path / "a.jsonl", RECORDS), keep=("k",))
+    checked: list[int] = []
+
+    def check(item: Any) -> Any:
+        checked.append(item.row)
+        return item
+
+    found = list(prompts.chunks(prompts.scan(), PARAMS, check, Cut(10, skip={0, 2})))
+    assert [(chunk.index, chunk.first_row) for chunk in found] == [(1, 10)]
+    assert checked == list(range(10, 20))
+    assert kept_columns(found[0], output_rows(found[0]))["k"].to_pylist() == [f"k{row}" for row in range(10, 20)]
+
+
+def test_rows_to_retry_make_chunks_of_their_own(tmp_path: Path) -> None:
+    prompts = open_prompts(write(tmp_path / "a.csv", RECORDS), keep=("k",))
+    found = chunks(prompts, 3, rows={29, 2, 3, 17})
+    assert [[item.row for item in chunk.items] for chunk in found] == [[2, 3, 17], [29]]
+    assert [item.id for chunk in found for item in chunk.items] == ["2", "3", "17", "29"]
+    assert kept_columns(found[1], output_rows(found[1]))["k"].to_pylist() == ["k29"]
+    assert chunks(prompts, 3, rows=set()) == []
+
+
+def test_a_batch_of_text_is_bounded_by_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "BATCH_BYTES", 100)
+    prompts = unchecked(write(tmp_path / "a.jsonl", RECORDS))
+    sizes = [len(rows.items) for rows in prompts._read(PARAMS, pa.schema([]))]
+    assert sum(sizes) == 30
+    assert max(sizes) <= 3
+
+
+def test_rows_before_a_damage_are_yielded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = open_prompts(write(tmp_path / "a.jsonl", RECORDS), keep=("k",))
+    facts, read_lines = prompts.scan(), jsonl.read_lines
+
+    def damaged(*args: Any) -> Any:
+        yield from islice(read_lines(*args), 12)
+        raise InputError("damaged here")
+
+    monkeypatch.setattr(jsonl, "read_lines", damaged)
+    found = prompts.chunks(facts, PARAMS, lambda item: item, Cut(4))  # type: ignore[arg-type, return-value]
+    assert [next(found).index for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(InputError, match="damaged here"):
+        next(found)
+
+
+def test_a_format_is_three_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text file with a prompt a line, added as the docstring of prompts.py says."""
+
+    class Lines:
+        def check(self, source: Any, options: Any) -> Found:
+            return Found(["prompt"])
+
+        def scan(self, source: Any, keep: Any) -> Scanned:
+            return Scanned(2, "0" * 64, 4, logprobs=False, columns={})
+
+        def read(self, source: Any, reading: Any, first_row: int) -> Iterator[Rows]:
+            with sources.open_bytes(source) as (file, _):
+                lines = [line.decode().strip() for line in file]
+            items = [Request(row, f"{source.name}:{row}", None, line, PARAMS) for row, line in enumerate(lines)]
+            yield Rows(items, None)
+
+    monkeypatch.setitem(FORMATS, "lines", Lines())
+    monkeypatch.setitem(sources.SUFFIXES, ".lines", "lines")
+    (tmp_path / "p.lines").write_text("a\nb\n")
+    prompts = open_prompts(tmp_path / "p.lines")
+    assert (prompts.scan().formats, prompts.scan().rows) == (("lines",), 2)
+    assert [item.prompt for item in prompts.requests(PARAMS)] == ["a", "b"]
