@@ -1,1 +1,1 @@
-"""How fast batchgen is, beside others: `python -m benchmarks.bench` from the repository's root."""
+"""The speed of batchgen and of other systems: `python -m benchmarks.bench` in the repository's root."""

@@ -1,12 +1,12 @@
-"""batchgen beside others, on the same prompts and the same number of tokens: python -m benchmarks.bench.
+"""Compare batchgen with other systems, on the same prompts and numbers of tokens: python -m benchmarks.bench.
 
-Each system runs in a process and a virtual environment of its own, one after another, set up at its best: the
-settings that are tried on a slice of a workload are in systems.py. tokens/s are generated tokens of a whole run,
-all cores in use, without start-up (from process start to the first token), which stands beside it; the best of
---repeat runs. Peak memory is that of all the system's processes together, pages that they share counted once.
-"first token" says how many greedy completions begin with batchgen's token: a check that all did the same work.
+Each system runs in a process and a virtual environment of its own, one after another, with its best settings;
+systems.py lists the settings that are tried on a slice of a workload. tokens/s counts the generated tokens of a whole
+run on all cores, without start-up (from process start to the first token), which has its own column; the best of
+--repeat runs counts. Peak memory is that of all the system's processes together; shared pages count once. "first
+token" is the share of greedy completions that begin with batchgen's token: it shows that all do the same work.
 
-Needs Linux. Models, environments, settings found, logs and results are kept in .bench/.
+Needs Linux. Models, environments, the best settings, logs and results are kept in .bench/.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ALIGN = ["-", "-:", "-:", "-:", "-:", "-:", "-"]
 
 @dataclass(slots=True)
 class Row:
-    """What became of one system on one workload."""
+    """The result of one system on one workload."""
 
     workload: str
     system: str
@@ -43,12 +43,12 @@ class Row:
     settings: str = ""
     tried: dict[str, float | str] = field(default_factory=dict)
     reported: dict[str, float] = field(default_factory=dict)
-    missing: str = ""
+    missing: str = ""  # why there is no result
 
 
 def main() -> None:
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which ends what has been started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that started processes are ended
     cache = args.cache.resolve()
     cache.mkdir(parents=True, exist_ok=True)
     (cache / ".gitignore").write_text("*\n", encoding="utf-8")
@@ -71,11 +71,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=names_from(KINDS), default=list(KINDS), help=",".join(KINDS))
     parser.add_argument("--systems", type=names_from(SYSTEMS), default=list(SYSTEMS), help=",".join(SYSTEMS))
-    parser.add_argument("--scale", type=float, default=1.0, help="times the number of prompts")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiply the number of prompts by this")
     parser.add_argument("--jobs", type=int, default=available_cores(), help="cores for each system")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each, the best counts; long ones run once")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds after which a system is given up")
-    parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help="or the first settings")
+    parser.add_argument("--limit", type=float, default=1800, help="end a system after this many seconds")
+    tune = "try settings on a slice of the workload, or take the first"
+    parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help=tune)
     parser.add_argument("--breakdown", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench")
     return parser.parse_args()
@@ -86,14 +87,14 @@ def names_from(known: dict[str, Any]) -> Any:
         chosen = text.split(",")
         for name in chosen:
             if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
         return chosen
 
     return names
 
 
 def measure(system: System, workload: Workload, args: argparse.Namespace, cache: Path) -> Row:
-    """One row; a system that fails has its reason in it."""
+    """Measure a system; if it fails, the row has the reason."""
     row = Row(workload.name, system.name)
     try:
         install(system, cache)
@@ -114,7 +115,7 @@ def measure(system: System, workload: Workload, args: argparse.Namespace, cache:
 def best_options(
     system: System, workload: Workload, args: argparse.Namespace, cache: Path
 ) -> tuple[Options, dict[str, float | str]]:
-    """The system's fastest settings for such a workload and the seconds of all tried, as known from an earlier run."""
+    """The system's fastest settings for such a workload, and the seconds of all tried; tuned.json keeps both."""
     choices = system.choices(workload, args.jobs)
     first = {option: values[0] for option, values in choices.items()}
     if not args.tune or all(len(values) == 1 for values in choices.values()):
@@ -132,7 +133,7 @@ def best_options(
 def tune(
     system: System, workload: Workload, choices: Choices, args: argparse.Namespace, cache: Path
 ) -> tuple[Options, dict[str, float | str]]:
-    """One option after the other, on a slice of the workload; what is slower by far is not waited for."""
+    """Try one option after the other, on a slice of the workload; settings that are much slower are ended early."""
     part = workload.slice(args.jobs)
     best = {option: values[0] for option, values in choices.items()}
     changes = [{option: value} for option, values in choices.items() for value in values[1:]]
@@ -143,12 +144,12 @@ def tune(
         try:
             seconds = min(run_system(system, part, options, args.jobs, 1, cache, limit)["seconds"])
             tried[json.dumps(options)] = round(seconds, 2)
-        except MissingError as error:  # too slow, too much memory, or not to its taste: another may do
+        except MissingError as error:  # too slow, too much memory, or refused: other settings may work
             tried[json.dumps(options)] = failure = str(error)
             continue
         if seconds < fastest:
             best, fastest = options, seconds
-            limit = min(args.limit, 1.25 * (time.monotonic() - started) + 5)  # with start-up, the same for all
+            limit = min(args.limit, 1.25 * (time.monotonic() - started) + 5)  # start-up, the same for all, is in it
     if fastest == float("inf"):
         raise MissingError(failure)
     return best, tried
@@ -206,7 +207,7 @@ def agreement(row: Row, ours: Row | None) -> str:
 
 
 def markdown_table(rows: list[list[str]]) -> list[str]:
-    """Aligned, so that it reads as text too."""
+    """A table with aligned columns, readable as text too."""
     widths = [max(len(row[column]) for row in [HEADER, *rows]) for column in range(len(HEADER))]
     widths[-1] = len(HEADER[-1])  # the last column is long, and nothing follows it
 
@@ -222,7 +223,7 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
 
 
 def save(cache: Path, report: list[str], machine: str, rows: list[Row]) -> None:
-    """Write what there is so far, so that an interrupted run is not lost."""
+    """Write the results so far, so that an interrupted run keeps them."""
     (cache / "results.md").write_text("\n".join(report) + "\n", encoding="utf-8")
     values = {"machine": machine, "rows": [asdict(row) for row in rows]}
     (cache / "results.json").write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -1,8 +1,8 @@
 """Where the engine's time goes, in one process: python -m benchmarks.breakdown.
 
-Three cases on random weights of 124M's shape: a step of 96 and one of 256 sequences at about 124 tokens of context
-each, and 1,024 rows of prompts. The rate that a step is held against is this machine's own, measured in the same
-run: np.matmul of the same shapes, on matrices that stay warm, with nothing else to do.
+Three cases on random weights of 124M's shape: a step of 96 sequences and a step of 256, each at about 124 tokens of
+context, and a step of 1,024 prompt tokens. A step is compared with this machine's own rate, measured in the same run:
+np.matmul of the same shapes, on matrices that stay in the cache, and nothing else.
 """
 
 import os
@@ -39,7 +39,7 @@ Shape = tuple[int, int, int]  # m, k, n
 
 
 class Clock:
-    """Seconds by part of the work, and how often each shape of weight product came."""
+    """Seconds of each part of the work, and the number of weight products of each shape."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -55,7 +55,7 @@ class Clock:
         return wrapped
 
     def matmul(self, a: Array, b: Array, out: Array | None = None) -> Array:
-        """np.matmul; two-dimensional ones are products with weights, the others are attention's."""
+        """np.matmul; two-dimensional products are with weights, the others are attention's."""
         start = time.perf_counter()
         result = np.matmul(a, b, out=out)
         elapsed = time.perf_counter() - start
@@ -68,7 +68,7 @@ class Clock:
 
 
 class TimedNumPy:
-    """NumPy, but for matmul."""
+    """NumPy with the clock's matmul."""
 
     def __init__(self, clock: Clock) -> None:
         self.matmul = clock.matmul
@@ -78,8 +78,8 @@ class TimedNumPy:
 
 
 @contextmanager
-def instrumented(clock: Clock) -> Iterator[None]:
-    """Have the forward pass and the engine run on the clock."""
+def instrument(clock: Clock) -> Iterator[None]:
+    """Put the forward pass and the engine on the clock."""
     attention = {name: clock.timed("attention", getattr(Forward, name)) for name in ATTENTION}
     with (
         patch.object(forward_module, "np", TimedNumPy(clock)),
@@ -91,14 +91,14 @@ def instrumented(clock: Clock) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Case:
-    """What one step takes: in seconds, plain, and under the clock with its parts."""
+    """The seconds of one step: without the clock, and with it, where each part has its own."""
 
     name: str
     rows: int
     plain: float
     clocked: float
     parts: dict[str, float]
-    shapes: dict[Shape, float] = field(default_factory=dict)  # how often in one step
+    shapes: dict[Shape, float] = field(default_factory=dict)  # number of products in one step
 
     @property
     def gflop(self) -> float:
@@ -113,21 +113,21 @@ def prompts(n: int, length: int, max_tokens: int) -> list[Prompt]:
 
 
 def decode_case(engine: Engine, n: int) -> Case:
-    """Steps of n sequences, all in flight: those whose prompts were read first are a few tokens ahead."""
+    """Steps that decode n sequences; those that finished prefill first are a few tokens ahead."""
     length = CONTEXT - STEPS
-    passes = -(-n * length // (MAX_ROWS - n))  # that read the prompts, at most
+    passes = -(-n * length // (MAX_ROWS - n))  # of prefill, at most
     steps = engine.steps(prompts(n, length - passes // 2, passes + 2 * STEPS + 1))
-    while len(next(steps)[1]) < n:  # the last of these reads the last prompt: from then on, every step only decodes
+    while len(next(steps)[1]) < n:  # until the last prompt is read; later steps only decode
         pass
-    with closing(steps):  # gives the arena back
+    with closing(steps):  # frees the arena
         case = measure(f"Decode, {n} sequences", n, lambda: next(steps))
     if {m for m, _, _ in case.shapes} != {n}:
-        raise RuntimeError(f"not every step was of {n} sequences: {case.shapes}")
+        raise RuntimeError(f"not every step had {n} sequences: {case.shapes}")
     return case
 
 
 def prefill_case(engine: Engine) -> Case:
-    """One step that reads as many prompts as fit into a pass, and then they are done."""
+    """One step that reads as many prompts as fit into a pass, and completes them."""
     batch = prompts(PREFILL_PROMPTS, PREFILL_TOKENS, 1)
     rows = PREFILL_PROMPTS * PREFILL_TOKENS
     deque(engine.steps(batch), maxlen=0)
@@ -135,12 +135,12 @@ def prefill_case(engine: Engine) -> Case:
 
 
 def measure(name: str, rows: int, step: Callable[[], object]) -> Case:
-    """STEPS steps plain and STEPS under the clock, in turn."""
+    """STEPS steps without the clock and STEPS with it, in turn."""
     clock = Clock()
     plain, clocked = [], []
     for _ in range(STEPS):
         plain.append(seconds_of(step))
-        with instrumented(clock):
+        with instrument(clock):
             clocked.append(seconds_of(step))
     parts = {part: seconds / STEPS for part, seconds in clock.seconds.items()}
     shapes = {shape: count / STEPS for shape, count in clock.shapes.items()}
@@ -153,8 +153,8 @@ def seconds_of(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def warm_rates(shapes: list[Shape], seconds: float = 0.4) -> dict[Shape, float]:
-    """The seconds that each product takes at best, on matrices that stay warm."""
+def fewest_seconds(shapes: list[Shape], seconds: float = 0.4) -> dict[Shape, float]:
+    """The seconds that each product takes at best, on matrices that stay in the cache."""
     best: dict[Shape, float] = {}
     rng = np.random.default_rng(0)
     for m, k, n in shapes:
@@ -169,17 +169,17 @@ def warm_rates(shapes: list[Shape], seconds: float = 0.4) -> dict[Shape, float]:
     return best
 
 
-def report(case: Case, warm: dict[Shape, float]) -> None:
+def report(case: Case, best: dict[Shape, float]) -> None:
     """The case's table: milliseconds a step and shares of it, and the fraction of the machine's own rate."""
-    ideal = sum(warm[shape] * count for shape, count in case.shapes.items())
+    ideal = sum(best[shape] * count for shape, count in case.shapes.items())
     attention, sampling, weights = (case.parts.get(part, 0.0) for part in ("attention", "sampling", "weights"))
     lines = {
         "products with weights": weights,
         "attention": attention,
-        "  of it products": case.parts.get("attention's products", 0.0),
+        "  of it, products": case.parts.get("attention's products", 0.0),
         "sampling": sampling,
         "the rest": case.clocked - weights - attention - sampling,
-        "a step, under the clock": case.clocked,
+        "a step, with the clock": case.clocked,
         "a step": case.plain,
         "the same products alone": ideal,
     }
@@ -189,27 +189,27 @@ def report(case: Case, warm: dict[Shape, float]) -> None:
     for name, seconds in lines.items():
         print(f"| {name:23} | {seconds * 1e3:7.1f} | {seconds / case.clocked:6.1%} |")
     print(
-        f"\n{ideal / case.plain:.0%} of the machine's own sgemm rate at these shapes, all overheads in: "
+        f"\n{ideal / case.plain:.0%} of the machine's own sgemm rate at these shapes, all overheads included: "
         f"{case.gflop / case.plain:,.0f} of {case.gflop / ideal:,.0f} GF/s, {case.rows / case.plain:,.0f} rows/s\n"
     )
 
 
-def without_settings() -> None:
-    """Start again without variables that change BLAS, if there are any; it reads them when it is loaded."""
+def unset_variables() -> None:
+    """Start again without the variables that change BLAS, if any is set: BLAS reads them when it is loaded."""
     if any(name in os.environ for name in UNSET if "OPENBLAS" in name):
         environment = {name: value for name, value in os.environ.items() if name not in UNSET}
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.breakdown", *sys.argv[1:]], environment)
 
 
 def main() -> None:
-    without_settings()
+    unset_variables()
     with threadpool_limits(1, user_api="blas"):
         params = nest(random_tensors(SIZE_124M), SIZE_124M.n_layer)
         engine = Engine(params, SIZE_124M, eos_id=None, kv_bytes=KV_BYTES)
         print(f"{blas_info()}, NumPy {np.__version__}\n")
         for make in (lambda: decode_case(engine, 96), lambda: decode_case(engine, 256), lambda: prefill_case(engine)):
             case = make()
-            report(case, warm_rates(list(case.shapes)))
+            report(case, fewest_seconds(list(case.shapes)))
 
 
 if __name__ == "__main__":

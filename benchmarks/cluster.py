@@ -1,9 +1,9 @@
-"""What a cluster costs beside one machine's own processes: python -m benchmarks.cluster.
+"""The cost of a cluster, compared with one machine's own processes: python -m benchmarks.cluster.
 
 Two tables. The first is about a minute of work on the model tales by one worker and by two, on each backend; ratios
-are to loky with as many workers in the same run of this program. The second is chunks of one row with next to no work:
-what a chunk costs from giving it out to its commit, as the difference between many and few, and the memory of the
-run and of its client process at the end of both. Clusters are on loopback, started and stopped here.
+are to loky with as many workers in the same run of this program. The second is chunks of one row with almost no work:
+the cost of a chunk, from giving it out to its commit, as the difference between many chunks and few; and the memory of
+the run and of its client process at the end of both. The program starts and stops the clusters, on loopback.
 """
 
 import argparse
@@ -33,18 +33,18 @@ FEW = 200  # chunks
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of the whole command, and of its work alone: from the first chunk given out to the last one committed."""
+    """Seconds of the whole command, and of its work: from giving out the first chunk to committing the last."""
 
     command: float
     work: float
-    rss: dict[str, int]  # bytes at most: of the run, and of its client process
+    rss: dict[str, int]  # peak in bytes, of the run and of its client process
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of work on loky with one worker")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of work on loky with one worker; 0: no table")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--chunks", type=int, default=2000, help="of the second table; 0 leaves it out")
+    parser.add_argument("--chunks", type=int, default=2000, help="of the second table; 0: no table")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     options = parser.parse_args()
     print(describe(max(options.workers)))
@@ -102,7 +102,7 @@ def prompts(folder: Path, rows: int) -> Path:
 
 @contextmanager
 def cluster(folder: Path, backend: str, workers: int) -> Iterator[list[str]]:
-    """Its options on the command line, while it runs."""
+    """Start a cluster; yields its options of the command line."""
     if backend == "loky":
         yield []
         return
@@ -120,18 +120,8 @@ def cluster(folder: Path, backend: str, workers: int) -> Iterator[list[str]]:
 def run(folder: Path, backend: str, workers: int, *arguments: object) -> Timing:
     """One batchgen generate in a process of its own."""
     out = folder / f"out-{backend}.parquet"
-    command = [
-        sys.executable,
-        "-m",
-        "batchgen.jobs.cli",
-        "generate",
-        *arguments,
-        "-o",
-        out,
-        "--jobs",
-        workers,
-        "--quiet",
-    ]
+    start = [sys.executable, "-m", "batchgen", "generate"]
+    command = [*start, *arguments, "-o", out, "--jobs", workers, "--quiet"]
     started = time.monotonic()
     process = subprocess.Popen(
         [str(word) for word in command],

@@ -1,8 +1,8 @@
 """Checkpoints of OpenAI's true shapes, made by TensorFlow and converted: python -m benchmarks.convert_tf [SIZE ...].
 
-The weights are random. Prints how long the conversion takes and the most memory that it has at once, how long mapping
-the shards takes, and whether every weight is there bit for bit. 1558M needs 13 GB of disk in --dir, and 14 GB of
-memory to make the checkpoint.
+The weights are random. Prints how long the conversion takes and its peak memory, how long mapping the shards takes,
+and whether every weight is the same bit for bit. 1558M needs 13 GB of disk in --dir, and 14 GB of memory to make the
+checkpoint.
 """
 
 import argparse
@@ -33,34 +33,35 @@ print(time.monotonic() - started, peak)
 
 
 def measure(size: str, folder: Path) -> bool:
-    """Print one line on a size; whether the checkpoint's files are as large as OpenAI's and all weights came over."""
+    """Print one line on a size; whether the checkpoint's files are as large as OpenAI's and all weights are equal."""
     config = CONFIGS[size]
     src, dst = folder / "src", folder / size
     src.mkdir()
     command = [sys.executable, str(WRITER), str(src), json.dumps(config.as_dict()), "7"]
     subprocess.run(command, check=True, capture_output=True)
     sizes = {name: (src / name).stat().st_size for name in (DATA, INDEX)}
-    alike = all(known_file(size, name)[0] in (None, found) for name, found in sizes.items())
+    same_sizes = all(known_file(size, name)[0] in (None, found) for name, found in sizes.items())
     done = subprocess.run(
         [sys.executable, "-c", CONVERT, str(src), str(dst), size], check=True, capture_output=True, text=True
     )
     seconds, peak = map(float, done.stdout.split())
     shutil.rmtree(src)
-    load_params(dst)  # once, so that what is timed is not the disk
+    load_params(dst)  # once, so that the disk is not timed
     started = time.perf_counter()
     load_params(dst)
     load = time.perf_counter() - started
-    equal = holds(dst, config)
+    equal = has_weights(dst, config)
     print(
-        f"{size}: data {sizes[DATA]:,} and index {sizes[INDEX]:,} bytes ({'as' if alike else 'UNLIKE'} OpenAI's); "
+        f"{size}: data {sizes[DATA]:,} and index {sizes[INDEX]:,} bytes ({'as' if same_sizes else 'UNLIKE'} OpenAI's); "
         f"converted in {seconds:.1f} s, {peak / 2**20:.2f} GB at most; mapped in {1000 * load:.1f} ms; "
         f"weights {'equal' if equal else 'DIFFERENT'}",
         flush=True,
     )
-    return alike and equal
+    return same_sizes and equal
 
 
-def holds(model: Path, config: GPT2Config) -> bool:
+def has_weights(model: Path, config: GPT2Config) -> bool:
+    """Whether the shards hold the checkpoint's weights, bit for bit."""
     expected = random_tensors(config, 7)
     shards = load_manifest(model).tensors
     return all(
@@ -72,7 +73,7 @@ def holds(model: Path, config: GPT2Config) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=", ".join(CONFIGS))
-    parser.add_argument("--dir", type=Path, help="where to put the files meanwhile")
+    parser.add_argument("--dir", type=Path, help="folder for the temporary files")
     options = parser.parse_args()
     right = True
     for size in options.sizes or ["124M"]:

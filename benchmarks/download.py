@@ -1,9 +1,9 @@
 """A download that is interrupted again and again: python -m benchmarks.download [--mb 500] [--interruptions 50].
 
-A server on the loopback sends one large file at the speed of a good line. Half of the interruptions are the
-server's (the connection is closed at a random byte), half are kill -9 of the process that downloads. At the end the
-file must be the same byte for byte; what was fetched twice is what the server sent beyond the file's size. After a
-kill that is what was on its way: bytes in the kernel's buffers that no process had read.
+A server on loopback sends one large file at the speed of a good connection. In half of the interruptions the server
+closes the connection at a random byte, the others are kill -9 of the process that downloads. At the end the file must
+be the same byte for byte. What the server sends beyond the file's size is sent twice: after a kill, the bytes in the
+kernel's buffers that no process had read.
 """
 
 import argparse
@@ -25,7 +25,7 @@ download(Remote(sys.argv[1], int(sys.argv[2]), None), pathlib.Path(sys.argv[3]))
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `data` by parts, closing the connection at each of `cuts` once; counts the bytes that it sent."""
+    """Serves `data`, and closes the connection once at each of `cuts`; counts the bytes that it sends."""
 
     daemon_threads = True
 
@@ -69,7 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, default=500)
     parser.add_argument("--interruptions", type=int, default=50)
-    parser.add_argument("--rate", type=float, default=60.0, help="MB/s that the server sends at most")
+    parser.add_argument("--rate", type=float, default=60.0, help="MB/s that the server sends, at most")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, size = random.Random(options.seed), options.mb * 10**6
@@ -84,7 +84,7 @@ def main() -> int:
         command = [sys.executable, "-c", CLIENT, f"http://127.0.0.1:{server.server_address[1]}/file", str(size), path]
         for stop in [*stops, size + 1]:
             child = subprocess.Popen(command)
-            while child.poll() is None and _had(path) < stop:
+            while child.poll() is None and _received(path) < stop:
                 time.sleep(0.002)
             if child.poll() is None:
                 child.kill()
@@ -101,7 +101,7 @@ def main() -> int:
     return 0 if same and twice < 0.01 * size else 1
 
 
-def _had(path: Path) -> int:
+def _received(path: Path) -> int:
     part = path.with_name(path.name + ".part")
     try:
         return part.stat().st_size

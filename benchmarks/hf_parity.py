@@ -1,10 +1,10 @@
-"""batchgen beside transformers on the same weights, in float32: python -m benchmarks.hf_parity [--deep] [SHAPE ...].
+"""Compare batchgen with transformers on the same float32 weights: python -m benchmarks.hf_parity [--deep] [SHAPE ...].
 
-For each shape a GPT-2 with random weights is made and saved by transformers, converted by `convert_checkpoint`, and
-both read the same prompts. The last line of each is whether all logits are within 1e-4, and whether every greedy
-token of batchgen's engine (with its cache and batching) is transformers' too wherever the margin between its two
-best logits is above 1e-3. Exit code 1 if not. The larger sizes are made at true width with few layers; --deep
-gives them all, which needs 20 GB of memory and as much disk.
+For each shape, transformers makes and saves a GPT-2 with random weights, `convert_checkpoint` converts it, and both
+read the same prompts. A shape is ok if all logits are within 1e-4, and if every greedy token of batchgen's engine
+(with its cache and batching) is that of transformers, unless the two best logits are within 1e-3. Exit code 1 if one
+is not. The larger sizes have their true width but few layers; --deep gives them all layers, which needs 20 GB of memory
+and as much disk.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TOLERANCE, MARGIN = 1e-4, 1e-3
 
 @dataclass(frozen=True)
 class Shape:
-    """One kind of model: its config, how it is saved, and the layers it has without --deep."""
+    """One kind of model: its config, how it is saved, and its number of layers without --deep."""
 
     config: dict[str, Any]
     dtype: torch.dtype = torch.float32
@@ -70,7 +70,7 @@ SHAPES = {
 
 
 def make_model(shape: Shape, deep: bool, directory: Path) -> GPT2LMHeadModel:
-    """A random model, saved as a Hugging Face directory, and as transformers then has it, in float32."""
+    """A random model in float32, after transformers saved it as a Hugging Face directory."""
     values = shape.config | ({} if deep or shape.shallow is None else {"n_layer": shape.shallow})
     torch.manual_seed(0)
     config = HFConfig(**values, initializer_range=0.04, attn_implementation="eager", eos_token_id=256)
@@ -85,7 +85,7 @@ def make_model(shape: Shape, deep: bool, directory: Path) -> GPT2LMHeadModel:
 
 @torch.no_grad()
 def compare(model: GPT2LMHeadModel, converted: Path, lengths: tuple[int, ...]) -> tuple[float, float, int, int, int]:
-    """(largest difference of logits, largest logit, greedy tokens, those that differ, those of them within MARGIN)."""
+    """(largest difference of logits, largest logit, greedy tokens, number that differ, of these within MARGIN)."""
     params, config = load_params(converted), load_manifest(converted).config
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, config.n_vocab, length).tolist()) for length in lengths]
@@ -110,14 +110,14 @@ def compare(model: GPT2LMHeadModel, converted: Path, lengths: tuple[int, ...]) -
 
 
 def logits(params: Any, config: Any, prompt: tuple[int, ...]) -> Any:
-    """Of every position: batchgen's forward pass over the whole prompt."""
+    """batchgen's logits at every position of a prompt."""
     segment = KVArena(config, len(prompt)).allocate(len(prompt), start=0)
     assert segment is not None
     return Forward(params, config, len(prompt), len(prompt))(prefills=[Prefill(segment, prompt, n_logits=len(prompt))])
 
 
 def check(name: str, deep: bool) -> bool:
-    """Print one line on a shape; whether it is right."""
+    """Print one line on a shape; whether it is ok."""
     shape, started = SHAPES[name], time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="hf_parity-"))
     try:

@@ -1,4 +1,4 @@
-"""What is measured on: processor, cores, BLAS, and how fast it multiplies matrices with nothing else to do.
+"""This machine: processor, cores, BLAS, and its speed at products of matrices with nothing else to do.
 
 `python -m benchmarks.machine` prints one process's rate as JSON; sgemm_peak starts one for each core.
 """
@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from batchgen.engine.probe import blas_info
 
-# set where these programs start, they would change which kernels BLAS takes, or how many threads
+# set when a program starts, they change the kernels of BLAS or its number of threads
 UNSET = (
     "OPENBLAS_CORETYPE",
     "OPENBLAS_L2_SIZE",
@@ -38,7 +38,7 @@ def available_cores() -> int:
 
 
 def processor() -> str:
-    """The processor's name, as the system has it."""
+    """The processor's name, according to the system."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -46,7 +46,7 @@ def processor() -> str:
 
 
 def instruction_sets() -> str:
-    """Those that decide how fast bfloat16, int8 and float32 are."""
+    """The instruction sets that decide the speed of bfloat16, int8 and float32."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
     wanted = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx512_bf16": "BF16", "amx_tile": "AMX"}
@@ -67,7 +67,7 @@ def sgemm_rate(seconds: float = 1.5) -> float:
 
 
 def sgemm_peak(jobs: int) -> tuple[float, str]:
-    """GF/s of `jobs` processes at once, and the BLAS that they used."""
+    """GF/s of `jobs` processes together, and the BLAS that they use."""
     command = [sys.executable, "-m", "benchmarks.machine"]
     running = [
         subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, text=True) for _ in range(jobs)

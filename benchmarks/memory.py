@@ -1,4 +1,4 @@
-"""Peak memory of a process and of all that it started, by Linux's proportional set size: shared pages count once."""
+"""Peak memory of a process and its descendants, by Linux's proportional set size: shared pages count once."""
 
 import threading
 import time
@@ -6,11 +6,11 @@ from collections import defaultdict
 from pathlib import Path
 
 PROC = Path("/proc")
-SHARE_OF_TIME = 0.02  # reading it walks page tables, which is not to slow what is measured
+SHARE_OF_TIME = 0.02  # reading it walks page tables, which must not slow the measured processes
 
 
 class PeakMemory:
-    """Samples the tree under a process a few times a second while the `with` block runs."""
+    """Samples a process and its descendants a few times a second while the `with` block runs."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.peak = pid, 0
@@ -34,7 +34,7 @@ class PeakMemory:
 
 
 def tree(pid: int) -> list[int]:
-    """The process, its children, theirs, and so on."""
+    """The process and its descendants."""
     children: dict[int, list[int]] = defaultdict(list)
     for stat in PROC.glob("[0-9]*/stat"):
         try:

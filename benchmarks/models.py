@@ -9,7 +9,7 @@ import numpy as np
 
 from batchgen.gpt2.config import LAYER_NORM_EPS, GPT2Config
 from batchgen.gpt2.params import Array, random_tensors
-from batchgen.models.shards import TOKENIZER_FILES, write_model
+from batchgen.models.shards import TOKENIZER_FILES, Description, write_model
 from tests.support.vocabulary import gpt2_vocabulary_dir
 
 SIZE_124M = GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12)
@@ -23,10 +23,8 @@ def batchgen_model(cache: Path) -> Path:
     directory = cache / "models" / "batchgen"
     if not directory.exists():
         tensors = random_tensors(SIZE_124M)
-        source = {"kind": "random weights"}
-        write_model(
-            directory, SIZE_124M, tensors.items(), name="random", source=source, tokenizer_dir=gpt2_vocabulary_dir()
-        )
+        description = Description("random", SIZE_124M, {"kind": "random weights"})
+        write_model(directory, description, tensors.items(), tokenizer_dir=gpt2_vocabulary_dir())
     return directory
 
 
@@ -69,7 +67,7 @@ def huggingface_config(config: GPT2Config) -> dict[str, object]:
 
 
 def huggingface_tensors(tensors: dict[str, Array]) -> Iterator[tuple[str, Array]]:
-    """`h0/attn/c_attn/w` -> `transformer.h.0.attn.c_attn.weight`, [in, out] as it is; lm_head is wte, tied."""
+    """`h0/attn/c_attn/w` -> `transformer.h.0.attn.c_attn.weight`, also [in, out]; lm_head is left out: it is wte."""
     for name, tensor in tensors.items():
         if name == "lm_head":
             continue

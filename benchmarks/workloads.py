@@ -1,4 +1,4 @@
-"""The five workloads: seeded token ids, so that every system gets the same prompts, in the same order."""
+"""The five workloads: seeded token ids, so that every system gets the same prompts in the same order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,21 +33,21 @@ class Workload:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Prompts in a static batch that are worth trying, the likeliest first: a prompt may be many rows, or long."""
+        """Sizes of a static batch to try, the most likely best first; smaller for long prompts and many samples."""
         if self.task.n > 1:
             return 4, 2, 8
         all_long = min(map(len, self.task.prompts)) - self.task.shared_prefix >= 256
         return (8, 4, 16) if all_long else (16, 8, 32)
 
     def slice(self, jobs: int) -> "Workload":
-        """As few prompts as give each of `jobs` cores the largest batch, to choose settings by."""
+        """As few prompts as give each of `jobs` cores the largest batch, for choosing settings."""
         step = max(1, len(self.task.prompts) // (jobs * max(self.batch_sizes)))
         return replace(self, name=f"{self.name}-tuning", task=self.task.part(step, self.task.max_tokens))
 
     @property
     def like(self) -> str:
-        """The workload whose settings it has."""
-        return {"W5": "W1"}.get(self.name, self.name)  # the same lengths, and nobody else asks for equal ones once
+        """The workload whose settings it uses."""
+        return {"W5": "W1"}.get(self.name, self.name)  # the same lengths; only batchgen makes use of equal rows
 
 
 def log_normal_lengths(n: int, median: float = 66, sigma: float = 0.82) -> list[int]:
@@ -88,7 +88,7 @@ def half_duplicates(rng: np.random.Generator, scale: float) -> Task:
 
 
 def rows(n: int, scale: float) -> int:
-    """An even number of them, and never fewer than 4."""
+    """An even number of rows, at least 4."""
     return max(4, 2 * round(n * scale / 2))
 
 

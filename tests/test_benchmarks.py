@@ -1,4 +1,4 @@
-"""What the benchmark measures: seeded workloads of exact sizes, and tables that say what is missing."""
+"""The benchmarks: seeded workloads of exact sizes, and tables that name what is missing."""
 
 import json
 import os
@@ -29,7 +29,7 @@ CONFIG = GPT2Config(n_vocab=20, n_ctx=8, n_embd=4, n_head=2, n_layer=2)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_workload_is_its_seed_alone(name):
+def test_a_workload_depends_on_its_seed_alone(name):
     assert make_workload(name, 0.1) == make_workload(name, 0.1)
     assert make_workload(name, 0.1) != make_workload(name, 0.1, seed=1)
 
@@ -78,13 +78,13 @@ def test_half_of_w5_is_duplicates():
     assert len(set(prompts)) * 2 == len(prompts)
 
 
-def test_a_job_survives_its_file(tmp_path):
+def test_a_job_is_the_same_after_its_file_is_read(tmp_path):
     job = Job("model", make_workload("W3", 0.1).task, 2, 1, "scratch", {"batch_size": 8})
     job.write(tmp_path / "job.json")
     assert Job.read(tmp_path / "job.json") == job
 
 
-def test_batches_hold_every_prompt_once_by_length():
+def test_batches_have_every_prompt_once_by_length():
     task = Task([[0] * n for n in (3, 1, 2, 5, 4)], max_tokens=1)
     assert batches(task, 2) == [[3, 4], [0, 2], [1]]
 
@@ -128,7 +128,7 @@ def test_a_slice_fills_the_largest_batch_of_every_core(name):
 
 
 def test_tuning_changes_one_option_after_the_other(tmp_path, monkeypatch):
-    """b is tried beside the best a; what fails is not taken, and nobody waits for what is slower by far."""
+    """b is tried with the best a; settings that fail are not taken, and much slower ones are ended early."""
     seconds = {(1, 1): 5.0, (2, 1): 3.0, (3, 1): None, (2, 2): 2.0}
     limits = []
 
@@ -148,7 +148,7 @@ def test_tuning_changes_one_option_after_the_other(tmp_path, monkeypatch):
     assert limits[0] == 100
     assert all(5 <= limit < 6 for limit in limits[1:])
     assert bench.best_options(system, make_workload("W5", 0.1), args, tmp_path) == (best, tried)
-    assert len(limits) == 4  # W5 is like W1, whose settings are known now
+    assert len(limits) == 4  # W5 uses the settings of W1, which are known now
     bench.best_options(system, make_workload("W2", 0.1), args, tmp_path)
     assert len(limits) == 8
     args.tune = False
@@ -221,7 +221,7 @@ def test_a_failing_command_gives_its_reason(tmp_path):
         run_logged([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", dict(os.environ), 0.2)
 
 
-def test_the_clock_tells_weights_from_attention():
+def test_the_clock_separates_weights_from_attention():
     clock = Clock()
     a, heads = np.ones((2, 3), np.float32), np.ones((4, 2, 3), np.float32)
     clock.matmul(a, a.T)

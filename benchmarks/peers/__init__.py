@@ -1,1 +1,1 @@
-"""A script for each system that is measured, run in the system's own environment; see protocol.py."""
+"""A script for each system, which runs in the system's own environment; see protocol.py."""

@@ -1,6 +1,6 @@
-"""What bench.py and the scripts beside this file say to each other; the standard library alone, as it runs anywhere.
+"""The protocol between bench.py and the scripts beside this file; standard library only, as all environments use it.
 
-A script is started with the path of a job, a JSON file. It loads its model, completes one prompt by one token
+A script is started with the path of a job, a JSON file. It loads its model, generates one token for one prompt
 (start-up ends there), warms up, does the whole task, and prints one JSON object.
 """
 
@@ -21,7 +21,7 @@ LONG_RUN = 120.0  # seconds after which a task is not repeated
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Complete every prompt n times by exactly max_tokens tokens; temperature 0 is greedy."""
+    """Generate n samples of exactly max_tokens tokens for every prompt; temperature 0 is greedy."""
 
     prompts: Prompts
     max_tokens: int
@@ -36,7 +36,7 @@ class Task:
         return len(self.prompts) * self.n * self.max_tokens
 
     def part(self, step: int, max_tokens: int) -> "Task":
-        """Every step-th prompt in the order of length, completed by fewer tokens."""
+        """Every step-th prompt in the order of length, with fewer new tokens."""
         prompts = sorted(self.prompts, key=len)[step // 2 :: step]
         return replace(self, prompts=prompts, max_tokens=min(max_tokens, self.max_tokens))
 
@@ -64,26 +64,26 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A loaded system; `complete` starts from nothing each time, whatever it was asked for before."""
+    """A loaded system; `complete` reuses nothing of an earlier call."""
 
     complete: Callable[[Task], Completions]
     version: str
     settings: str
-    warm_up: Callable[[], dict[str, float]] | None = None  # returns what is worth reporting
+    warm_up: Callable[[], dict[str, float]] | None = None  # returns seconds to report
 
 
 Load = Callable[[Job], Ready]
 
 
 def serve(load: Load) -> None:
-    """Do the job that the command line names."""
+    """Do the job that the command line names, and print the answer."""
     answer = _private_stdout()
     job = Job.read(Path(sys.argv[1]))
     print(json.dumps(measure(load, job)), file=answer, flush=True)
 
 
 def _private_stdout() -> TextIO:
-    """The standard output for the answer alone: what libraries print goes to the standard error."""
+    """Standard output, for the answer alone; what libraries print then goes to standard error."""
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answer
@@ -123,7 +123,7 @@ def first_token(task: Task) -> Task:
 
 
 def check(task: Task, completions: Completions) -> None:
-    """Raise ValueError unless exactly as many tokens as asked for were generated."""
+    """Raise ValueError unless the completions have the numbers of samples and tokens that the task asks for."""
     lengths = {len(ids) for ids in completions}
     if len(completions) != len(task.prompts) * task.n or lengths != {task.max_tokens}:
         raise ValueError(

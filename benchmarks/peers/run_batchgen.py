@@ -1,5 +1,6 @@
 """batchgen as `batchgen generate` runs it: chunks of prompts to worker processes, parts on disk, receipts back."""
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,33 +13,33 @@ import pyarrow.parquet as pq
 from batchgen import __version__
 from batchgen.engine.engine import MAX_BATCH
 from batchgen.engine.probe import blas_info
-from batchgen.models.shards import load_manifest
+from batchgen.models.model import Model
+from batchgen.output.schema import Columns
 from batchgen.planning import auto_chunk_rows, default_kv_bytes, plan_chunks
-from batchgen.run import Job as RunJob
-from batchgen.run import Model, worker_setup
-from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, Receipt, SamplingParams, TokenizedRequest
+from batchgen.workers.marker import read_sightings
 from batchgen.workers.pool import Pool
-from batchgen.workers.worker import read_sightings
+from batchgen.workers.worker import WorkerSetup
 from benchmarks.peers.protocol import Completions, Job, Ready, Task, first_token, serve
 
 
 class Workers:
-    """What batchgen.run.run_job does between its plan and the merge of the parts."""
+    """The part of run_job between the plan and the merge: chunks to a pool, parts in a folder."""
 
     def __init__(self, job: Job) -> None:
-        self.job, directory = job, Path(job.model)
-        model = Model(directory, load_manifest(directory))
-        self.tokenizer = Tokenizer.load(directory)
-        plan = {
-            "model_hash": "",
-            "kv_bytes": default_kv_bytes(model.manifest.config),
-            "batch_size": MAX_BATCH,
-            "share_prefixes": True,
-        }
-        columns = {"token_ids": True, "logprobs": False, "prompt_index": False}
-        self.setup = worker_setup(RunJob(Path(), Path()), model, plan, columns)
-        self.started: dict[str, float] = {}  # seconds of the first task, one token long
+        self.job, model = job, Model.load(Path(job.model))
+        self.tokenizer = model.load_tokenizer()
+        self.setup = WorkerSetup(
+            model=str(model.directory.resolve()),
+            model_hash="",
+            kv_bytes=default_kv_bytes(model.config),
+            max_batch=MAX_BATCH,
+            share_prefixes=True,
+            columns=Columns(token_ids=True),
+            params=SamplingParams(),
+            parent=os.getpid(),
+        )
+        self.started: dict[str, float] = {}  # seconds of the first task, which generates one token
 
     def complete(self, task: Task) -> Completions:
         with tempfile.TemporaryDirectory(dir=self.job.scratch) as attempt:
@@ -72,7 +73,7 @@ class Workers:
             yield TokenizedRequest(row, f"prompts:{row + 1}", None, self.tokenizer.decode(ids), tuple(ids), params)
 
     def warm_up(self) -> dict[str, float]:
-        """One token from every worker, in chunks of one row, until each has had one."""
+        """Generate one token for each of a few prompts, in chunks of one row, until every worker has done a chunk."""
         tiny = Task(first_token(self.job.task).prompts * 2 * self.job.jobs, 1)
         with tempfile.TemporaryDirectory(dir=self.job.scratch) as attempt:
             while len(list(Path(attempt).glob("worker-*"))) < self.job.jobs:
@@ -81,7 +82,7 @@ class Workers:
 
 
 def wait_for_a_row(attempt: Path) -> float:
-    """time.perf_counter() when a worker's marker tells of the first row that has all its tokens."""
+    """time.perf_counter() when a worker's marker first counts a completed row."""
     deadline = time.perf_counter() + 60
     while not any(sighting.rows for sighting in read_sightings(attempt)):
         if time.perf_counter() > deadline:

@@ -1,4 +1,4 @@
-"""CTranslate2: batches of similar length, by its own sorting; `generate_batch` of token strings."""
+"""CTranslate2: `generate_batch` of token strings, which sorts them by length itself."""
 
 import json
 from pathlib import Path

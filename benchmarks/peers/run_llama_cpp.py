@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level API: continuous batching, prefixes and prompts' samples copied."""
+"""llama.cpp through llama-cpp-python's low-level API: continuous batching; shared prefixes and prompts are copied."""
 
 import ctypes
 from collections import deque
@@ -16,11 +16,11 @@ N_VOCAB = 50_257
 
 @dataclass(slots=True)
 class Running:
-    """One sample being generated in one of llama.cpp's sequences."""
+    """A sample in flight, in one of llama.cpp's sequences."""
 
     sequence: int
     place: int  # among the completions
-    position: int  # of its newest token, which has not been read yet
+    position: int  # of its newest token, which is not read yet
     token: int
 
 
@@ -35,7 +35,7 @@ class Row:
 
 
 class Context:
-    """llama.cpp's context, with as many sequences as run together, and one that keeps a shared prefix."""
+    """llama.cpp's context, with a sequence for each sample in flight, and one more for a shared prefix."""
 
     def __init__(self, job: Job) -> None:
         self.n_parallel: int = job.options["n_parallel"]
@@ -56,7 +56,7 @@ class Context:
         self.arrays = Arrays()
 
     def read(self, rows: list[Row]) -> None:
-        """One pass over the rows; logits of those that ask for them lie in the rows' order afterwards."""
+        """One pass over the rows; llama.cpp then has the logits of output rows, in their order."""
         status = lib.llama_decode(self.context, self.arrays.batch(rows))
         if status:
             raise RuntimeError(f"llama_decode of {len(rows)} tokens returned {status}")
@@ -73,7 +73,7 @@ class Context:
 
 
 class Arrays:
-    """A llama_batch over NumPy arrays, so that filling it costs little."""
+    """A llama_batch over NumPy arrays, which are fast to fill."""
 
     def __init__(self) -> None:
         self.token, self.position, self.sequence = (np.zeros(N_BATCH, np.int32) for _ in range(3))
@@ -121,7 +121,7 @@ class Run:
         return self.completions
 
     def step(self) -> None:
-        """One more token of every running sample, and the prompts of as many new ones as fit."""
+        """One more token for every running sample, and the prompts of as many new samples as fit."""
         rows = [Row(r.token, r.position, r.sequence, True) for r in self.running]
         started: list[tuple[int, list[int]]] = []
         while self.waiting and len(self.free) >= self.task.n:
@@ -141,7 +141,7 @@ class Run:
         return [Row(prompt[i], i, sequence, i == len(prompt) - 1) for i in range(shared, len(prompt))]
 
     def append(self, rows: list[Row], started: list[tuple[int, list[int]]]) -> None:
-        """Choose each sample's next token; those that are done make room."""
+        """Append each sample's next token; finished samples free their sequences."""
         outputs = [number for number, row in enumerate(rows) if row.output]
         chosen = self.context.greedy(len(outputs)) if not self.task.temperature else []
         now: list[Running] = []

@@ -32,7 +32,7 @@ def load(job: Job) -> Ready:
 
 
 def read_prefix(model: transformers.PreTrainedModel, ids: list[int]) -> transformers.DynamicCache | None:
-    """Its keys and values, of one sequence."""
+    """The keys and values of a prefix, for one sequence."""
     return model(torch.tensor([ids]), use_cache=True, logits_to_keep=1).past_key_values if ids else None
 
 
@@ -42,7 +42,7 @@ def generate(
     task: Task,
     prefix: transformers.DynamicCache | None,
 ) -> Completions:
-    """Padding is between the prefix and what follows it; positions go by the mask."""
+    """Generate one batch: padding is between the prefix and the rest of a prompt; the mask decides positions."""
     shared, longest = task.shared_prefix, max(map(len, prompts))
     gaps = [longest - len(prompt) for prompt in prompts]
     ids = torch.tensor([p[:shared] + [PAD] * gap + p[shared:] for p, gap in zip(prompts, gaps, strict=True)])

@@ -22,7 +22,7 @@ def load(job: Job) -> Ready:
     )
 
     def complete(task: Task) -> Completions:
-        llm.reset_prefix_cache()  # of what an earlier round left there
+        llm.reset_prefix_cache()  # which an earlier call has filled
         params = SamplingParams(
             max_tokens=task.max_tokens,
             n=task.n,
