@@ -1,4 +1,4 @@
-# batchgen: `make run` completes the sample prompts, `make test` checks everything; each sets itself up in .venv.
+# batchgen: `make run` completes the sample prompts, `make test` checks everything; both install what they need in .venv.
 
 PYTHON ?= python3
 INPUT  ?= data/prompts/sample.jsonl
@@ -6,10 +6,13 @@ OUTPUT ?= $(basename $(patsubst %.zst,%,$(patsubst %.gz,%,$(notdir $(INPUT:%/=%)
 MODEL  ?= tales
 ARGS   ?=
 
-# The sample prompts are drawn for: greedy tales go round in circles.
+# The sample prompts are sampled: with greedy decoding the small model tales repeats itself.
 RUN_ARGS := $(if $(ARGS)$(filter-out file,$(origin INPUT)),$(ARGS),--temperature 0.8 --top-p 0.95 --show 5)
 
-BIN := .venv/bin
+BIN  := .venv/bin
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	--no-annotate --custom-compile-command "make lock" --group build --extra report
 
 .PHONY: help
 help:  ## Show this list.
@@ -23,45 +26,60 @@ endif
 	@$(BIN)/batchgen generate "$(INPUT)" --output "$(OUTPUT)" --model "$(MODEL)" $(RUN_ARGS)
 
 .PHONY: test
-test: lint  ## Lint, check types and run the tests.
+test: lint  ## Run lint and all tests.
 	@$(BIN)/pytest -n 2 --dist loadgroup
 
 .PHONY: lint
-lint: .venv/dev  ## Lint, formatting, types, and which module may import which.
+lint: .venv/dev  ## Check style, formatting, types, imports and structure.
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
+	@$(BIN)/python -m tests.support.structure
 
 .PHONY: faults
-faults: .venv/dev  ## Make every fault happen, many times, and show what came of it (half an hour).
+faults: .venv/dev  ## Cause each fault many times and show the outcome (half an hour).
 	@$(BIN)/python -m tests.faults $(ARGS)
 
 .PHONY: bench
-bench: .venv/dev  ## Measure against transformers, CTranslate2, vLLM and llama.cpp, each in an environment of its own (two hours and a half).
+bench: .venv/dev  ## Compare speed with transformers, CTranslate2, vLLM and llama.cpp, each in its own environment (2.5 hours).
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 .PHONY: parity
 parity: .venv/parity  ## Compare logits and completions with transformers, on the same random weights.
 	@$(BIN)/python -W ignore -m benchmarks.hf_parity $(ARGS)
 
+.PHONY: lock
+lock: .venv/lock  ## Update requirements/ after a change of pyproject.toml; ARGS=--upgrade takes the newest versions.
+	@$(LOCK) $(ARGS) --extra dev --output-file requirements/dev.txt pyproject.toml
+	@$(LOCK) --constraints requirements/dev.txt --output-file requirements/run.txt pyproject.toml
+
+.PHONY: coverage
+coverage: .venv/dev  ## Run the tests that need no worker processes and report which lines they cover.
+	@$(BIN)/pytest -n 2 -m "not processes" --cov --cov-report=term:skip-covered
+
 .PHONY: clean
 clean:  ## Remove .venv and caches; outputs stay.
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find batchgen jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	find batchgen jobs tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# pip runs only when pyproject.toml has changed since it last did. A .venv without pip (cut off in its making) is made anew.
-.venv/run: pyproject.toml
+# pip runs only after a change of these files. A .venv without pip is incomplete (interrupted) and is made again.
+.venv/run: pyproject.toml requirements/run.txt
 	@$(BIN)/python -c 'import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null || { echo "Installing into .venv (once) ..."; $(PYTHON) -m venv --clear .venv; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[report]"
+	@$(PIP) --require-hashes --requirement requirements/run.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.venv/dev: .venv/run
+.venv/dev: .venv/run requirements/dev.txt
 	@echo "Installing the development tools into .venv (once) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(PIP) --require-hashes --requirement requirements/dev.txt
 	@touch $@
 
 .venv/parity: .venv/run
 	@echo "Installing PyTorch and transformers into .venv (once) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[parity]"
+	@$(PIP) --no-build-isolation --editable ".[parity]"
+	@touch $@
+
+.venv/lock: .venv/run
+	@$(PIP) uv
 	@touch $@
