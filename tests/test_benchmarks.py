@@ -23,8 +23,6 @@ from benchmarks.systems import MissingError, System, run_logged
 from benchmarks.workloads import KINDS, N_ORDINARY, make_workload
 from tests.support.models import write_byte_model
 
-pytestmark = pytest.mark.processes
-
 CONFIG = GPT2Config(n_vocab=20, n_ctx=8, n_embd=4, n_head=2, n_layer=2)
 
 

@@ -24,8 +24,6 @@ from batchgen.jobs.report import harmless, one_line
 from batchgen.types import SamplingParams
 from tests.support.models import write_byte_model
 
-pytestmark = pytest.mark.processes
-
 ROOT = Path(__file__).parents[1]
 
 

@@ -39,8 +39,6 @@ from tests.support.inputs import scan
 from tests.support.jobs import change_job, make_job
 from tests.support.models import BYTES, sharp_params, write_byte_model
 
-pytestmark = pytest.mark.processes
-
 INVARIANT = is_batch_invariant(sharp_params(BYTES), BYTES)
 needs_invariance = pytest.mark.skipif(not INVARIANT, reason=f"with {blas_info()} a row's bits depend on its batch")
 
