@@ -73,7 +73,7 @@ class Plan:
             elif isinstance(field.type, type) and type(given[field.name]) is not field.type:
                 raise ValueError(f"{field.name} is not of type {field.type.__name__}")
         plan = cls(**given)
-        plan._input(), plan._policy()  # checked as the records that they are
+        plan._input(), plan.policy()  # checked as the records that they are
         return plan
 
     # ---- comparing
@@ -96,7 +96,7 @@ class Plan:
         """The command that makes the output again, quoted for a shell; parsed, it gives an equal plan."""
         output = output or ("completions" if self.format == "dataset" else f"completions.{self.format}")
         words = ["batchgen", "generate", *inputs, *with_value("-o", output), *with_value("--model", self.model)]
-        for record in (self._input(), self._output(), self.parameters, self._policy(), self._work()):
+        for record in (self._input(), self._output(), self.parameters, self.policy(), self._work()):
             words += arguments(record)
         return shlex.join(words)
 
@@ -111,7 +111,8 @@ class Plan:
             row_params=self.row_params,
         )
 
-    def _policy(self) -> Policy:
+    def policy(self) -> Policy:
+        """What was done with prompts that do not fit the model."""
         return Policy(self.on_too_long, self.empty_prompt, self.trim)  # type: ignore[arg-type]
 
     def _output(self) -> OutputOptions:

@@ -16,7 +16,6 @@ from threadpoolctl import threadpool_limits
 from batchgen import __version__
 from batchgen.errors import BatchgenError, InputError, ModelError, UsageError
 from batchgen.input.validation import make_check
-from batchgen.job import Policy
 from batchgen.models.model import Model
 from batchgen.models.registry import list_models
 from batchgen.options import say
@@ -201,8 +200,7 @@ def read_own_parameters(path: Path, row: Row) -> dict[str, object]:
 def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dict[tuple[int, int], OutputRow]:
     """Every sample of the requests, generated as one chunk: (row, sample) -> what a run would write."""
     tokenizer = model.load_tokenizer()
-    policy = Policy(plan.on_too_long, plan.empty_prompt, plan.trim)  # type: ignore[arg-type]
-    items = tuple(map(make_check(tokenizer, model.config.n_ctx, policy), requests))
+    items = tuple(map(make_check(tokenizer, model.config.n_ctx, plan.policy()), requests))
     with threadpool_limits(1, user_api="blas"):
         engine = map_engine(model, tokenizer)
         rows = complete_chunk(Chunk(0, items), plan.parameters, engine, tokenizer)
