@@ -65,6 +65,12 @@ SHAPES = {
         | {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
         note="scores by layer",
     ),
+    **{
+        name: Shape(
+            {"n_embd": 768, "n_head": 12, "n_layer": 4, "activation_function": name, "layer_norm_epsilon": 1e-6}
+        )
+        for name in ("gelu", "quick_gelu", "silu", "relu", "relu2", "tanh")
+    },
     "unscaled": Shape({"n_embd": 768, "n_head": 12, "n_layer": 4, "scale_attn_weights": False}, note="scores unscaled"),
 }
 
@@ -96,7 +102,7 @@ def compare(model: GPT2LMHeadModel, converted: Path, lengths: tuple[int, ...]) -
         worst, largest = max(worst, float(np.abs(found - expected).max())), max(largest, float(np.abs(expected).max()))
     n, different, close = 0, 0, 0
     sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
-    engine = Engine(params, config, eos_id=None, kv_bytes=2**30, max_batch=len(prompts))
+    engine = Engine(params, config, eos_ids=(), kv_bytes=2**30, max_batch=len(prompts))
     requests = [Prompt(i, ids, sampling, sample_seeds(0, i, 1)) for i, ids in enumerate(prompts)]
     for completion in engine.generate(requests):
         prompt, new = prompts[completion.row], list(completion.token_ids)

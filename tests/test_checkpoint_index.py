@@ -65,6 +65,11 @@ def test_a_plain_index_is_accepted(tmp_path: Path) -> None:
     check(tmp_path, table([HEADER, (b"scalar", entry(()))]))
 
 
+def test_an_optimizers_counters_and_a_saved_graph_are_accepted(tmp_path: Path) -> None:
+    check(tmp_path, table([HEADER, (b"_OBJECT_GRAPH", entry((), dtype=7, size=900)), (b"model/wte", entry())]))
+    check(tmp_path, table([HEADER, (b"global_step", entry((), dtype=9, size=8))]))
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -74,7 +79,9 @@ def test_a_plain_index_is_accepted(tmp_path: Path) -> None:
         ([(b"", field(1, 2))], "the header is not that of one little-endian data file"),
         ([(b"", field(1, 1) + field(2, 1))], "the header is not that of one"),
         ([(b"", field(9, 1))], "field 9 of type 0 does not belong to a plain tensor"),
-        ([HEADER, (b"a", entry(dtype=9))], "'a': expected float32, found type 9"),
+        ([HEADER, (b"a", entry(dtype=9))], r"'a': 1600 bytes are not of shape \[50, 8\]"),
+        ([HEADER, (b"a", entry((2**62,), dtype=7, size=16))], "bytes are not of shape"),
+        ([HEADER, (b"a", entry(dtype=21))], "'a': is of type 21, neither numbers nor strings"),
         ([HEADER, (b"a", entry(offset=4))], "it ends before 'a' does, at byte 1604"),
         ([HEADER, (b"a", entry(size=8))], r"'a': 8 bytes are not of shape \[50, 8\]"),
         ([HEADER, (b"a", entry(offset=2**62))], "it ends before 'a'"),

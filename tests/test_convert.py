@@ -71,6 +71,7 @@ def plain_src(tmp_path: Path) -> Path:
         (directory / name).write_text("")
     (directory / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n')
     (directory / "hparams.json").write_text(json.dumps(TINY))
+    (directory / "encoder.json").write_text('{"<|endoftext|>": 0}')
     return directory
 
 
@@ -88,6 +89,17 @@ def test_a_converted_checkpoint_holds_its_weights_bit_for_bit(src: Path, tmp_pat
     assert manifest.source["format"] == "TensorFlow checkpoint"
     for name in ("encoder.json", "vocab.bpe"):
         assert (tmp_path / "tiny" / name).read_bytes() == (src / name).read_bytes()
+
+
+@needs_tensorflow
+def test_a_checkpoint_saved_in_training_converts_to_the_same_model(tmp_path: Path) -> None:
+    """With Adam's slots and counters, an int64 step and strings, as tf.train.Saver saves all variables."""
+    src = tmp_path / "src"
+    src.mkdir()
+    script = str(REPOSITORY / "tests" / "support" / "write_tf_checkpoint.py")
+    _python(script, str(src), json.dumps(TINY), "1", "--training")
+    convert_tf_checkpoint(src, tmp_path / "tiny", name="tiny")
+    _assert_holds(tmp_path / "tiny", random_tensors(CONFIG, seed=1))
 
 
 @needs_tensorflow
@@ -234,7 +246,7 @@ def test_a_missing_file_is_named_with_the_remedy(name: str, plain_src: Path, tmp
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
 def test_a_missing_vocabulary_is_named(name: str, plain_src: Path, tmp_path: Path) -> None:
     (plain_src / name).unlink()
-    with pytest.raises(ModelError, match=f"src: has neither {name} nor"):
+    with pytest.raises(ModelError, match="src: no vocabulary, neither encoder.json"):
         convert_tf_checkpoint(plain_src, tmp_path / "tiny", name="tiny")
 
 
@@ -327,7 +339,8 @@ def test_leading_dimensions_of_one_are_removed(variables: dict[str, Any]) -> Non
         ({"model/wpe": np.zeros((8, 16), "f4")}, r"model/wpe: expected shape \[16, 8\], found \[8, 16\]"),
         ({"model/wpe": np.full((16, 8), np.nan, "f4")}, "tensor wpe: holds nan"),
         ({"model/wpe": None, "model/extra": np.zeros(3)}, "lacks 'model/wpe'"),
-        ({"global_step": np.zeros(1)}, "has an unexpected 'global_step'"),
+        ({"model/h2/ln_1/g": np.zeros(8, "f4")}, "has an unexpected 'model/h2/ln_1/g'"),
+        ({"model/lm_head/w": np.zeros((8, 50), "f4")}, "has an unexpected 'model/lm_head/w'"),
     ],
 )
 def test_an_unexpected_variable_is_named(
@@ -339,3 +352,18 @@ def test_an_unexpected_variable_is_named(
     with pytest.raises(ModelError, match=message):
         convert_tf_checkpoint(plain_src, tmp_path / "tiny", name="tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_an_optimizers_slots_and_counters_are_left_out_and_named(
+    variables: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {
+        "global_step": "i8",
+        "beta1_power": "f4",
+        "model/model/wte/Adam": "f4",
+        "model/h0/attn/c_attn/w/Adam_1": "f4",
+    }
+    variables.update({name: np.zeros(3, dtype) for name, dtype in names.items()})
+    assert dict(read_tf_tensors(Path("model.ckpt"), CONFIG)).keys() == CONFIG.tensor_shapes().keys()
+    named = "'beta1_power', 'global_step', 'model/h0/attn/c_attn/w/Adam_1', 'model/model/wte/Adam'"
+    assert caplog.messages == [f"model.ckpt: left out, because it is no weight of the model: {named}"]

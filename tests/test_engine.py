@@ -60,7 +60,7 @@ def mixed_prompts(seed: int, n: int = 40) -> list[Prompt]:
 
 
 def run(prompts: list[Prompt], tokens: int = 20_000, **options) -> dict[tuple[int, int], Completion]:
-    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=tokens * PER_TOKEN, **options)
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=tokens * PER_TOKEN, **options)
     completions = {(c.row, c.sample): c for c in engine.generate(prompts)}
     assert engine.arena.free == [(0, engine.arena.n_tokens)]
     return completions
@@ -68,9 +68,41 @@ def run(prompts: list[Prompt], tokens: int = 20_000, **options) -> dict[tuple[in
 
 def test_every_sample_of_every_prompt_is_completed_once():
     prompts = mixed_prompts(0)
-    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=2000 * PER_TOKEN)
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=2000 * PER_TOKEN)
     keys = [(c.row, c.sample) for c in engine.generate(prompts)]
     assert sorted(keys) == [(p.row, sample) for p in prompts for sample in range(p.params.n)]
+
+
+@pytest.mark.parametrize("tokens", [2_000, 20_000])
+def test_the_work_of_an_engine_is_what_it_was_given_and_at_the_end_it_is_done(tokens):
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=tokens * PER_TOKEN)
+    before: list[int] = []
+    for _, drawn in engine.steps(mixed_prompts(0)):
+        work = engine.work
+        assert len(drawn) == work.generated - sum(before)
+        before.append(len(drawn))
+        assert work.started - work.finished <= work.batch
+        assert work.finished <= work.started <= work.sequences
+        assert work.finished_tokens <= work.generated
+    assert engine.work.steps == len(before)
+    assert engine.work.started == engine.work.finished == engine.work.ended == engine.work.sequences
+    assert engine.work.finished_tokens == engine.work.ended_tokens == engine.work.generated
+    assert engine.work.read == engine.work.prompt_tokens
+
+
+def test_shared_prefixes_and_equal_requests_are_work_once():
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=20_000 * PER_TOKEN)
+    stem = list(range(2 * BLOCK))
+    list(engine.generate([prompt(row, [*stem, last], max_tokens=3) for row, last in enumerate([7, 8, 8])]))
+    assert (engine.work.sequences, engine.work.max_tokens) == (2, 6)
+    assert engine.work.prompt_tokens == 2 * BLOCK + 2
+
+
+def test_an_engine_that_is_closed_early_has_nothing_left_to_do():
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=20_000 * PER_TOKEN)
+    next(steps := engine.steps(mixed_prompts(0)))
+    steps.close()
+    assert engine.work.started == engine.work.finished == engine.work.sequences > 0
 
 
 def test_greedy_completions_equal_pico():
@@ -109,14 +141,14 @@ def test_the_same_run_gives_the_same_bits():
 
 
 def test_a_second_call_of_an_engine_gives_the_same_bits():
-    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN)
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=900 * PER_TOKEN)
     prompts = mixed_prompts(3)
     first = {(c.row, c.sample): c for c in engine.generate(prompts)}
     assert {(c.row, c.sample): c for c in engine.generate(prompts)} == first
 
 
 def test_the_engine_is_usable_after_a_caller_closes_the_iterator():
-    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN)
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=900 * PER_TOKEN)
     prompts = mixed_prompts(3)
     next(iter(engine.generate(prompts)))
     assert engine.arena.free == [(0, engine.arena.n_tokens)]
@@ -126,7 +158,7 @@ def test_the_engine_is_usable_after_a_caller_closes_the_iterator():
 def test_equal_greedy_requests_are_generated_once_and_sampled_ones_each():
     same = [prompt(row, [1, 2, 3], max_tokens=4, n=2) for row in range(3)]
     drawn = [prompt(row, [1, 2, 3], max_tokens=4, temperature=1.0) for row in range(10, 13)]
-    engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=900 * PER_TOKEN)
+    engine = Engine(PARAMS, TINY, eos_ids=(), kv_bytes=900 * PER_TOKEN)
     widths = [len(sampled) for _, sampled in engine.steps([*same, *drawn])]
     assert widths == [4, 4, 4, 4]
     completions = run([*same, *drawn])
@@ -137,7 +169,7 @@ def test_equal_greedy_requests_are_generated_once_and_sampled_ones_each():
 def test_a_shared_prefix_is_read_once():
     stem = list(range(2 * BLOCK))
     prompts = [prompt(row, [*stem, 400 + row], max_tokens=2) for row in range(10)]
-    engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=9000 * PER_TOKEN)
+    engine = Engine(PARAMS, TINY, eos_ids=(), kv_bytes=9000 * PER_TOKEN)
     rows = []
     embed = engine.forward._embed
     engine.forward._embed = lambda ids, segments, prefills: (
@@ -148,7 +180,7 @@ def test_a_shared_prefix_is_read_once():
 
 
 def test_samples_of_a_prompt_share_its_prefill():
-    engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=9000 * PER_TOKEN)
+    engine = Engine(PARAMS, TINY, eos_ids=(), kv_bytes=9000 * PER_TOKEN)
     rows = []
     embed = engine.forward._embed
     engine.forward._embed = lambda ids, segments, prefills: (
@@ -161,7 +193,7 @@ def test_samples_of_a_prompt_share_its_prefill():
 
 def test_a_free_slot_is_filled_in_the_next_step():
     prompts = [prompt(row, [row], max_tokens=1 + row % 5, ignore_eos=True) for row in range(30)]
-    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=2000 * PER_TOKEN, max_batch=4)
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=2000 * PER_TOKEN, max_batch=4)
     widths = [len(sampled) for _, sampled in engine.steps(prompts)]
     total = sum(1 + row % 5 for row in range(30))
     assert sum(widths) == total
@@ -205,7 +237,7 @@ def test_a_completion_does_not_include_the_token_that_ended_it():
 
 
 def test_bad_prompts_and_limits_are_refused_before_any_work():
-    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN)
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=900 * PER_TOKEN)
     good = prompt(0, [1])
     for bad, words in [
         (prompt(7, [500]), "row 7: token id 500 is outside the vocabulary of 500"),
@@ -218,15 +250,15 @@ def test_bad_prompts_and_limits_are_refused_before_any_work():
         with pytest.raises(UsageError, match=words):
             next(engine.steps([good, bad]))
     with pytest.raises(UsageError, match="too small for one sequence of n_ctx 256.* raise --kv-memory to 1M"):
-        Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=10)
+        Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=10)
     with pytest.raises(UsageError, match="--batch-size 5000 is out of range .1 to 4096"):
-        Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=900 * PER_TOKEN, max_batch=5000)
+        Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=900 * PER_TOKEN, max_batch=5000)
 
 
 def test_the_budget_in_the_error_suffices(python_names):
     with pytest.raises(UsageError, match="raise kv_bytes to 1M") as error:
-        Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=10)
-    assert Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=int(re.search(r"(\d+) bytes", str(error.value))[1]))
+        Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=10)
+    assert Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=int(re.search(r"(\d+) bytes", str(error.value))[1]))
 
 
 def test_no_prompts_give_no_completions():
@@ -254,7 +286,7 @@ def test_the_laws_on_bits_hold_with_either_kernel(core_type):
 
 def test_a_sequence_ends_with_the_token_at_which_should_stop_says_so():
     prompts = mixed_prompts(7, n=20)
-    engine = Engine(PARAMS, TINY, eos_id=EOS, kv_bytes=2000 * PER_TOKEN, max_batch=6)
+    engine = Engine(PARAMS, TINY, eos_ids=(EOS,), kv_bytes=2000 * PER_TOKEN, max_batch=6)
     asked = []
 
     def third(sequence: Sequence) -> FinishReason | None:
@@ -275,7 +307,7 @@ def test_a_sequence_ends_with_the_token_at_which_should_stop_says_so():
 
 
 def test_a_stop_at_the_last_token_counts_as_stop_and_not_as_length():
-    engine = Engine(PARAMS, TINY, eos_id=None, kv_bytes=2000 * PER_TOKEN)
+    engine = Engine(PARAMS, TINY, eos_ids=(), kv_bytes=2000 * PER_TOKEN)
     (completion,) = engine.generate([prompt(0, [1], max_tokens=1)], should_stop=lambda sequence: "stop")
     assert (len(completion.token_ids), completion.finish_reason) == (1, "stop")
 

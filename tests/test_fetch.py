@@ -195,6 +195,21 @@ def test_a_failed_conversion_records_no_hashes(
     assert not (models / "fetched.json").exists()
 
 
+def test_a_damaged_download_is_named_as_the_model_and_downloaded_again(
+    server: FaultServer, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(src: Path, *_: object, **__: object) -> None:
+        raise ModelError(f"{src / INDEX} cannot be read (x); download the checkpoint again")
+
+    remedy = r"download the checkpoint again \(the downloaded files are removed; run the same command again\)$"
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch, "convert_tf_checkpoint", fail)
+        with pytest.raises(ModelError, match=rf"^124M/model\.ckpt\.index cannot be read \(x\); {remedy}"):
+            get()
+    assert get() == models / "124M"
+    assert asked(server)[INDEX] == 2
+
+
 def test_hparams_of_another_model_are_refused(server: FaultServer, models: Path) -> None:
     server.files["/gpt-2/124M/hparams.json"] = json.dumps(BYTES.as_dict() | {"n_head": 4}).encode()
     with pytest.raises(ModelError, match="hparams.json of 124M: expected .*'n_head': 2.*found .*'n_head': 4"):

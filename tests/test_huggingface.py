@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from batchgen.errors import ModelError
+from batchgen.gpt2.activations import ACTIVATIONS, SYNONYMS
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.forward import Forward, Prefill, gpt2
 from batchgen.gpt2.kv_cache import KVArena
@@ -17,6 +19,7 @@ from batchgen.models.convert import convert_checkpoint
 from batchgen.models.huggingface import hf_names, read_hf_config
 from batchgen.models.shards import load_manifest, load_params, model_hash, verify_shards
 from batchgen.text.tokenizer import Tokenizer
+from tests.support import reference
 from tests.support.hf_checkpoint import hf_config, hf_tensors, write_hf_model, write_safetensors
 from tests.support.models import BYTES, sharp_tensors, write_byte_model
 
@@ -55,10 +58,23 @@ def assert_holds(model: Path, config: GPT2Config, seed: int = 0) -> None:
 # --- conversion -------------------------------------------------------------------------------------------
 
 
+def test_an_adapter_and_weights_without_a_config_are_named(tmp_path):
+    src = write_hf_model(tmp_path / "src")
+    (src / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"src/config\.json: is missing"):
+        convert_checkpoint(src, tmp_path / "dst", name="dst")
+    (src / "model.safetensors").rename(src / "adapter_model.safetensors")
+    (src / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="src: is an adapter to a model; merge the adapter into the model"):
+        convert_checkpoint(src, tmp_path / "dst", name="dst")
+
+
 def test_a_converted_directory_equals_the_model_written_with_openais_names(src: Path, tmp_path: Path) -> None:
     dst = convert(src)
     assert_holds(dst, BYTES)
-    assert model_hash(load_manifest(dst)) == model_hash(load_manifest(write_byte_model(tmp_path / "same")))
+    ours, theirs = load_manifest(write_byte_model(tmp_path / "same")), load_manifest(dst)
+    assert (theirs.tensors, theirs.config) == (ours.tensors, ours.config)
+    assert theirs.tokenizer.items() > ours.tokenizer.items()  # and special_tokens.json
     assert load_manifest(dst).source["format"] == "Hugging Face directory"
 
 
@@ -70,6 +86,112 @@ def test_names_with_a_prefix_and_mask_buffers_give_the_same_model(tmp_path: Path
         tensors[f"transformer.h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
     write_safetensors(src / WEIGHTS, tensors)
     assert_holds(convert(src), BYTES)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "_orig_mod.",
+        "module.",
+        "model.",
+        "_orig_mod.module.model.transformer.",
+        "base_model.model.transformer.",
+        "gpt.backbone.",
+    ],
+)
+def test_any_prefix_gives_the_same_model(prefix: str, tmp_path: Path) -> None:
+    src = write_hf_model(tmp_path / "src", prefix=prefix)
+    tensors = load_file(src / WEIGHTS)
+    head = {"lm_head.weight": tensors[f"{prefix}wte.weight"]}
+    write_safetensors(src / WEIGHTS, tensors | head)
+    assert_holds(convert(src), BYTES)
+    outer = prefix.removesuffix("transformer.").removesuffix("backbone.")
+    write_safetensors(src / WEIGHTS, tensors | {f"{outer}lm_head.weight": head["lm_head.weight"]})
+    assert_holds(convert(src), BYTES)
+
+
+def test_modules_compiled_or_sharded_one_by_one_give_the_same_model(src: Path) -> None:
+    tensors = {
+        re.sub(r"^h\.(\d+)\.", r"h.\1._orig_mod._fsdp_wrapped_module.", name): tensor
+        for name, tensor in load_file(src / WEIGHTS).items()
+    }
+    write_safetensors(src / WEIGHTS, tensors)
+    assert_holds(convert(src), BYTES)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["v_head.summary.weight", "v_head.summary.bias"],
+        ["multiple_choice_head.summary.weight"],
+        ["score.weight"],
+        ["classifier.weight", "classifier.bias"],
+        ["qa_outputs.weight"],
+        ["_orig_mod.value_head.0.weight"],
+    ],
+)
+def test_a_head_that_generating_does_not_need_is_left_out_and_named(
+    names: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    src = write_hf_model(tmp_path / "src", prefix="_orig_mod.transformer.")
+    write_safetensors(src / WEIGHTS, load_file(src / WEIGHTS) | {name: np.zeros((1, 3), "f4") for name in names})
+    assert_holds(convert(src), BYTES)
+    named = ", ".join(map(repr, sorted(names)))
+    assert caplog.messages == [f"{src}: left out, because generating does not need it: {named}"]
+
+
+# --- nanoGPT exported to safetensors: nn.Linear's layout, perhaps no biases ------------------------------------
+
+
+def _as_nanogpt(src: Path, *, bias: bool) -> dict[str, Any]:
+    """Lay the weights out as nanoGPT does; returns the tensors under OpenAI's names."""
+    tensors, saved = sharp_tensors(BYTES), {}
+    for name, theirs in hf_names(BYTES).items():
+        if name.endswith("/b") and not bias:
+            del tensors[name]
+            continue
+        saved[f"transformer.{theirs}"] = np.ascontiguousarray(tensors[name].T) if "/w" in name else tensors[name]
+    saved["lm_head.weight"] = tensors["wte"]
+    saved["transformer.h.0.attn.bias"] = np.ones((1, 1, 128, 128), np.float32)  # the mask
+    write_safetensors(src / WEIGHTS, saved)
+    values = json.loads((src / CONFIG).read_text())
+    values |= {"block_size": values.pop("n_positions"), "bias": bias, "dropout": 0.0}
+    del values["activation_function"]
+    (src / CONFIG).write_text(json.dumps(values))
+    return tensors
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_computes_the_same_logits(bias: bool, src: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = _as_nanogpt(src, bias=bias)
+    with pytest.raises(ModelError, match=r"config.json: activation_function is missing, .* nanoGPT's; add \"gelu\" if"):
+        convert(src)
+    set_config(src, activation_function="gelu", use_rmsnorm=True)
+    with pytest.raises(ModelError, match=r"config.json: 'use_rmsnorm' is true, which batchgen does not compute"):
+        convert(src)
+    set_config(src, use_rmsnorm=False, use_cache=True)
+    dst = convert(src)
+    assert load_manifest(dst).config == replace(BYTES, activation_function="gelu")
+    params, ids = load_params(dst), [5, 6, 7, 8]
+    segment = KVArena(BYTES, 9).allocate(9, start=0)
+    assert segment is not None
+    found = Forward(params, load_manifest(dst).config, 4, 4)(prefills=[Prefill(segment, ids, n_logits=4)])
+    expected = reference.logits(ids, tensors, BYTES.n_head, reference.Options("gelu"))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))
+    assert bool(caplog.messages) is not bias
+    if not bias:
+        kinds = "'attn/c_attn', 'attn/c_proj', 'ln_1', 'ln_2', 'ln_f', 'mlp/c_fc' and 1 more"
+        assert caplog.messages == [f"{src}: has no bias of {kinds}; they are zeros"]
+
+
+def test_two_layouts_in_one_model_are_refused(src: Path) -> None:
+    _as_nanogpt(src, bias=True)
+    set_config(src, activation_function="gelu")
+    tensors = load_file(src / WEIGHTS)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    write_safetensors(src / WEIGHTS, tensors | {name: np.ascontiguousarray(tensors[name].T)})
+    with pytest.raises(ModelError, match=r"c_fc.weight': expected shape \[128, 32\] .*, found \[32, 128\]"):
+        convert(src)
 
 
 def test_weights_in_several_files_give_the_same_model(src: Path) -> None:
@@ -121,7 +243,16 @@ OTHER = [
     replace(BYTES, scale_attn_weights=False),
     replace(BYTES, scale_attn_by_inverse_layer_idx=True),
     replace(BYTES, n_inner=33, tie_word_embeddings=False, scale_attn_by_inverse_layer_idx=True),
+    replace(BYTES, layer_norm_epsilon=1e-6),
+    replace(BYTES, layer_norm_epsilon=0.5),
+    *(replace(BYTES, activation_function=name) for name in ACTIVATIONS if name != "gelu_new"),
 ]
+REFERENCE_OPTIONS = (
+    "activation_function",
+    "layer_norm_epsilon",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+)
 
 
 @pytest.mark.parametrize("config", OTHER, ids=lambda config: str(list(config.as_dict().items())[5:]))
@@ -140,42 +271,27 @@ def test_options_that_openais_models_lack_are_kept_and_computed(config: GPT2Conf
     ids = list(range(3, 43))
     segment = KVArena(config, len(ids)).allocate(len(ids), start=0)
     assert segment is not None
-    expected = plain_logits(ids, tensors, config)
+    options = reference.Options(*(getattr(config, name) for name in REFERENCE_OPTIONS))
+    expected = reference.logits(ids, tensors, config.n_head, options)
     forward, near = Forward(params, config, len(ids), len(ids)), 2e-4 * float(np.abs(expected).max())
     logits = forward(prefills=[Prefill(segment, ids[:-1], n_logits=len(ids) - 1)])
     np.testing.assert_allclose(logits, expected[:-1], atol=near)
     np.testing.assert_allclose(forward([ids[-1]], [segment]), expected[-1:], atol=near)  # a decode step
 
 
-def plain_logits(ids: list[int], tensors: dict[str, Any], c: GPT2Config) -> Any:
-    """GPT-2 with Hugging Face's options, in float64 and without a cache: [n_seq] -> [n_seq, n_vocab]."""
-    t = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
-
-    def norm(x: Any, name: str) -> Any:
-        x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * t[f"{name}/g"] + t[f"{name}/b"]
-
-    x = t["wte"][ids] + t["wpe"][: len(ids)]
-    for layer in range(c.n_layer):
-        h = f"h{layer}"
-        qkv = norm(x, f"{h}/ln_1") @ t[f"{h}/attn/c_attn/w"] + t[f"{h}/attn/c_attn/b"]
-        q, k, v = (part.reshape(len(ids), c.n_head, -1).swapaxes(0, 1) for part in np.split(qkv, 3, -1))
-        s = q @ k.swapaxes(1, 2)
-        s *= c.d_head**-0.5 if c.scale_attn_weights else 1
-        s /= layer + 1 if c.scale_attn_by_inverse_layer_idx else 1
-        s = np.exp(s + np.triu(np.full(s.shape, -np.inf), 1) - s.max(-1, keepdims=True))
-        a = (s / s.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(len(ids), -1)
-        x = x + a @ t[f"{h}/attn/c_proj/w"] + t[f"{h}/attn/c_proj/b"]
-        u = norm(x, f"{h}/ln_2") @ t[f"{h}/mlp/c_fc/w"] + t[f"{h}/mlp/c_fc/b"]
-        u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
-        x = x + u @ t[f"{h}/mlp/c_proj/w"] + t[f"{h}/mlp/c_proj/b"]
-    return norm(x, "ln_f") @ t["lm_head"]
-
-
 def test_an_explicit_mlp_of_the_usual_width_gives_the_same_model(src: Path) -> None:
     before = model_hash(load_manifest(convert(src)))
     set_config(src, n_inner=4 * BYTES.n_embd, scale_attn_weights=True, reorder_and_upcast_attn=True)
     assert model_hash(load_manifest(convert(src))) == before
+
+
+def test_the_config_may_have_the_names_that_all_models_of_transformers_share(src: Path) -> None:
+    shared = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+    values = json.loads((src / CONFIG).read_text())
+    for ours, theirs in (shared | {"n_positions": "max_position_embeddings"}).items():
+        values[theirs] = values.pop(ours)
+    (src / CONFIG).write_text(json.dumps(values))
+    assert_holds(convert(src), BYTES)
 
 
 def test_a_second_conversion_changes_nothing(src: Path) -> None:
@@ -200,7 +316,7 @@ def test_picogpts_function_computes_an_mlp_of_another_width() -> None:
     from batchgen.gpt2.params import nest
 
     found = gpt2([1, 2, 3], **nest(tensors, config.n_layer), n_head=config.n_head)
-    np.testing.assert_allclose(found, plain_logits([1, 2, 3], tensors, config), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found, reference.logits([1, 2, 3], tensors, config.n_head), rtol=1e-3, atol=1e-3)
 
 
 # --- vocabularies --------------------------------------------------------------------------------------------
@@ -231,7 +347,7 @@ def _as_tokenizer_json(src: Path, pairs: bool = True, **changes: Any) -> None:
 def test_a_tokenizer_json_alone_is_enough(pairs: bool, src: Path) -> None:
     _as_tokenizer_json(src, pairs)
     tokenizer = Tokenizer.load(convert(src))
-    assert (tokenizer.n_vocab, tokenizer.eos_id) == (258, 257)
+    assert (tokenizer.n_vocab, tokenizer.start_id) == (258, 257)
     assert tokenizer.encode("the") == [256, ord("e")]
 
 
@@ -240,13 +356,13 @@ def test_a_tokenizer_json_alone_is_enough(pairs: bool, src: Path) -> None:
     [
         ({"normalizer": {"type": "NFC"}}, "normalizer is an object of 1"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer.type is 'Metaspace'"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre_tokenizer.add_prefix_space is True"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": 1}}, "pre_tokenizer.add_prefix_space is 1"),
         ({"model": {"type": "Unigram"}}, "model.type is 'Unigram'; batchgen has only GPT-2's byte-level BPE"),
         ({"model": {"type": "BPE", "byte_fallback": True}}, "model.byte_fallback is True"),
         ({"model": {"type": "BPE", "vocab": {}, "merges": "t h"}}, "model has no vocab and merges"),
         ({"model": {"type": "BPE", "vocab": {}, "merges": [[1, 2]]}}, "in merges is not a pair of strings"),
-        ({"model": []}, "tokenizer.json: has no model"),
-        ({"added_tokens": [3]}, "an entry of added_tokens has no content"),
+        ({"model": []}, "tokenizer.json: model is a list of 0, not an object"),
+        ({"added_tokens": [3]}, "an entry of added_tokens is 3, not an object"),
     ],
 )
 def test_another_kind_of_tokenizer_is_refused_with_its_option(changes: dict[str, Any], message: str, src: Path) -> None:
@@ -256,10 +372,10 @@ def test_another_kind_of_tokenizer_is_refused_with_its_option(changes: dict[str,
 
 
 def test_the_error_for_a_wrong_tokenizer_json_names_the_directory_and_no_temporary_file(src: Path) -> None:
-    _as_tokenizer_json(src, added_tokens=[{"id": 300, "content": "<|endoftext|>"}])
+    _as_tokenizer_json(src, model={"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}, added_tokens=[])
     with pytest.raises(ModelError) as caught:
         convert(src)
-    assert str(caught.value).startswith(f"{src}: the vocabulary made from it is not GPT-2's: encoder.json: the ids of")
+    assert str(caught.value).startswith(f"{src}: the vocabulary made from it is not GPT-2's: vocab.json: 'a' and 'b'")
 
 
 def test_added_tokens_join_the_vocabulary(src: Path) -> None:
@@ -272,15 +388,10 @@ def test_added_tokens_join_the_vocabulary(src: Path) -> None:
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(src: Path) -> None:
-    (src / "added_tokens.json").write_text('{"<|pad|>": 257}')
-    with pytest.raises(ModelError, match="the vocabulary has 258 tokens and the model 257"):
+    vocabulary = json.loads((src / "vocab.json").read_text(encoding="utf-8"))
+    (src / "vocab.json").write_text(json.dumps(vocabulary | {"ab": 257}))
+    with pytest.raises(ModelError, match="the vocabulary has ids up to 257, the model 257"):
         convert(src)
-
-
-def test_another_end_of_text_token_logs_a_warning(src: Path, caplog: pytest.LogCaptureFixture) -> None:
-    set_config(src, eos_token_id=3)
-    convert(src)
-    assert "eos_token_id is 3; batchgen ends completions only at <|endoftext|> (id 256)" in caplog.text
 
 
 # --- refusals -----------------------------------------------------------------------------------------
@@ -290,8 +401,14 @@ def test_another_end_of_text_token_logs_a_warning(src: Path, caplog: pytest.LogC
     ("values", "message"),
     [
         ({"model_type": "gpt_neo"}, "model_type is 'gpt_neo'; batchgen computes only \"gpt2\""),
-        ({"activation_function": "gelu"}, "activation_function is 'gelu'; batchgen computes only \"gelu_new\""),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06; batchgen computes only 1e-05"),
+        (
+            {"activation_function": "mish"},
+            "activation_function is 'mish'; batchgen computes gelu_new, gelu, quick_gelu",
+        ),
+        ({"activation_function": ["gelu"]}, r"activation_function is \['gelu'\]; batchgen computes"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0; it must be a number from 1e-37 to 1"),
+        ({"layer_norm_epsilon": True}, "layer_norm_epsilon is True; it must be a number"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5'; it must be a number"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map is an object of 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is an object of 1"),
@@ -302,7 +419,7 @@ def test_another_end_of_text_token_logs_a_warning(src: Path, caplog: pytest.LogC
         ({"n_head": 3}, "n_embd 32 is not a multiple of n_head 3"),
         ({"n_layer": 3}, "src: lacks tensor 'h.2."),
         ({"n_layer": 1}, "src: has tensor 'h.1."),
-        ({"n_positions": 64}, r"wpe.weight: expected shape \[64, 32\] from the config, found \[128, 32\]"),
+        ({"n_positions": 64}, r"'wpe.weight': expected shape \[64, 32\] from the config, found \[128, 32\]"),
         ({"tie_word_embeddings": False}, "lacks tensor 'lm_head.weight'"),
     ],
 )
@@ -313,10 +430,13 @@ def test_an_option_that_is_not_computed_exactly_is_named(values: dict[str, Any],
     assert [path.name for path in src.parent.iterdir()] == ["src"]
 
 
-@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
-def test_the_three_names_of_gpt2s_activation_are_equal(name: str, src: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [*SYNONYMS.items(), *((name, name) for name in ACTIVATIONS)],
+)
+def test_an_activation_has_several_names(name: str, ours: str, src: Path) -> None:
     set_config(src, activation_function=name)
-    assert read_hf_config(src / CONFIG) == BYTES
+    assert read_hf_config(src / CONFIG) == replace(BYTES, activation_function=ours)
 
 
 def _change(**tensors: Any) -> Callable[[Path], object]:
@@ -331,10 +451,15 @@ def _change(**tensors: Any) -> Callable[[Path], object]:
     ("damage", "message"),
     [
         (_change(ln_f__bias=None), "lacks tensor 'ln_f.bias'"),
-        (_change(score__weight=np.zeros((2, 32), "f4")), "has tensor 'score.weight'"),
-        (_change(transformer__wte__weight=np.zeros((257, 32), "f4")), "tensor '.*wte.weight' occurs twice"),
-        (_change(ln_f__bias=np.zeros(32, "f8")), "ln_f.bias: expected one of F32, F16, BF16, found 'F64'"),
-        (_change(ln_f__bias=np.zeros(31, "f4")), r"ln_f.bias: expected shape \[32\] from the config, found \[31\]"),
+        (_change(h__1__ln_2__bias=None), "lacks tensor 'h.1.ln_2.bias'"),
+        (_change(h__1__mlp__c_fc__bias=None), "lacks tensor 'h.1.mlp.c_fc.bias'"),
+        (_change(lm_head__bias=np.zeros(257, "f4")), "has tensor 'lm_head.bias', unlike a GPT-2"),
+        (_change(h__0__attn__c_attn__lora_A__weight=np.zeros((2, 32), "f4")), "lora_A.weight', .* merge the adapter"),
+        (_change(transformer__wte__weight=np.zeros((257, 32), "f4")), "has tensor 'transformer.wte.weight'"),
+        (_change(module__wte__weight=np.zeros((257, 32), "f4")), "tensor '.*wte.weight' occurs twice"),
+        (_change(ref__wpe__weight=np.zeros((128, 32), "f4")), "has 2 models: '' and 'ref.'; save one of them alone"),
+        (_change(ln_f__bias=np.zeros(32, "f8")), "'ln_f.bias': expected one of F32, F16, BF16, found 'F64'"),
+        (_change(ln_f__bias=np.zeros(31, "f4")), r"'ln_f.bias': expected shape \[32\] from the config, found \[31\]"),
         (_change(ln_f__bias=np.full(32, np.inf, "f4")), "tensor ln_f/b: holds nan, infinity"),
         (_change(lm_head__weight=np.zeros((257, 32), "f4")), "lm_head.weight is not wte.weight, but config.json"),
         (lambda src: (src / WEIGHTS).write_bytes(b"x" * 100), "safetensors cannot be read"),

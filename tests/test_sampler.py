@@ -55,7 +55,7 @@ def test_draws_follow_the_exact_distribution(n_vocab, filters):
     n = 4000
     comb = (np.arange(n) + 0.5) / n
     sequences = [sequence(u, **filters) for u in comb]
-    tokens = sampler.sample(np.repeat(logits[None], n, axis=0), sequences, eos_id=None)
+    tokens = sampler.sample(np.repeat(logits[None], n, axis=0), sequences, eos_ids=())
     expected = allowed(logits, **{"temperature": 1.0} | filters)
     found = np.bincount(tokens, minlength=n_vocab) / n
     assert np.abs(found - expected).max() < 1.5 / n
@@ -67,9 +67,9 @@ def test_min_p_reaches_past_the_first_candidates_in_any_batch():
     flat = np.random.default_rng(1).normal(0, 0.1, (3, 20_000)).astype(np.float32)
     flat[1, :200] = 1.0  # equal logits: more candidates than in the other rows
     together = [sequence(0.999, min_p=0.01) for _ in flat]
-    tokens = sampler.sample(flat.copy(), together, eos_id=None)
+    tokens = sampler.sample(flat.copy(), together, eos_ids=())
     for row, token in enumerate(tokens):
-        assert sampler.sample(flat[row : row + 1].copy(), [sequence(0.999, min_p=0.01)], eos_id=None) == [token]
+        assert sampler.sample(flat[row : row + 1].copy(), [sequence(0.999, min_p=0.01)], eos_ids=()) == [token]
         assert (
             np.argsort(-flat[row], kind="stable").tolist().index(token) > 10_000
         )  # random number 0.999: far down the order
@@ -81,7 +81,7 @@ def test_random_draws_pass_a_chi_square_test():
     for filters in ({}, {"top_k": 20}, {"top_p": 0.9}):
         n = 20_000
         sequences = [sequence(u, **filters) for u in rng.random(n)]
-        tokens = sampler.sample(np.repeat(logits[None], n, axis=0), sequences, eos_id=None)
+        tokens = sampler.sample(np.repeat(logits[None], n, axis=0), sequences, eos_ids=())
         expected = allowed(logits, **filters) * n
         counts = np.bincount(tokens, minlength=300)
         cells = expected > 5
@@ -104,7 +104,7 @@ def test_a_row_is_sampled_as_if_alone(data):
             "top_k": st.integers(0, 300),
             "top_p": st.floats(0.01, 1),
             "min_p": st.floats(0, 1),
-            "temperature": st.sampled_from([0.001, 0.5, 1.0, 50.0]),
+            "temperature": st.sampled_from([1e-5, 0.001, 0.5, 1.0, 50.0]),
             "logprobs": st.integers(0, 5),
         },
     )
@@ -114,10 +114,10 @@ def test_a_row_is_sampled_as_if_alone(data):
         if draw is None:
             one["temperature"] = 0.0
     together = [sequence(draw, **one) for draw, one in zip(draws, kinds, strict=True)]
-    tokens = sampler.sample(logits.copy(), together, eos_id=None)
+    tokens = sampler.sample(logits.copy(), together, eos_ids=())
     for i, (draw, one) in enumerate(zip(draws, kinds, strict=True)):
         alone = sequence(draw, **one)
-        assert sampler.sample(logits[i : i + 1].copy(), [alone], eos_id=None) == [tokens[i]]
+        assert sampler.sample(logits[i : i + 1].copy(), [alone], eos_ids=()) == [tokens[i]]
         assert alone.logprobs == together[i].logprobs
         assert alone.top_logprobs == together[i].top_logprobs
 
@@ -166,10 +166,10 @@ def test_penalties_follow_their_papers():
 
 def test_min_tokens_forbids_every_way_to_stop():
     row = np.zeros(5, np.float32)
-    sampler.penalise(row, sequence(min_tokens=3, stop_token_ids=(1,), token_ids=(0, 0)), eos_id=4)
+    sampler.penalise(row, sequence(min_tokens=3, stop_token_ids=(1,), token_ids=(0, 0)), eos_ids=(4,))
     assert np.isneginf(row).tolist() == [False, True, False, False, True]
     row = np.zeros(5, np.float32)
-    sampler.penalise(row, sequence(min_tokens=2, stop_token_ids=(1,), token_ids=(0, 0)), eos_id=4)
+    sampler.penalise(row, sequence(min_tokens=2, stop_token_ids=(1,), token_ids=(0, 0)), eos_ids=(4,))
     assert not np.isneginf(row).any()
 
 

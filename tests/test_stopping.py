@@ -22,10 +22,10 @@ class Pieces:
     def __init__(self, pieces: list[bytes]) -> None:
         self.pieces = pieces
 
-    def encode(self, text: str) -> list[int]:
+    def encode_part(self, text: str) -> list[int]:
         raise AssertionError
 
-    def decode_bytes(self, ids) -> bytes:
+    def decode_bytes(self, ids, *, skip_special=False) -> bytes:
         return b"".join(self.pieces[token] for token in ids)
 
 

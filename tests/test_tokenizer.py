@@ -298,7 +298,7 @@ def test_an_id_outside_the_vocabulary_becomes_the_replacement_character(gpt2: To
 
 
 def test_end_of_text_has_an_id_but_its_text_encodes_otherwise(gpt2: Tokenizer) -> None:
-    assert (gpt2.n_vocab, gpt2.eos_id) == (50257, 50256)
+    assert (gpt2.n_vocab, gpt2.start_id) == (50257, 50256)
     assert gpt2.decode([50256]) == "<|endoftext|>"
 
 
@@ -361,7 +361,7 @@ def test_a_tiny_vocabulary_merges_in_the_order_of_its_file(write: Write) -> None
     tokenizer = Tokenizer.load(write())
     assert tokenizer.encode("abcab abc a") == [5, 4, 3, 5, 6]
     assert tokenizer.decode([5, 4, 3, 5, 6, 7]) == "abcab abc a<|endoftext|>"
-    assert (tokenizer.n_vocab, tokenizer.eos_id) == (8, 7)
+    assert (tokenizer.n_vocab, tokenizer.start_id) == (8, 7)
 
 
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
@@ -401,12 +401,20 @@ def test_a_byte_that_the_vocabulary_lacks_is_named_in_the_error(write: Write) ->
 
 
 def test_a_vocabulary_without_end_of_text_has_no_eos(write: Write) -> None:
-    assert Tokenizer.load(write({"a": 0}, "")).eos_id is None
+    assert Tokenizer.load(write({"a": 0}, "")).start_id is None
 
 
 @pytest.mark.parametrize("token", ["<|pad token|>", "<｜tool▁call｜>", "[SEP 日本]", "<é>"])
 def test_an_added_special_token_decodes_as_its_own_text(write: Write, token: str) -> None:
     assert Tokenizer.load(write(TINY | {token: 8})).decode([5, 8]) == f"abc{token}"
+
+
+def test_ids_may_have_holes(write: Write) -> None:
+    tokenizer = Tokenizer.load(write(TINY | {"z": 11}))
+    assert tokenizer.n_vocab == 12
+    assert tokenizer.absent_ids(14) == [8, 9, 10, 12, 13]
+    assert tokenizer.encode("abz") == [4, 11]
+    assert tokenizer.decode([4, 9, 11]) == "ab\ufffdz"
 
 
 def _with(**changes: Any) -> dict[str, Any]:
@@ -431,10 +439,9 @@ def _with(**changes: Any) -> dict[str, Any]:
         (_with(z=None), "the id of 'z' is None, not an integer"),
         (_with(z=[[[[[[[[[8]]]]]]]]]), "the id of 'z' is .*, not an integer"),
         ('{"a": NaN}', "not a JSON object.*NaN is not JSON"),
-        (_with(z=7), "0 to 8, each once; 8 is missing"),
-        (_with(z=9), "0 to 8, each once; 8 is missing"),
-        (_with(z=-1), "0 to 8, each once; 8 is missing"),
-        (_with(a=2**70), "0 to 7, each once; 0 is missing"),
+        (_with(z=7), "'<.endoftext.>' and 'z' have the same id 7"),
+        (_with(z=-1), "the id of 'z' is -1; ids are 0 to 16777215"),
+        (_with(a=2**70), "the id of 'a' is 1180591620717411303424; ids are 0 to"),
         (TINY | {"▁the": 8}, "'▁the'.* stands for no byte"),
         (TINY | {"a b": 8}, "'a b'.* stands for no byte"),
         (TINY | {"\xad": 8}, "stands for no byte"),

@@ -21,7 +21,7 @@ from batchgen.models.shards import load_manifest
 from batchgen.models.verify import openai_size, verify_model
 from batchgen.planning import check_memory
 from batchgen.text.tokenizer import Tokenizer
-from tests.support.models import BYTES, write_byte_model
+from tests.support.models import BYTES, write_byte_model, write_wide_model
 from tests.support.vocabulary import gpt2_vocabulary_dir
 
 
@@ -58,6 +58,11 @@ def test_an_intact_model_gives_a_line_for_each_check(published: Model) -> None:
         "vocabulary: OpenAI's own, by sha256",
         "completions: equal to 2 published ones; logits: equal after 1 prompts",
     ]
+
+
+def test_rows_of_wte_that_belong_to_no_token_are_counted(tmp_path: Path) -> None:
+    lines = list(verify_model(Model.load(write_wide_model(tmp_path / "wide"))))
+    assert "vocabulary: 257 tokens, ids 0 to 300; 64 rows of wte belong to no token and are never generated" in lines
 
 
 def test_a_skipped_check_is_reported(published: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from copy import copy
 from typing import TypeAlias
 
 import numpy as np
 
 from batchgen.engine.sampler import sample
 from batchgen.engine.scheduler import Scheduler, tokens_needed
-from batchgen.engine.sequence import Completion, Prompt, Sequence, expand, is_loop
+from batchgen.engine.sequence import Completion, Prompt, Sequence, Work, expand, is_loop
 from batchgen.errors import UsageError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.forward import Forward
@@ -78,28 +79,36 @@ def _adjacency(sequence: Sequence) -> tuple[int, int]:
 
 
 class Engine:
-    """One model with its buffers and its cache, for any number of calls, one after another."""
+    """One model with its buffers and its cache, for any number of calls, one after another; see `twin`."""
 
     def __init__(
         self,
         params: Params,
         config: GPT2Config,
         *,
-        eos_id: int | None,
+        eos_ids: Seq[int],
         kv_bytes: int,
         max_batch: int = MAX_BATCH,
         share_prefixes: bool = True,
     ) -> None:
         """kv_bytes bounds the memory for keys and values. Raises UsageError if not even one sequence fits."""
         check_limits(config, kv_bytes, max_batch)
-        self.config, self.eos_id, self.max_batch, self.share_prefixes = config, eos_id, max_batch, share_prefixes
+        self.config, self.eos_ids, self.max_batch, self.share_prefixes = config, eos_ids, max_batch, share_prefixes
+        self.work = Work()
         largest = max_batch * tokens_needed(config.n_ctx, 0)
         self.arena = KVArena(config, min(kv_bytes // kv_bytes_per_token(config), largest))
         self.forward = Forward(params, config, max_rows=max(MAX_ROWS, max_batch), max_logits=max_batch)
 
+    def twin(self) -> "Engine":
+        """An engine over the same weights with buffers and a cache of its own."""
+        twin = copy(self)
+        twin.arena = KVArena(self.config, self.arena.n_tokens)
+        twin.forward = Forward(self.forward.params, self.config, self.forward.max_rows, self.max_batch)
+        return twin
+
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         p = sequence.params
-        if token in p.stop_token_ids or (token == self.eos_id and not p.ignore_eos):
+        if token in p.stop_token_ids or (token in self.eos_ids and not p.ignore_eos):
             return "stop"
         return "length" if len(sequence.token_ids) + 1 >= p.max_tokens else None
 
@@ -110,7 +119,8 @@ class Engine:
         finished: list[Completion] = []
         for sequence, token in zip(sequences, tokens, strict=True):
             reason = self._finish_reason(sequence, token)
-            if reason != "stop":
+            is_stop_token = reason == "stop"
+            if not is_stop_token:
                 sequence.token_ids.append(token)
                 if sequence.params.stop_loops and len(sequence.token_ids) >= sequence.params.min_tokens:
                     reason = "repetition" if is_loop(sequence.token_ids) else reason
@@ -118,12 +128,16 @@ class Engine:
                     reason = should_stop(sequence) or reason
             if reason:
                 scheduler.finish(sequence)
+                self.work.finished += 1
+                self.work.stopped += reason != "length"
+                self.work.finished_tokens += len(sequence.token_ids) + is_stop_token
                 finished += sequence.completions(reason)
         return finished
 
     def _step(self, scheduler: Scheduler, on_step: OnStep | None, should_stop: ShouldStop | None) -> Step:
         """Schedule, forward, sample, append."""
         scheduler.admit()
+        self.work.batch = max(self.work.batch, len(scheduler.running) + scheduler.n_pending)
         running = scheduler.running
         running.sort(key=_adjacency)
         prefills, ready = scheduler.next_prefills(self.forward.max_rows - len(running))
@@ -140,7 +154,11 @@ class Engine:
             source += [row] * len(same)
         if len(source) > len(logits):
             logits = logits[source]  # [n_sampled, n_vocab]
-        tokens = sample(logits, sampled, self.eos_id)
+        tokens = sample(logits, sampled, self.eos_ids)
+        self.work.read += sum(len(prefill.token_ids) for prefill in prefills)
+        self.work.started += len(sampled) - len(last_ids)
+        self.work.generated += len(sampled)
+        self.work.steps += 1
         return self._append(scheduler, sampled, tokens, should_stop), list(zip(sampled, tokens, strict=True))
 
     def steps(
@@ -151,12 +169,17 @@ class Engine:
         If should_stop depends on more than the sequence's own tokens, completions depend on their batch.
         """
         _check_prompts(prompts, self.config)
-        scheduler = Scheduler(expand(prompts), self.arena, self.max_batch, self.share_prefixes)
+        sequences = expand(prompts)
+        scheduler = Scheduler(sequences, self.arena, self.max_batch, self.share_prefixes)
+        self.work.sequences += len(sequences)
+        self.work.max_tokens += sum(sequence.params.max_tokens for sequence in sequences)
+        self.work.prompt_tokens += scheduler.prompt_tokens
         try:
             while scheduler.is_busy:
                 yield self._step(scheduler, on_step, should_stop)
         finally:  # also if the caller closes the iterator early
             self.arena.clear()
+            self.work.end_call()
 
     def generate(
         self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None

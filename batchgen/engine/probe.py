@@ -4,10 +4,12 @@ OpenBLAS's AVX-512 kernels do for two or more rows; its AVX2 kernels do not. No 
 the model's first layer and LM head read the same tokens alone and in batches.
 """
 
+import os
+import threading
 from dataclasses import dataclass, replace
 
 import numpy as np
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.forward import Forward, Prefill
@@ -43,6 +45,37 @@ def blas_info() -> Blas:
             core_type = library.get("architecture") or "unknown core type"
             return Blas(library["internal_api"], library["version"] or "?", core_type, library["num_threads"])
     return Blas("unknown BLAS", "?", "unknown core type", 1)
+
+
+class OneBlasThread:
+    """While any thread of this process is in this context, the BLAS has one thread: with two, bits differ.
+
+    The number belongs to the process. So the last thread to leave restores it, not each thread what it found.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limits = threadpool_limits(1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._limits.restore_original_limits()
+
+    def renew_lock(self) -> None:
+        """In a forked process: the thread that held the lock does not exist there."""
+        self._lock = threading.Lock()
+
+
+one_blas_thread = OneBlasThread()
+os.register_at_fork(after_in_child=one_blas_thread.renew_lock)
 
 
 class _Trial:

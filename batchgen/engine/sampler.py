@@ -72,7 +72,7 @@ def find_largest(logits: Array, k: int) -> tuple[Ids, Array]:
     return np.take_along_axis(table, order, axis=1), np.take_along_axis(values, order, axis=1)
 
 
-def penalise(logits: Array, sequence: Sequence, eos_id: int | None) -> None:
+def penalise(logits: Array, sequence: Sequence, eos_ids: Seq[int]) -> None:
     """Penalties, logit_bias, bad_words and min_tokens on one row [n_vocab], in place.
 
     repetition_penalty (Keskar et al., 2019) and bad_words (transformers) count prompt and generated tokens;
@@ -93,8 +93,8 @@ def penalise(logits: Array, sequence: Sequence, eos_id: int | None) -> None:
             logits[word[-1]] = -np.inf
     if len(sequence.token_ids) < p.min_tokens:
         logits[list(p.stop_token_ids)] = -np.inf
-        if eos_id is not None and not p.ignore_eos:
-            logits[eos_id] = -np.inf
+        if not p.ignore_eos:
+            logits[list(eos_ids)] = -np.inf
 
 
 def _draw(weights: Doubles, random: Doubles) -> Ids:
@@ -195,10 +195,11 @@ def _append_logprobs(logprobs: Array, sequences: Seq[Sequence], tokens: Ids) -> 
     for i, sequence in enumerate(sequences):
         n = sequence.params.logprobs or 0
         sequence.logprobs.append(float(logprobs[i, tokens[i]]))
-        sequence.top_logprobs.append(tuple(zip(ids[i, :n].tolist(), values[i, :n].tolist(), strict=True)))
+        top = zip(ids[i, :n].tolist(), values[i, :n].tolist(), strict=True)
+        sequence.top_logprobs.append(tuple(pair for pair in top if pair[1] > -np.inf))  # -inf: an id that no token has
 
 
-def sample(logits: Array, sequences: Seq[Sequence], eos_id: int | None) -> list[int]:
+def sample(logits: Array, sequences: Seq[Sequence], eos_ids: Seq[int]) -> list[int]:
     """The next token of each sequence from its row of logits [n_row, n_vocab], which is overwritten.
 
     Appends log-probabilities to the sequences whose parameters ask for them.
@@ -206,7 +207,7 @@ def sample(logits: Array, sequences: Seq[Sequence], eos_id: int | None) -> list[
     with_logprobs = [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
     logprobs = log_softmax(logits[with_logprobs]) if with_logprobs else None
     for i, sequence in enumerate(sequences):
-        penalise(logits[i], sequence, eos_id)
+        penalise(logits[i], sequence, eos_ids)
     tokens = _choose(logits, sequences)
     if logprobs is not None:
         _append_logprobs(logprobs, [sequences[i] for i in with_logprobs], tokens[with_logprobs])

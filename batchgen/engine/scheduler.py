@@ -141,15 +141,19 @@ class Scheduler:
         self.prefix_of: dict[Sequence, Prefix | None] = {}
         self.prefixes: dict[Prefix, None] = {}  # those with a segment, in order of allocation
         self.waiting: deque[tuple[Sequence, PromptGroup]] = deque()
+        self.prompt_tokens = 0  # to read; each shared prefix once
         by_text = groupby(sorted(sequences, key=lambda s: s.prompt.token_ids), key=lambda s: s.prompt.token_ids)
         groups = [PromptGroup(token_ids, list(same)) for token_ids, same in by_text]
         families = find_prefixes(groups) if share_prefixes else [[group] for group in groups]
         families.sort(key=lambda family: -max(group.longest for group in family))
         for group in (group for family in families for group in family):
+            self.prompt_tokens += len(group.token_ids) - (group.prefix.end if group.prefix else 0)
             for sequence in group.sequences:
                 sequence.order = len(self.waiting)
                 self.prefix_of[sequence] = group.prefix
                 self.waiting.append((sequence, group))
+        prefixes = {prefix for group in groups if group.prefix for prefix in group.prefix.path}
+        self.prompt_tokens += sum(len(prefix.token_ids) for prefix in prefixes)
 
     @property
     def is_busy(self) -> bool:

@@ -55,6 +55,48 @@ def uniforms(seed: int, n: int) -> npt.NDArray[np.float64]:
     return np.random.Generator(np.random.Philox(key=seed)).random(n)
 
 
+@dataclass(slots=True)
+class Work:
+    """What an engine was given and what of it is done, in all its calls; equal greedy requests count once."""
+
+    sequences: int = 0
+    max_tokens: int = 0  # summed over the sequences
+    prompt_tokens: int = 0  # to read; those of a shared prefix once
+    read: int = 0  # of the prompt tokens
+    started: int = 0  # sequences whose prompt is read
+    finished: int = 0  # of the started sequences
+    stopped: int = 0  # of the finished ones, before their max_tokens
+    generated: int = 0  # tokens
+    finished_tokens: int = 0  # of the generated tokens, those of finished sequences
+    steps: int = 0
+    batch: int = 0  # sequences in flight, at most
+    ended: int = 0  # sequences of calls that are at their end
+    ended_tokens: int = 0  # of these sequences
+
+    def counts(self) -> tuple[int, ...]:
+        return (
+            self.sequences,
+            self.max_tokens,
+            self.prompt_tokens,
+            self.read,
+            self.started,
+            self.finished,
+            self.stopped,
+            self.generated,
+            self.finished_tokens,
+            self.steps,
+            self.batch,
+            self.ended,
+            self.ended_tokens,
+        )
+
+    def end_call(self) -> None:
+        """Nothing is left of what was given."""
+        self.read, self.finished_tokens = self.prompt_tokens, self.generated
+        self.started = self.finished = self.ended = self.sequences
+        self.ended_tokens = self.generated
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """The state of one sample in generation."""

@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from batchgen.errors import ModelError
+from batchgen.gpt2.activations import ACTIVATIONS
 
-LAYER_NORM_EPS = 1e-5
 # Limits far beyond every GPT-2: they keep a hostile manifest from allocating terabytes.
 _MAX_SIZE = 2**24
 _MAX_LAYERS = 4096
+_SMALLEST_EPSILON = 1e-37  # float32 has no smaller number with all its digits
 
 
 def _check_field(name: str, value: object) -> None:
@@ -18,6 +19,15 @@ def _check_field(name: str, value: object) -> None:
             raise ModelError(f"config: {name} is {reprlib.repr(value)}; it must be true or false")
         return
     if name == "n_inner" and value is None:
+        return
+    if name == "activation_function":
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            raise ModelError(f"config: {name} is {reprlib.repr(value)}; batchgen computes {', '.join(ACTIVATIONS)}")
+        return
+    if name == "layer_norm_epsilon":
+        if type(value) not in (int, float) or not _SMALLEST_EPSILON <= value <= 1:  # type: ignore[operator]
+            limits = f"{_SMALLEST_EPSILON} to 1, in float32"
+            raise ModelError(f"config: {name} is {reprlib.repr(value)}; it must be a number from {limits}")
         return
     limit = _MAX_LAYERS if name == "n_layer" else _MAX_SIZE
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
@@ -40,6 +50,8 @@ class GPT2Config:
     tie_word_embeddings: bool = True  # lm_head is wte.T
     scale_attn_weights: bool = True  # divide scores by sqrt(d_head)
     scale_attn_by_inverse_layer_idx: bool = False  # and by the layer's number, which starts at 1
+    activation_function: str = "gelu_new"  # of the MLP
+    layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
         for field in fields(self):

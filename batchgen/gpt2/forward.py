@@ -15,13 +15,14 @@ from typing import TypeAlias, Unpack
 
 import numpy as np
 
-from batchgen.gpt2.config import LAYER_NORM_EPS, GPT2Config
+from batchgen.gpt2.activations import ACTIVATIONS, Activation
+from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.kv_cache import BLOCK, LANES, KVArena, Segment, round_up
-from batchgen.gpt2.params import Array, Block, Linear, Params
+from batchgen.gpt2.params import Array, Block, Mlp, Params
 
 QUERY_BLOCK = 64  # queries of a prompt that attend together: the scores of one block stay in the L2 cache
 DECODE_GROUP = 32  # sequences whose scores are normalised together
-ROW_BLOCK = 32  # rows that pass through gelu together: 32 x 3072 floats stay in the L2 cache
+ROW_BLOCK = 32  # rows that pass through the activation together: 32 x 3072 floats stay in the L2 cache
 
 # OpenBLAS has other kernels for products of up to 100**3 multiplications, which split long sums differently.
 _SMALL_PRODUCT = 100**3
@@ -38,20 +39,6 @@ def min_rows(config: GPT2Config) -> int:
 # ---- picoGPT's functions
 
 
-def gelu(x: Array, scratch: Array) -> Array:
-    """x -> x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x**3), in place: tanh's GELU (Hendrycks, 2016), rearranged.
-
-    0.5 (1 + tanh u) = 1 / (1 + exp(-2u)); if exp overflows to infinity, the quotient is 0, which is correct.
-    """
-    t = np.multiply(x, x, out=scratch)
-    t *= -2 * 0.7978845608028654 * 0.044715
-    t -= 2 * 0.7978845608028654
-    t *= x
-    np.exp(t, out=t)
-    t += 1.0
-    return np.divide(x, t, out=x)
-
-
 def softmax(x: Array, n_block: int) -> Array:
     """Replace x [..., n_block*BLOCK] by its exponentials, not normalised, and return their sums [..., 1].
 
@@ -63,7 +50,7 @@ def softmax(x: Array, n_block: int) -> Array:
     return total
 
 
-def layer_norm(x: Array, g: Array, b: Array, out: Array, eps: float = LAYER_NORM_EPS) -> Array:
+def layer_norm(x: Array, g: Array, b: Array, eps: float, out: Array) -> Array:
     """[n_row, n_embd] -> [n_row, n_embd]: rows to mean 0 and variance 1, then * g + b."""
     np.subtract(x, x.mean(axis=-1, keepdims=True), out=out)
     scale = np.vecdot(out, out)[:, None]  # [n_row, 1]
@@ -83,14 +70,15 @@ def linear(x: Array, w: Array, b: Array, out: Array) -> Array:
     return out
 
 
-def ffn(x: Array, c_fc: Linear, c_proj: Linear, hidden: Array, scratch: Array, out: Array) -> Array:
+def ffn(x: Array, mlp: Mlp, activate: Activation, hidden: Array, scratch: Array, out: Array) -> Array:
     """[n_row, n_embd] -> [n_row, inner_dim] -> [n_row, n_embd]."""
+    c_fc = mlp["c_fc"]
     np.matmul(x, c_fc["w"], out=hidden)  # [n_row, n_embd] @ [n_embd, inner_dim] -> [n_row, inner_dim]
     for first in range(0, len(hidden), ROW_BLOCK):
         rows = hidden[first : first + ROW_BLOCK]
         rows += c_fc["b"]
-        gelu(rows, scratch[: len(rows)])
-    return linear(hidden, **c_proj, out=out)
+        activate(rows, scratch[: len(rows)])
+    return linear(hidden, **mlp["c_proj"], out=out)
 
 
 # ---- attention
@@ -207,6 +195,7 @@ class Forward:
 
     def __init__(self, params: Params, config: GPT2Config, max_rows: int, max_logits: int) -> None:
         self.params, self.config = params, config
+        self._eps, self._activate = config.layer_norm_epsilon, ACTIVATIONS[config.activation_function]
         self.min_rows = min_rows(config)
         self.max_rows = max_rows
         n_row = max(max_rows, self.min_rows) + 1  # one more, so that the last query has a row after it to pair with
@@ -348,8 +337,8 @@ class Forward:
         """The part of a block after attention: add c_proj of _attended to _x, then the MLP."""
         x, norm, attended = self._x[:n_row], self._norm[:n_row], self._attended[:n_row]
         x += linear(attended, **block["attn"]["c_proj"], out=norm)
-        layer_norm(x, **block["ln_2"], out=norm)
-        x += ffn(norm, **block["mlp"], hidden=self._hidden[:n_row], scratch=self._scratch, out=attended)
+        layer_norm(x, **block["ln_2"], eps=self._eps, out=norm)
+        x += ffn(norm, block["mlp"], self._activate, hidden=self._hidden[:n_row], scratch=self._scratch, out=attended)
 
     def _transformer_block(
         self, layer: int, n_row: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]
@@ -357,7 +346,7 @@ class Forward:
         """_x [n_row, n_embd] -> _x, through attention and the MLP."""
         block = self.params["blocks"][layer]
         x, norm, qkv = self._x[:n_row], self._norm[:n_row], self._qkv[:n_row]
-        linear(layer_norm(x, **block["ln_1"], out=norm), **block["attn"]["c_attn"], out=qkv)
+        linear(layer_norm(x, **block["ln_1"], eps=self._eps, out=norm), **block["attn"]["c_attn"], out=qkv)
         self._write_cache(layer, groups, prefills)
         for group in groups:
             self._attend_decode(layer, group)
@@ -377,7 +366,7 @@ class Forward:
         n_embd, n_logits = self.config.n_embd, len(logit_rows)
         x, norm, qkv = self._x[:n_row], self._norm[:n_row], self._qkv[:n_row]
         w, b = block["attn"]["c_attn"]["w"], block["attn"]["c_attn"]["b"]
-        layer_norm(x, **block["ln_1"], out=norm)
+        layer_norm(x, **block["ln_1"], eps=self._eps, out=norm)
         linear(norm, w[:, n_embd:], b[n_embd:], out=qkv[:, n_embd:])  # keys and values of all rows [n_row, 2*n_embd]
         self._write_cache(layer, groups, prefills)
         if not n_logits:
@@ -400,8 +389,10 @@ class Forward:
         """_x [n_logits, n_embd] @ [n_embd, n_vocab] -> logits [n_logits, n_vocab], after the last layer norm."""
         if n_logits:
             n = self._pad(n_logits)
-            norm = layer_norm(self._x[:n], **self.params["ln_f"], out=self._norm[:n])
+            norm = layer_norm(self._x[:n], **self.params["ln_f"], eps=self._eps, out=self._norm[:n])
             np.matmul(norm, self.params["lm_head"], out=self._logits[:n])
+            if "absent_ids" in self.params:
+                self._logits[:n_logits, self.params["absent_ids"]] = -np.inf
         return self._logits[:n_logits]
 
     def __call__(
@@ -420,7 +411,7 @@ class Forward:
         n_row = self._pad(self._embed(decode_ids, decode_segments, prefills))
         groups = [self._decode_group(rows, decode_segments[rows]) for rows in _cut_into_groups(decode_segments)]
         last = self.config.n_layer - 1
-        with np.errstate(over="ignore"):  # exp in gelu may overflow
+        with np.errstate(over="ignore"):  # exp in an activation may overflow
             for layer in range(last):
                 self._transformer_block(layer, n_row, groups, prefills)
             n_logits = self._last_block(last, n_row, groups, prefills)

@@ -1,7 +1,7 @@
 """The parameters of a GPT-2: picoGPT's nested dict of arrays, and functions that build one."""
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,7 @@ class Params(TypedDict):
     blocks: list[Block]
     ln_f: Norm
     lm_head: Array  # [n_embd, n_vocab]
+    absent_ids: NotRequired[npt.NDArray[np.intp]]  # rows of wte that belong to no token: their logits are -inf
 
 
 def nest(tensors: Mapping[str, Array], n_layer: int) -> Params:

@@ -17,7 +17,10 @@ from batchgen.models.shards import open_file, show
 _REMEDY = "download the checkpoint again"
 _LIMIT = 2**22  # bytes; the index of 1558M has 20 kB
 _FOOTER, _MAGIC = 48, 0xDB4775248B80FB57.to_bytes(8, "little")
-_FLOAT32 = 1
+# Bytes of a number by its DataType, of tensorflow/core/framework/types.proto: float, double, int32, ... Only float32 is
+# read; the others are slots and counters of an optimizer.
+_WIDTHS = {1: 4, 2: 8, 3: 4, 4: 1, 5: 2, 6: 1, 9: 8, 10: 1, 14: 2, 17: 2, 19: 2, 22: 4, 23: 8}
+_STRING = 7
 _VARINT, _BYTES, _FIXED32 = 0, 2, 5  # protobuf's wire types
 
 
@@ -142,16 +145,17 @@ def _check_entry(value: bytes, name: str) -> int:
     numbers, contents = _read_single(value, types)
     dims = _read_message(contents.get(2, b""), {2: _BYTES})[1].get(2, [])
     shape = [_read_message(dim, {1: _VARINT})[0].get(1, 0) for dim in dims]
-    if numbers.get(1) != _FLOAT32:
-        raise ValueError(f"{name}: expected float32, found type {numbers.get(1)}")
-    offset, size = numbers.get(4, 0), numbers.get(5, 0)
-    if numbers.get(3, 0) != 0 or len(shape) > 8 or size != 4 * math.prod(shape):
+    dtype, offset, size = numbers.get(1, 0), numbers.get(4, 0), numbers.get(5, 0)
+    if dtype not in (*_WIDTHS, _STRING):
+        raise ValueError(f"{name}: is of type {dtype}, neither numbers nor strings")
+    is_whole = size == _WIDTHS[dtype] * math.prod(shape) if dtype != _STRING else math.prod(shape) <= size
+    if numbers.get(3, 0) != 0 or len(shape) > 8 or not is_whole:
         raise ValueError(f"{name}: {size} bytes are not of shape {shape[:8]}, or not in the first data file")
     return offset + size
 
 
 def check_index(index: Path, data: Path) -> None:
-    """Check that an index holds only whole float32 tensors inside the data file; ModelError gives the reason.
+    """Check that an index holds only whole tensors inside the data file; ModelError gives the reason.
 
     Checksums are left to TensorFlow, which compares them all.
     """

@@ -1,5 +1,6 @@
 """Convert a checkpoint to a model directory: Hugging Face's by huggingface.py, OpenAI's here through TensorFlow."""
 
+import logging
 import os
 import re
 import warnings
@@ -18,12 +19,16 @@ from batchgen.models.shards import (
     OnProgress,
     file_sha256,
     library_errors,
+    listed,
     open_file,
     parse_config,
     read_json,
     show,
     write_model,
 )
+from batchgen.models.tokenizer_files import load_vocabulary
+
+logger = logging.getLogger(__name__)
 
 INDEX, DATA = ".index", ".data-00000-of-00001"
 _PREFIX = "model.ckpt"
@@ -109,9 +114,15 @@ def read_tf_tensors(prefix: Path, config: GPT2Config) -> Iterator[tuple[str, Arr
         reader = tensorflow.compat.v1.train.NewCheckpointReader(str(prefix))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     expected = {f"model/{name}" for name in config.tensor_shapes()}
-    for problem, names in (("lacks", expected - shapes.keys()), ("has an unexpected", shapes.keys() - expected)):
+    others = shapes.keys() - expected
+    # a slot is model/wte/Adam; made within the scope of the model, it is model/model/wte/Adam
+    owners = {name: re.sub(r"^(model/)+", "model/", name).rpartition("/")[0] for name in others}
+    odd = {name for name, owner in owners.items() if name.startswith("model/") and owner not in expected}
+    for problem, names in (("lacks", expected - shapes.keys()), ("has an unexpected", odd)):
         if names:
             raise ModelError(f"{prefix}: {problem} {show(min(names))}; {_OTHER_MODEL}")
+    if others:  # an optimizer's counters, such as global_step, and its slots, such as model/wte/Adam
+        logger.warning("%s: left out, because it is no weight of the model: %s", prefix, listed(others))
     for name, shape in config.tensor_shapes().items():
         variable = f"model/{name}"
         found, dtype = list(shapes[variable]), dtypes[variable].name
@@ -151,6 +162,7 @@ def convert_tf_checkpoint(
     """
     prefix = find_checkpoint(src)
     config = read_hparams(src / "hparams.json")
+    load_vocabulary(src, config.n_vocab, src)
     origin = {"format": "TensorFlow checkpoint", "index_sha256": file_sha256(Path(f"{prefix}{INDEX}"))}
     description = Description(name, config, origin | dict(source or {}))
     tensors = read_tf_tensors(prefix, config)
@@ -161,5 +173,6 @@ def convert_checkpoint(
     src: Path, dst: Path, *, name: str, replace: bool = False, on_progress: OnProgress | None = None
 ) -> None:
     """Convert the checkpoint in src, Hugging Face's or OpenAI's TensorFlow checkpoint, into the model directory dst."""
-    convert = convert_hf_checkpoint if os.path.lexists(src / CONFIG) else convert_tf_checkpoint
+    is_hf = os.path.lexists(src / CONFIG) or any(src.glob("*.safetensors"))
+    convert = convert_hf_checkpoint if is_hf else convert_tf_checkpoint
     convert(src, dst, name=name, replace=replace, on_progress=on_progress)

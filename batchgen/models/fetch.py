@@ -178,6 +178,19 @@ def _fetch_lock(path: Path, size: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def _removed_if_damaged(raw: Path, size: str) -> Iterator[None]:
+    """Remove the downloaded files if one of them is the reason of an error, so that the next fetch downloads them."""
+    try:
+        yield
+    except ModelError as error:
+        if str(raw) not in str(error):
+            raise
+        shutil.rmtree(raw)
+        text = str(error).replace(str(raw), size)  # the user knows the model, not our folder
+        raise ModelError(f"{text} (the downloaded files are removed; run the same command again)") from error
+
+
 def _shard_counter(report: OnFetch) -> OnProgress:
     return lambda done, total: report(FetchProgress("convert", done, total))
 
@@ -210,9 +223,10 @@ def fetch_model(
         _check_disk(size, raw)
         remotes = remotes_of(size, base, read_string_map(models / FETCHED))
         hashes = _download_files(remotes, raw, patience, report)
-        _check_hparams(size, raw)
         source = {"model": f"OpenAI's {size}", "from": redact(base), "data_sha256": hashes[DATA]}
-        convert_tf_checkpoint(raw, directory, name=size, replace=again, source=source, on_progress=on_shard)
+        with _removed_if_damaged(raw, size):
+            _check_hparams(size, raw)
+            convert_tf_checkpoint(raw, directory, name=size, replace=again, source=source, on_progress=on_shard)
         # Recorded after TensorFlow has compared every tensor's checksum: these are the hashes of a complete model.
         update_string_map(models / FETCHED, {f"{size}/{name}": sha256 for name, sha256 in hashes.items()})
         if hashes[DATA] == known_file(size, DATA)[1]:

@@ -1,7 +1,8 @@
 """Convert a Hugging Face GPT-2 directory to a model directory, one tensor in memory at a time.
 
-Such a directory holds `config.json`, `model.safetensors` (or several files and an index) and a vocabulary. Each
-difference from OpenAI's models is computed exactly or refused by name; nothing is unpickled, no code of the model runs.
+Such a directory holds `config.json`, `model.safetensors` (or several files and an index) and a tokenizer
+(tokenizer_files.py). Each difference from OpenAI's models is computed exactly or refused by name; nothing is unpickled,
+no code of the model runs.
 """
 
 import json
@@ -9,7 +10,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace as replace_fields
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from batchgen.errors import ModelError
-from batchgen.gpt2.config import LAYER_NORM_EPS, GPT2Config
+from batchgen.gpt2.activations import SYNONYMS
+from batchgen.gpt2.config import OPTIONS, GPT2Config
 from batchgen.gpt2.params import Array
 from batchgen.models.shards import (
     Description,
@@ -26,34 +28,31 @@ from batchgen.models.shards import (
     check_text,
     file_sha256,
     library_errors,
+    listed,
     open_file,
     read_json,
     show,
     write_model,
 )
-from batchgen.text.tokenizer import END_OF_TEXT, VOCABULARY_FILES, Tokenizer
+from batchgen.models.tokenizer_files import log_settings, write_vocabulary
 
 logger = logging.getLogger(__name__)
 
+_ADAPTER = "adapter_config.json"  # of peft
 CONFIG, WEIGHTS, WEIGHTS_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
-GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of one function
 
 _Handle: TypeAlias = Any  # an open safetensors file; the library has no types
 _MAX_CONFIG, _MAX_JSON = 2**20, 64 * 2**20
 _DTYPES = ("F32", "F16", "BF16")
 _SIZES = {  # our name: theirs, in the order of preference
     "n_vocab": ("vocab_size",),
-    "n_ctx": ("n_positions", "n_ctx"),
-    "n_embd": ("n_embd",),
-    "n_head": ("n_head",),
-    "n_layer": ("n_layer",),
+    "n_ctx": ("n_positions", "max_position_embeddings", "n_ctx", "block_size"),  # the last is nanoGPT's
+    "n_embd": ("n_embd", "hidden_size"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_layer": ("n_layer", "num_hidden_layers"),
 }
-_OPTIONS = ("n_inner", "tie_word_embeddings", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
 _SUPPORTED: dict[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": GELU_TANH,
-    "layer_norm_epsilon": (LAYER_NORM_EPS,),
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
     "quantization_config": (None,),
@@ -62,11 +61,17 @@ _SUPPORTED: dict[str, tuple[object, ...]] = {
 }
 _SHARD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors")
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old versions saved
-_PREFIX = "transformer."
+_WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # PyTorch's
+# Heads beside the body, which generating does not need: those of classifiers and of reinforcement learning.
+_HEADS = re.compile(
+    r"(?!lm_head)(\w*heads?|\w*value\w*|score|classifier|qa_outputs|summary|reward\w*|critic|pooler)\..+"
+)
 _REMEDY = "download the model again, or check which model this is"
+_MERGE = "merge the adapter into the model and save it: PeftModel.merge_and_unload() of peft"
 _UNPICKLE = (
     "has only pickled weights ({}), and unpickling runs any code in them; if you trust them, convert them with: "
-    'python -c \'from transformers import GPT2LMHeadModel as M; M.from_pretrained("SRC").save_pretrained("DST")\''
+    'python -c \'from transformers import GPT2LMHeadModel as M; M.from_pretrained("SRC").save_pretrained("DST")\', '
+    "and copy the tokenizer's files to DST"
 )
 
 
@@ -83,7 +88,9 @@ def _check_options(values: Mapping[str, object]) -> None:
 
 
 def _parse_config(values: Mapping[str, object]) -> GPT2Config:
-    given = {name: values[name] for name in _OPTIONS if values.get(name) is not None}
+    given = {name: values[name] for name in OPTIONS if values.get(name) is not None}
+    if isinstance(activation := given.get("activation_function"), str):
+        given["activation_function"] = SYNONYMS.get(activation, activation)
     for ours, names in _SIZES.items():
         found = [values[name] for name in names if values.get(name) is not None]
         if not found:
@@ -96,6 +103,8 @@ def _parse_config(values: Mapping[str, object]) -> GPT2Config:
 
 def read_hf_config(path: Path) -> GPT2Config:
     """Read `config.json`; ModelError names an option that is not GPT-2's or is not computed exactly here."""
+    if os.path.lexists(path.parent / _ADAPTER) and not os.path.lexists(path):
+        raise ModelError(f"{path.parent}: is an adapter to a model; {_MERGE}")
     values = read_json(path, _MAX_CONFIG)
     try:
         _check_options(values)
@@ -153,33 +162,64 @@ def _read_bfloat16(path: Path, name: str, shape: tuple[int, ...]) -> Array:
     return widened
 
 
+def _plain_names(src: Path, names: Iterable[str]) -> dict[str, str]:
+    """Each tensor's name without wrappers and the body's prefix: _orig_mod.transformer.h.0.ln_1.bias -> h.0.ln_1.bias.
+
+    The prefix is what stands before wpe.weight; heads may have a part of it: _orig_mod.lm_head.weight.
+    """
+    plain = {name: _WRAPPERS.sub("", name) for name in names}
+    found = sorted(name.removesuffix("wpe.weight") for name in plain.values() if f".{name}".endswith(".wpe.weight"))
+    if len(found) > 1:
+        raise ModelError(
+            f"{src}: has {len(found)} models: {show(found[0])} and {show(found[1])}; save one of them alone"
+        )
+    parts = found[0].split(".")[:-1] if found else []
+    prefixes = ["".join(f"{part}." for part in parts[:n]) for n in range(len(parts), 0, -1)]  # the longest first
+    for name, text in plain.items():
+        plain[name] = text.removeprefix(next(filter(text.startswith, prefixes), ""))
+    return plain
+
+
 class _Weights:
-    """The open safetensors files of a directory, and the place of each tensor by its name without the prefix."""
+    """The open safetensors files of a directory, and the place of each tensor by its plain name.
+
+    has_linear: the products' weights are [out, in], as nn.Linear of nanoGPT has them, not [in, out] as Conv1D.
+    """
 
     def __init__(self, src: Path) -> None:
         self.src = src
         self.files: dict[str, _Handle] = {}  # by file name
         self.places: dict[str, tuple[str, str]] = {}  # wte.weight -> (model.safetensors, transformer.wte.weight)
+        self.left_out: list[str] = []
+        self.without_bias: set[str] = set()  # our names
+        self.has_linear = False
 
-    def add_places(self, file: str, found: list[str], expected: set[str] | None) -> None:
+    def check_index(self, file: str, found: list[str], expected: set[str] | None) -> None:
+        """Compare the tensors of a file with the index."""
         if expected is not None and set(found) != expected:
             odd = min(set(found) ^ expected)
             verb = "holds" if odd in found else "lacks"
             raise ModelError(f"{self.src / file}: {verb} tensor {show(odd)}, unlike the index; {_REMEDY}")
-        for name in found:
-            plain = name.removeprefix(_PREFIX)
+
+    def find_places(self) -> None:
+        """Fill places and left_out."""
+        files = {name: file for file, handle in self.files.items() for name in handle.keys()}  # noqa: SIM118
+        for name, plain in _plain_names(self.src, files).items():
             if _BUFFERS.fullmatch(plain):
                 continue
+            if _HEADS.fullmatch(plain):
+                self.left_out.append(name)
+                continue
             if plain in self.places:
-                raise ModelError(f"{self.src / file}: tensor {show(name)} occurs twice; {_REMEDY}")
-            self.places[plain] = (file, name)
+                raise ModelError(f"{self.src / files[name]}: tensor {show(name)} occurs twice; {_REMEDY}")
+            self.places[plain] = (files[name], name)
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         file, theirs = self.places[name]
         with library_errors(self.src / file, _REMEDY):
             found = self.files[file].get_slice(theirs)
             found_shape, dtype = found.get_shape(), found.get_dtype()
-        place = f"{self.src / file}: {theirs}"
+        place = f"{self.src / file}: {show(theirs)}"
         if tuple(found_shape) != shape:
             raise ModelError(f"{place}: expected shape {list(shape)} from the config, found {found_shape}; {_REMEDY}")
         if dtype not in _DTYPES:
@@ -195,34 +235,66 @@ class _Weights:
             array: Array = self.files[file].get_tensor(theirs).astype(np.float32, copy=False)
         return array
 
-    def check(self, config: GPT2Config) -> GPT2Config:
-        """Check names, shapes and types before a tensor is converted; return the config, tied if lm_head equals wte."""
-        names, shapes = hf_names(config), config.tensor_shapes()
+    def _check_names(self, config: GPT2Config) -> None:
+        """Compare the names with those of a GPT-2; all biases, or all of the norms or products, may be absent."""
+        names = hf_names(config)
         if "wte.weight" not in self.places and "lm_head.weight" in self.places and config.tie_word_embeddings:
             self.places["wte.weight"] = self.places.pop("lm_head.weight")  # either of the tied two may be saved alone
-        needed = set(names.values()) | (set() if config.tie_word_embeddings else {"lm_head.weight"})
-        unknown = set(self.places) - needed - {"lm_head.weight"}
-        for verb, odd in (("lacks", needed - set(self.places)), ("has", unknown)):
+        for pattern in (r"(.*/)?ln_./b", r".*/c_\w+/b"):
+            biases = {name for name in names if re.fullmatch(pattern, name)}
+            if not any(names[name] in self.places for name in biases):
+                self.without_bias |= biases
+        needed = {names[name] for name in names.keys() - self.without_bias}
+        needed |= set() if config.tie_word_embeddings else {"lm_head.weight"}
+        for verb, odd in (
+            ("lacks", needed - set(self.places)),
+            ("has", set(self.places) - needed - {"lm_head.weight"}),
+        ):
             if odd:
                 what = f"{verb} tensor {show(min(odd))}"
-                raise ModelError(f"{self.src}: {what}, unlike a GPT-2 of {config.n_layer} layers; {_REMEDY}")
-        for name, theirs in names.items():
-            self._check_tensor(theirs, shapes[name])
+                remedy = _MERGE if any("lora_" in name for name in odd) else _REMEDY
+                raise ModelError(f"{self.src}: {what}, unlike a GPT-2 of {config.n_layer} layers; {remedy}")
+
+    def check(self, config: GPT2Config) -> GPT2Config:
+        """Check names, shapes and types before a tensor is converted; return the config, tied if lm_head equals wte."""
+        self._check_names(config)
+        file, theirs = self.places["h.0.attn.c_attn.weight"]
+        with library_errors(self.src / file, _REMEDY):
+            self.has_linear = self.files[file].get_slice(theirs).get_shape() == [3 * config.n_embd, config.n_embd]
+        names = hf_names(config)
+        for name, shape in config.tensor_shapes().items():
+            if name not in self.without_bias:
+                self._check_tensor(names[name], shape[::-1] if self._is_transposed(name) else shape)
         if "lm_head.weight" not in self.places:
             return config
-        self._check_tensor("lm_head.weight", shapes["wte"])
+        self._check_tensor("lm_head.weight", config.tensor_shapes()["wte"])
         is_tied = np.array_equal(self.read("lm_head.weight"), self.read("wte.weight"))
         if config.tie_word_embeddings and not is_tied:
             remedy = "set its tie_word_embeddings to false if the model was trained with a separate head"
             raise ModelError(f"{self.src}: lm_head.weight is not wte.weight, but config.json ties the two; {remedy}")
         return replace_fields(config, tie_word_embeddings=is_tied)
 
+    def _is_transposed(self, name: str) -> bool:
+        return self.has_linear and name.endswith("/w")
+
     def tensors(self, config: GPT2Config) -> Iterator[tuple[str, Array]]:
-        """Yield (our name, array), one in memory at a time; Conv1D's weights are [in, out], as ours."""
+        """Yield (our name, array), one in memory at a time; products' weights are [in, out]."""
+        shapes = config.tensor_shapes()
         for name, theirs in hf_names(config).items():
-            yield name, self.read(theirs)
+            if name in self.without_bias:
+                yield name, np.zeros(shapes[name], np.float32)
+            else:
+                yield name, self.read(theirs).T if self._is_transposed(name) else self.read(theirs)
         if not config.tie_word_embeddings:
             yield "lm_head", self.read("lm_head.weight").T  # [n_vocab, n_embd] -> [n_embd, n_vocab]
+
+    def log_differences(self) -> None:
+        """Say what the converted model does not have of this one, and what this one does not have."""
+        if self.left_out:
+            logger.warning("%s: left out, because generating does not need it: %s", self.src, listed(self.left_out))
+        if self.without_bias:
+            kinds = {re.sub(r"^h\d+/|/b$", "", name) for name in self.without_bias}
+            logger.warning("%s: has no bias of %s; they are zeros", self.src, listed(kinds))
 
 
 @contextmanager
@@ -235,99 +307,29 @@ def open_weights(src: Path) -> Iterator[_Weights]:
         for file, names in _find_weight_files(src).items():
             with open_file(src / file), library_errors(src / file, _REMEDY):  # the library checks header and length
                 handle = weights.files[file] = stack.enter_context(safe_open(str(src / file), framework="numpy"))
-                weights.add_places(file, list(handle.keys()), names)
+                weights.check_index(file, list(handle.keys()), names)
+        weights.find_places()
         yield weights
 
 
-# ---- the vocabulary
+# ---- the whole
 
 
-def _read_added_tokens(src: Path) -> dict[str, object]:
-    """{token: id} of a fine-tune's added tokens; old and new versions of transformers have them in different files."""
-    tokens: dict[str, object] = {}
-    if os.path.lexists(src / "added_tokens.json"):
-        tokens |= read_json(src / "added_tokens.json", _MAX_CONFIG)
-    if os.path.lexists(src / TOKENIZER):
-        entries = read_json(src / TOKENIZER, _MAX_JSON).get("added_tokens")
-        for entry in entries if isinstance(entries, list) else ():
-            if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-                raise ModelError(f"{src / TOKENIZER}: an entry of added_tokens has no content; {_REMEDY}")
-            tokens[entry["content"]] = entry.get("id")
-    return tokens
-
-
-def _check_value(path: Path, name: str, found: object, expected: object) -> None:
-    if found != expected:
-        only = f"batchgen has only GPT-2's byte-level BPE ({json.dumps(expected)})"
-        raise ModelError(f"{path}: {name} is {show(found)}; {only}")
-
-
-def _merge_line(path: Path, merge: object) -> str:
-    """A merge as a line of merges.txt: "t h" or ["t", "h"] -> "t h"."""
-    if isinstance(merge, str):
-        return merge
-    if not isinstance(merge, list) or len(merge) != 2 or not all(isinstance(part, str) for part in merge):
-        raise ModelError(f"{path}: {show(merge)} in merges is not a pair of strings; {_REMEDY}")
-    return " ".join(merge)
-
-
-def _read_tokenizer(path: Path) -> tuple[dict[str, object], bytes]:
-    """The vocabulary and the merges file from a tokenizer.json; ModelError unless it is GPT-2's byte-level BPE."""
-    values = read_json(path, _MAX_JSON)
-    if not isinstance(values.get("model"), dict):
-        raise ModelError(f"{path}: has no model; {_REMEDY}")
-    model, splitter = values["model"], values.get("pre_tokenizer")
-    _check_value(path, "model.type", model.get("type"), "BPE")
-    _check_value(path, "normalizer", values.get("normalizer"), None)
-    options = splitter if isinstance(splitter, dict) else {"type": splitter, "add_prefix_space": False}
-    _check_value(path, "pre_tokenizer.type", options.get("type"), "ByteLevel")
-    _check_value(path, "pre_tokenizer.add_prefix_space", options.get("add_prefix_space", True), False)
-    _check_value(path, "pre_tokenizer.use_regex", options.get("use_regex", True), True)
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
-        if model.get(name):
-            _check_value(path, f"model.{name}", model[name], None)
-    vocabulary, merges = model.get("vocab"), model.get("merges")
-    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
-        raise ModelError(f"{path}: model has no vocab and merges; {_REMEDY}")
-    text = "".join(f"{line}\n" for line in ["#version: 0.2", *(_merge_line(path, merge) for merge in merges)])
-    return vocabulary, text.encode(errors="replace")  # a lone surrogate then matches no token
-
-
-def _prepare_vocabulary(src: Path, private: Path) -> Path:
-    """Return the directory with the two vocabulary files: src, or private, into which they are written if needed."""
-    added = _read_added_tokens(src)
-    pairs = [(src / vocabulary, src / merges) for vocabulary, merges in VOCABULARY_FILES]
-    pair = next((pair for pair in pairs if all(map(os.path.lexists, pair))), None)
-    if pair:
-        vocabulary = read_json(pair[0], _MAX_JSON)
-        if all(token in vocabulary for token in added):
-            return src
-        with open_file(pair[1]) as file:
-            merges = file.read(_MAX_JSON)
-    elif os.path.lexists(src / TOKENIZER):
-        vocabulary, merges = _read_tokenizer(src / TOKENIZER)
-    else:
-        raise ModelError(f"{src}: has neither vocab.json and merges.txt nor {TOKENIZER}; put the vocabulary there")
-    (private / "encoder.json").write_text(json.dumps(added | vocabulary))
-    (private / "vocab.bpe").write_bytes(merges)
-    return private
-
-
-def _check_vocabulary(src: Path, vocabulary: Path, config: GPT2Config) -> None:
-    try:
-        tokenizer = Tokenizer.load(vocabulary)
-    except ModelError as error:
-        if vocabulary == src:
-            raise
-        reason = str(error).replace(f"{vocabulary}{os.sep}", "")  # without the names of temporary files
-        raise ModelError(f"{src}: the vocabulary made from it is not GPT-2's: {reason}") from error
-    if tokenizer.n_vocab > config.n_vocab:
-        sizes = f"{tokenizer.n_vocab} tokens and the model {config.n_vocab}"
-        raise ModelError(f"{src}: the vocabulary has {sizes}; {_REMEDY}")
-    eos = read_json(src / CONFIG, _MAX_CONFIG).get("eos_token_id")
-    if isinstance(eos, int) and eos != tokenizer.eos_id:
-        text = "%s: eos_token_id is %d; batchgen ends completions only at %s (id %s)"
-        logger.warning(text, src / CONFIG, eos, END_OF_TEXT, tokenizer.eos_id)
+def _check_nanogpt(path: Path, weights: _Weights) -> None:
+    """Refuse a config that leaves open which nanoGPT this is: there are two GELUs, and forks with other flags."""
+    if not weights.has_linear:
+        return
+    values = read_json(path, _MAX_CONFIG)
+    if values.get("activation_function") is None:
+        remedy = 'add "gelu" if its MLP calls nn.GELU(), as nanoGPT does today, or "gelu_new" if it calls new_gelu()'
+        raise ModelError(f"{path}: activation_function is missing, and the weights are laid out as nanoGPT's; {remedy}")
+    flags = [
+        name for name, value in values.items() if name.startswith("use_") and value is True and name != "use_cache"
+    ]
+    if flags:
+        raise ModelError(
+            f"{path}: {listed(flags)} is true, which batchgen does not compute; remove it if it has no effect"
+        )
 
 
 def _source_of(src: Path) -> dict[str, str]:
@@ -351,9 +353,13 @@ def convert_hf_checkpoint(
     try:
         with open_weights(src) as weights, tempfile.TemporaryDirectory() as private:
             description = Description(name, weights.check(config), _source_of(src))
-            vocabulary = _prepare_vocabulary(src, Path(private))
-            _check_vocabulary(src, vocabulary, description.config)
+            _check_nanogpt(src / CONFIG, weights)
+            write_vocabulary(src, Path(private), config.n_vocab)
             tensors = weights.tensors(description.config)
-            write_model(dst, description, tensors, tokenizer_dir=vocabulary, replace=replace, on_progress=on_progress)
+            write_model(
+                dst, description, tensors, tokenizer_dir=Path(private), replace=replace, on_progress=on_progress
+            )
+            weights.log_differences()
+            log_settings(src)
     except OSError as error:
         raise ModelError(f"{src}: cannot be converted ({error.strerror or error})") from error

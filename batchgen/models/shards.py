@@ -32,6 +32,7 @@ from batchgen.errors import ModelError
 from batchgen.files import parse_json, sha256_of, sync_path
 from batchgen.gpt2.config import OPTIONS, GPT2Config
 from batchgen.gpt2.params import Array, Params, nest
+from batchgen.text.special_tokens import SPECIAL_TOKENS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -45,7 +46,7 @@ _BLOCK = 4 * 2**20  # numbers converted and written at a time
 _ALIGN = 64  # NumPy starts the data of a .npy at a multiple of this
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _MODEL_FILE = re.compile(  # the names of the files that a model consists of
-    r"manifest\.json|encoder\.json|vocab\.bpe|(wte|wpe|lm_head|ln_f\.[gb]"
+    r"manifest\.json|encoder\.json|vocab\.bpe|special_tokens\.json|(wte|wpe|lm_head|ln_f\.[gb]"
     r"|h[0-9]+\.(ln_[12]\.[gb]|(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.[wb]))\.npy"
 )
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -66,6 +67,13 @@ def show(value: object) -> str:
     is_error = isinstance(value, Exception)
     text = (str(value).splitlines() or [type(value).__name__])[0] if is_error else ascii(value)
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """Untrusted names in order, the first few of many: 'a', 'b' and 200 more."""
+    names = sorted(names)
+    first, rest = names[:most], len(names[most:])
+    return ", ".join(map(show, first)) + (f" and {rest} more" if rest else "")
 
 
 def check_text(text: object, place: str) -> str:
@@ -229,7 +237,8 @@ def _parse_manifest(values: JsonObject) -> Manifest:
     objects = dict.fromkeys(("config", "source", "tensors", "tokenizer"), dict)
     _check_object(values, {"format": int, "name": str} | objects, "")
     config = parse_config(values["config"])
-    tokenizer = _check_object(values["tokenizer"], dict.fromkeys(TOKENIZER_FILES, str), "tokenizer: ")
+    names = dict.fromkeys((*TOKENIZER_FILES, SPECIAL_TOKENS), str)
+    tokenizer = _check_object(values["tokenizer"], names, "tokenizer: ", optional=[SPECIAL_TOKENS])
     for name, digest in tokenizer.items():
         _check_sha256(digest, f"tokenizer: {name}: ")
     return Manifest(values["name"], config, values["source"], _parse_tensors(values["tensors"], config), tokenizer)
@@ -321,6 +330,8 @@ def verify_shards(directory: Path, *, full: bool = True) -> None:
     manifest = load_manifest(directory)
     load_params(directory, manifest)  # for a truncated shard, its length says more than its hash
     expected = dict(manifest.tokenizer)
+    if SPECIAL_TOKENS not in expected and os.path.lexists(directory / SPECIAL_TOKENS):
+        raise ModelError(f"{directory / SPECIAL_TOKENS}: does not belong to the model; remove it")
     if full:
         expected |= {shard.file: shard.sha256 for shard in manifest.tensors.values()}
     paths = [directory / name for name in expected]
@@ -400,10 +411,12 @@ def _write_tensors(
 
 
 def _copy_tokenizer(source: Path, directory: Path) -> dict[str, str]:
-    """Copy the vocabulary under OpenAI's names; return {file: sha256}."""
+    """Copy the vocabulary under OpenAI's names, and special_tokens.json if there is one; return {file: sha256}."""
     hashes = {}
-    for name, other in TOKENIZER_FILES.items():
+    for name, other in (*TOKENIZER_FILES.items(), (SPECIAL_TOKENS, SPECIAL_TOKENS)):
         path = next((source / each for each in (name, other) if os.path.exists(source / each)), None)
+        if path is None and name == SPECIAL_TOKENS:
+            continue
         if path is None:
             raise ModelError(f"{source}: has neither {name} nor {other}; put the vocabulary there")
         with open_file(path) as file:

@@ -103,10 +103,11 @@ def verify_model(model: Model) -> Iterator[str]:
     params = model.load_params()
     yield _check_weights(model, params)
     tokenizer = model.load_tokenizer()
-    n_vocab = tokenizer.n_vocab
+    n_vocab, absent = tokenizer.n_vocab, tokenizer.absent_ids(model.config.n_vocab)
     if n_vocab > model.config.n_vocab:
-        raise ModelError(f"{model.directory}: {n_vocab} tokens for {model.config.n_vocab} rows of wte; {_REMEDY}")
-    yield f"vocabulary: {n_vocab} tokens, ids 0 to {n_vocab - 1}"
+        raise ModelError(f"{model.directory}: token id {n_vocab - 1} of {model.config.n_vocab} rows of wte; {_REMEDY}")
+    unused = f"; {len(absent)} rows of wte belong to no token and are never generated" if absent else ""
+    yield f"vocabulary: {len(tokenizer.encoder)} tokens, ids 0 to {n_vocab - 1}{unused}"
     size = openai_size(model.manifest)
     if size is None:
         yield "completions: not checked, because none are known of this model"

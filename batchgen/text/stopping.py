@@ -26,9 +26,11 @@ class Sequence(Protocol):
 class Decoder(Protocol):
     """The part of text.tokenizer.Tokenizer that this module uses."""
 
-    def encode(self, text: str, /) -> list[int]: ...
+    def __hash__(self) -> int: ...
 
-    def decode_bytes(self, ids: Seq[int], /) -> bytes: ...
+    def encode_part(self, text: str, /) -> list[int]: ...
+
+    def decode_bytes(self, ids: Seq[int], /, *, skip_special: bool = False) -> bytes: ...
 
 
 @lru_cache
@@ -75,7 +77,7 @@ class StopStrings:
             return None
         if sequence not in self._matchers:
             self._matchers[sequence] = StopMatcher(_encode_stops(params.stop))
-        data = self._tokenizer.decode_bytes(sequence.token_ids[-1:])
+        data = self._tokenizer.decode_bytes(sequence.token_ids[-1:], skip_special=params.skip_special_tokens)
         has_stopped = self._matchers[sequence].push(data, can_stop=n > params.min_tokens)
         if has_stopped or n >= params.max_tokens:
             del self._matchers[sequence]
@@ -96,9 +98,10 @@ def completed_text(token_ids: Seq[int], params: SamplingParams, tokenizer: Decod
     The text ends before the stop string, or after it with include_stop. An incomplete last character is left out;
     other bytes that are not UTF-8 become U+FFFD.
     """
-    data = tokenizer.decode_bytes(token_ids)
+    skip = params.skip_special_tokens
+    data = tokenizer.decode_bytes(token_ids, skip_special=skip)
     if params.stop:
-        start = len(tokenizer.decode_bytes(token_ids[: params.min_tokens]))
+        start = len(tokenizer.decode_bytes(token_ids[: params.min_tokens], skip_special=skip))
         if found := find_stop(data, _encode_stops(params.stop), start):
             begin, end = found
             return data[: end if params.include_stop else begin].decode("utf-8", "replace"), data[begin:end].decode()
@@ -115,7 +118,7 @@ def bad_word_ids(words: tuple[str, ...], tokenizer: Decoder) -> tuple[tuple[int,
     sequences = []
     for text in spellings:
         try:
-            sequences.append(tuple(tokenizer.encode(text)))
+            sequences.append(tuple(tokenizer.encode_part(text)))
         except InputError:
             continue
     return tuple(dict.fromkeys(sequences))

@@ -1,7 +1,8 @@
 """GPT-2's byte-level BPE: text to token ids and back, with `encoder.json` and `vocab.bpe`.
 
 A text is split into pieces; each byte of a piece (UTF-8) is a symbol; pairs of symbols merge in the order of the merges
-file. The ids are those of OpenAI's encoder for every string and every vocabulary.
+file. The ids are those of OpenAI's encoder for every string and every vocabulary; those of a Hugging Face model are its
+tokenizer's (special_tokens.py).
 """
 
 import codecs
@@ -11,17 +12,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from itertools import chain, repeat
-from os.path import isfile
+from os.path import isfile, lexists
 from pathlib import Path
 
 import regex  # type: ignore[import-untyped]  # it ships no types
 
 from batchgen.errors import InputError, ModelError
 from batchgen.files import parse_json
+from batchgen.text.special_tokens import SPECIAL_TOKENS, AddedToken, Finder, SpecialTokens
+from batchgen.types import ReadSpecial
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # OpenAI's names, Hugging Face's
 MAX_FILE_BYTES = 64 * 2**20
+MAX_ID = 2**24 - 1  # as many rows as a GPT2Config allows
 
 MAX_CACHED = 2**16  # runs, and as many pieces
 MAX_CACHED_CHARACTERS = 64  # a longer run or piece rarely occurs twice
@@ -140,7 +144,7 @@ def find_vocabulary(directory: Path) -> tuple[Path, Path]:
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """Token -> id from a JSON object; its ids are 0 to n_vocab - 1, each once, in any order."""
+    """Token -> id from a JSON object; each id occurs once, in any order, and there may be holes between them."""
     try:
         encoder = parse_json(_read_text(path))
     except (ValueError, RecursionError) as error:
@@ -154,12 +158,13 @@ def read_vocabulary(path: Path) -> dict[str, int]:
             raise ModelError(
                 f"{path}: the id of {token[:40]!r} is {reprlib.repr(token_id)}, not an integer; correct it"
             )
-    missing = set(range(len(encoder))).difference(encoder.values())
-    if missing:
-        raise ModelError(
-            f"{path}: the ids of {len(encoder)} tokens must be 0 to {len(encoder) - 1}, each once; "
-            f"{min(missing)} is missing; the file is incomplete or edited: download it again"
-        )
+        if not 0 <= token_id <= MAX_ID:
+            raise ModelError(f"{path}: the id of {token[:40]!r} is {token_id}; ids are 0 to {MAX_ID}; correct it")
+    owners = {token_id: token for token, token_id in encoder.items()}
+    for token, token_id in encoder.items():
+        if owners[token_id] != token:
+            both = f"{token[:40]!r} and {owners[token_id][:40]!r} have the same id {token_id}"
+            raise ModelError(f"{path}: {both}; the file is edited: download it again")
     return encoder
 
 
@@ -184,13 +189,17 @@ def read_merges(path: Path, encoder: dict[str, int]) -> list[tuple[str, str]]:
     return list(first_line_of)
 
 
-def bytes_by_id(path: Path, encoder: dict[str, int], merges: list[tuple[str, str]]) -> dict[int, bytes]:
-    """The bytes of each id; those of a special token that no merge creates, such as `<|pad|>`, are its own text."""
+def bytes_by_id(
+    path: Path, encoder: dict[str, int], merges: list[tuple[str, str]], added: Iterable[AddedToken]
+) -> dict[int, bytes]:
+    """The bytes of each id; those of an added token that no merge creates, such as `<|pad|>`, are its own text."""
     merged = {left + right for left, right in merges}
+    contents = {token.content for token in added} | {token for token in encoder if _SPECIAL.fullmatch(token)}
+    contents -= merged | CHARACTER_TO_BYTE.keys()
     result: dict[int, bytes] = {}
     for token, token_id in encoder.items():
         try:
-            if token not in merged and _SPECIAL.fullmatch(token):
+            if token in contents:
                 result[token_id] = token.encode()
             else:
                 result[token_id] = bytes([CHARACTER_TO_BYTE[character] for character in token])
@@ -200,6 +209,27 @@ def bytes_by_id(path: Path, encoder: dict[str, int], merges: list[tuple[str, str
                 "alphabet; use a byte-level BPE vocabulary, not a SentencePiece or WordPiece one"
             ) from None
     return result
+
+
+def find_special(encoder: dict[str, int], merges: list[tuple[str, str]]) -> SpecialTokens:
+    """The special tokens of a vocabulary that comes without a list of them, as OpenAI's; in prompts they are text."""
+    merged = {left + right for left, right in merges}
+    added = tuple(
+        AddedToken(token_id, token, special=True, normalized=False)
+        for token, token_id in encoder.items()
+        if token not in merged and _SPECIAL.fullmatch(token)
+    )
+    eos_id = encoder.get(END_OF_TEXT)
+    return SpecialTokens(added, end=() if eos_id is None else (eos_id,), start=eos_id, parse=False)
+
+
+def read_special(path: Path) -> SpecialTokens:
+    """The contents of special_tokens.json; ModelError if it is damaged."""
+    try:
+        return SpecialTokens.from_json(parse_json(_read_text(path)))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path}: not a list of special tokens ({reason}); convert the model again") from error
 
 
 # ---- the tokenizer
@@ -225,29 +255,68 @@ class Tokenizer:
     """Text to ids and back with one vocabulary; `load` reads and checks its files.
 
     encoder: token in the characters of byte_alphabet -> id. merges: pairs of tokens in order of their rank.
-    token_bytes: id -> the bytes of the token.
+    token_bytes: id -> the bytes of the token. special: what the tokenizer does besides BPE.
     """
 
-    def __init__(self, encoder: dict[str, int], merges: list[tuple[str, str]], token_bytes: dict[int, bytes]) -> None:
+    def __init__(
+        self,
+        encoder: dict[str, int],
+        merges: list[tuple[str, str]],
+        token_bytes: dict[int, bytes],
+        special: SpecialTokens | None = None,
+    ) -> None:
         self.encoder = encoder
         self.decoder = {token_id: token for token, token_id in encoder.items()}
-        self.n_vocab = len(encoder)
-        self.eos_id = encoder.get(END_OF_TEXT)
-        self.longest_token_bytes = max(map(len, token_bytes.values()))
+        self.n_vocab, self.n_tokens = max(self.decoder) + 1, len(self.decoder)  # more ids than tokens: holes
+        self.special = special or find_special(encoder, merges)
+        self.special_ids = frozenset(token.id for token in self.special.added if token.special)
+        # a token that takes spaces has any length
+        takes_spaces = any(token.lstrip or token.rstrip for token in self.special.added)
+        self.longest_token_bytes = 2**62 if takes_spaces else max(map(len, token_bytes.values()))
         self._token_bytes = token_bytes
-        self._byte_ids = [encoder.get(BYTE_TO_CHARACTER[byte], ABSENT) for byte in range(256)]
+        unknown = ABSENT if self.special.unknown is None else self.special.unknown
+        self._byte_ids = [encoder.get(BYTE_TO_CHARACTER[byte], unknown) for byte in range(256)]
         self._merged = [(encoder[left], encoder[right], encoder[left + right]) for left, right in merges]
         self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self._merged)}
+        self._finder = Finder(self.special.added)
         self._runs = Cache(self._encode_run)
         self._pieces = Cache(self._encode_piece)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Read `encoder.json` and `vocab.bpe`, or `vocab.json` and `merges.txt`; ModelError if they are damaged."""
+        """Read `encoder.json` and `vocab.bpe`, or `vocab.json` and `merges.txt`, and `special_tokens.json` if any.
+
+        Raises ModelError if they are damaged.
+        """
         vocabulary_path, merges_path = find_vocabulary(Path(directory))
         encoder = read_vocabulary(vocabulary_path)
         merges = read_merges(merges_path, encoder)
-        return cls(encoder, merges, bytes_by_id(vocabulary_path, encoder, merges))
+        path = Path(directory) / SPECIAL_TOKENS
+        special = read_special(path) if lexists(path) else find_special(encoder, merges)
+        return cls(encoder, merges, bytes_by_id(vocabulary_path, encoder, merges, special.added), special)
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """The tokens before every prompt."""
+        return self.special.begin
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion."""
+        return self.special.end
+
+    @property
+    def start_id(self) -> int | None:
+        """The token from which a completion without a prompt starts."""
+        return self.special.start
+
+    def has_id(self, token_id: int) -> bool:
+        """Whether a token has this id: a vocabulary may have holes."""
+        return token_id in self.decoder
+
+    def absent_ids(self, n_vocab: int) -> list[int]:
+        """The ids below n_vocab that no token has."""
+        return [token_id for token_id in range(n_vocab) if token_id not in self.decoder]
 
     def _encode_piece(self, piece: str) -> tuple[int, ...]:
         symbols = list(map(self._byte_ids.__getitem__, piece.encode()))
@@ -263,19 +332,52 @@ class Tokenizer:
             return self._pieces[run]
         return tuple(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text; `<|endoftext|>` is ordinary text. Raises InputError on half of a surrogate pair."""
+    def _encode_text(self, text: str) -> Iterable[int]:
+        return chain.from_iterable(map(self._runs.__getitem__, RUNS.findall(text)))
+
+    def encode(self, prompt: str, special_tokens: ReadSpecial = "auto") -> list[int]:
+        """The ids of a prompt, after those that stand before every prompt of this model.
+
+        special_tokens: whether marks such as `<|endoftext|>` are one id (parse) or the ids of their letters (text);
+        auto is as the model's tokenizer does, and text for OpenAI's. Raises InputError on half of a surrogate pair.
+        """
+        return [*self.special.begin, *self.encode_part(prompt, special_tokens, prefix_space=self.special.prefix_space)]
+
+    def encode_part(self, text: str, special_tokens: ReadSpecial = "auto", *, prefix_space: bool = False) -> list[int]:
+        """The ids of a text that stands anywhere."""
+        with_special = self.special.parse if special_tokens == "auto" else special_tokens == "parse"
+        ids: list[int] = []
         try:
-            return list(chain.from_iterable(map(self._runs.__getitem__, RUNS.findall(text))))
+            for piece in self._finder.split(text, with_special=with_special):
+                if isinstance(piece, AddedToken):
+                    ids.append(self._id_of(piece))
+                else:
+                    ids += self._encode_text(f" {piece}" if prefix_space and piece[0] != " " else piece)
         except UnicodeEncodeError:
             at = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
             raise InputError(
                 f"character {at} (from 0) is U+{ord(text[at]):04X}, half of a surrogate pair; "
                 "remove it or write the whole character"
             ) from None
+        return ids
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def _id_of(self, token: AddedToken) -> int:
+        if token.id not in self.decoder:
+            raise InputError(
+                f"{token.content[:40]!r} is token {token.id}, which has no weights in the model; remove it"
+            )
+        return token.id
+
+    def reads_special_as_text(self, text: str) -> bool:
+        """Whether a text holds a special token, such as `<|endoftext|>`, which is text unless asked otherwise."""
+        return not self.special.parse and any(
+            isinstance(piece, AddedToken) and piece.special for piece in self._finder.split(text)
+        )
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """The bytes of the ids, not always whole characters; an id outside the vocabulary counts as U+FFFD."""
+        if skip_special:
+            ids = (token for token in ids if token not in self.special_ids)
         return b"".join(map(self._token_bytes.get, ids, repeat("\ufffd".encode())))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -297,13 +399,13 @@ class StreamDecoder:
     If the bytes of a character are spread over several ids, the last one returns it.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
+        return self._utf8.decode(self._tokenizer.decode_bytes(ids, skip_special=self._skip_special))
 
     def flush(self) -> str:
         """The rest, with U+FFFD for an incomplete character; the decoder can then start again."""

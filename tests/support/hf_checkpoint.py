@@ -23,9 +23,9 @@ def hf_tensors(config: GPT2Config = BYTES, seed: int = 0) -> dict[str, Array]:
 
 def hf_config(config: GPT2Config = BYTES) -> dict[str, Any]:
     """A config.json as transformers writes it, with options that batchgen ignores."""
-    values = config.as_dict()
+    values = {"activation_function": "gelu_new"} | config.as_dict()
     values |= {"vocab_size": values.pop("n_vocab"), "n_positions": values.pop("n_ctx"), "model_type": "gpt2"}
-    return values | {"architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "attn_pdrop": 0.1}
+    return values | {"architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Any]) -> Path:

@@ -1,6 +1,7 @@
 """Small models for the tests, made in milliseconds."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,24 @@ def write_byte_model(directory: Path, config: GPT2Config = BYTES, seed: int = 0)
     del tensors["lm_head"]
     description = Description(directory.name, config, {"kind": "test"})
     write_model(directory, description, tensors.items(), tokenizer_dir=vocabulary)
+    return directory
+
+
+def write_wide_model(directory: Path) -> Path:
+    """A byte model with 64 rows of wte that no token has, 256 to 299 and 301 to 320, whose logits are the largest.
+
+    <|endoftext|> is 300. The rows of no token are zeros, as padding is, and every token's own logit is below zero.
+    """
+    config, eos_id = replace(BYTES, n_vocab=BYTES.n_vocab + 64), 300
+    tensors, absent = sharp_tensors(config), [*range(256, eos_id), *range(eos_id + 1, config.n_vocab)]
+    tensors["ln_f/b"][0] = 50
+    tensors["wte"][:, 0] = -0.2
+    tensors["wte"][absent] = 0
+    del tensors["lm_head"]
+    vocabulary = write_byte_vocabulary(directory.parent / f"{directory.name}-vocabulary")
+    encoder = json.loads((vocabulary / "encoder.json").read_text(encoding="utf-8")) | {END_OF_TEXT: eos_id}
+    (vocabulary / "encoder.json").write_text(json.dumps(encoder), encoding="utf-8")
+    write_model(directory, Description(directory.name, config, {}), tensors.items(), tokenizer_dir=vocabulary)
     return directory
 
 
