@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 SUCCESS = "_SUCCESS"  # in a dataset's folder: it is complete; readers of Parquet skip names that begin with _
 WORK_SUFFIX = ".batchgen"  # of a run's work directory; see output/ledger.py
 STATUS_SUFFIX = ".status.json"  # of a run's status file; see progress.py
+PLAN_SUFFIX = ".plan.json"  # of the plan of JSON lines; see output/beside.py
 PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")  # the chunk's number and the start of the part's SHA-256
 
 

@@ -1,15 +1,28 @@
 """What is asked for: a job, made of a few small records, each checked when it is built. A job has no behaviour."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from batchgen.errors import UsageError
-from batchgen.options import check_ranges, count, duration, flags_of, option, say, size
-from batchgen.types import ENDS, IO, SAMPLING, SamplingParams
+from batchgen.options import (
+    check_ranges,
+    count,
+    duration,
+    flags_of,
+    known_keywords,
+    option,
+    say,
+    shown,
+    size,
+    split_keywords,
+)
+from batchgen.types import ENDS, IO, SAMPLING, ReadSpecial, SamplingParams
 
-InputFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet"]
+InputFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "txt"]
+Quotes = Literal["auto", "yes", "no"]
 OnTooLong = Literal["reject", "truncate-left", "shorten"]
 EmptyPrompt = Literal["reject", "unconditional"]
 OutputFormat = Literal["file", "dataset"]
@@ -25,14 +38,18 @@ GROUPS = (IO, SAMPLING, ENDS, PROMPTS, WORK, CLUSTER, RUN)  # of options, in the
 _INPUT = "Prompts: JSON lines, CSV or Parquet; files, globs, directories, s3:// and the like, or - (stdin)."
 _OUTPUT = "Where to: .parquet or .jsonl, a folder, or either as s3:// and the like; - is JSON lines to stdout."
 _FORMAT = "What the input is, whatever it is called; auto goes by the suffix."
+_DELIMITER = "Between fields of CSV and TSV: tab, or a character; auto goes by the header."
+_QUOTES = "Whether quotes enclose fields of CSV and TSV, or are text; auto: text between tabs."
 _WORK_DIR = "Where the work of an output in an object store is kept; default: the current folder."
 _BACKEND = "Workers of this machine, or those of a Dask or Ray cluster."
 _SCHEDULER = "Dask's: tcp://HOST:8786, or its scheduler file (.json)."
 _ADDRESS = "Ray's: HOST:6379, ray://HOST:10001; auto: the Ray cluster on this machine."
 _ROW_TIMEOUT = "Treat a worker as hung after this long without progress: 30s, 10m (default)."
+_SPECIAL_TOKENS = "Read <|endoftext|> and the like in prompts as tokens or as text; auto: as the model's tokenizer."
 _TIME_LIMIT = "Stop in time, exit code 75: 50m, 7h30m; the same command resumes."
 
 
+@known_keywords
 @dataclass(frozen=True, slots=True)
 class InputOptions:
     """Prompts to read: files, globs, directories, addresses, or - for standard input; and how to read their rows."""
@@ -45,14 +62,28 @@ class InputOptions:
         "auto", _FORMAT, IO, flag="--input-format", key="input_format", choices=get_args(InputFormat)
     )
     row_params: bool = option(True, "Use the parameters that rows have: max_tokens, seed and so on.", SAMPLING)
+    delimiter: str = option("auto", _DELIMITER, IO, metavar="CHAR")
+    quotes: Quotes = option("auto", _QUOTES, IO, choices=get_args(Quotes))
 
     def __post_init__(self) -> None:
         for name in ("files", "keep"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str | Path) else tuple(value))
+            is_one = isinstance(value, str) or not isinstance(value, Iterable)
+            object.__setattr__(self, name, (value,) if is_one else tuple(value))
+        if self.delimiter in ("\t", "\\t"):  # a shell passes '\t' as two characters
+            object.__setattr__(self, "delimiter", "tab")
+        one = isinstance(self.delimiter, str) and len(self.delimiter) == 1 and self.delimiter not in '"\r\n\0\ufeff '
+        if not one and self.delimiter not in ("auto", "tab"):
+            raise UsageError(f"delimiter {shown(self.delimiter)} is out of range (auto, tab, or a character such as ;)")
         check_ranges(self)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The files as they were named."""
+        return (str(self.files),) if isinstance(self.files, str | Path) else tuple(map(str, self.files))
 
+
+@known_keywords
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What to do with prompts that do not fit the model as they are."""
@@ -64,11 +95,13 @@ class Policy:
         "reject", "Reject it, or start from <|endoftext|>.", PROMPTS, choices=get_args(EmptyPrompt)
     )
     trim: bool = option(False, "Remove spaces at the prompt's end; GPT-2 continues badly from them.", PROMPTS, off=None)
+    special_tokens: ReadSpecial = option("auto", _SPECIAL_TOKENS, PROMPTS, choices=get_args(ReadSpecial))
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
 
+@known_keywords
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
     """Where rows go: a .parquet or .jsonl file, a dataset folder, or either in an object store."""
@@ -85,12 +118,14 @@ class OutputOptions:
     token_ids: bool = option(False, "Add a column of the completion's token ids.", IO, flag="--output-token-ids")
     work_dir: Path | None = option(None, _WORK_DIR, IO, metavar="DIR")
     retry_failed: bool = option(False, "Generate the failed rows of a finished output again.", RUN, off=None)
+    overwrite: bool = option(False, "Replace what is there, whatever made it.", RUN, off=None)
     status: bool = option(True, "Keep OUTPUT.status.json up to date, for machines.", RUN)
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
 
+@known_keywords
 @dataclass(frozen=True, slots=True)
 class WorkOptions:
     """Who does the work, in what pieces, and for how long; None is automatic."""
@@ -125,6 +160,7 @@ class WorkOptions:
             raise UsageError(f"{say('model_cache')} is for a cluster; {remedy}")
 
 
+@known_keywords
 @dataclass(frozen=True, slots=True)
 class Job:
     """One run: complete every prompt of `input` into `output`; for both, a path or a string is enough.
@@ -145,18 +181,51 @@ class Job:
             self,
             input: InputOptions | Files,
             output: OutputOptions | str | Path,
-            model: str = ...,
+            model: str | Path = ...,
             sampling: SamplingParams = ...,
             policy: Policy = ...,
             work: WorkOptions = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        for name, record in (("input", InputOptions), ("output", OutputOptions)):
+        for name, record in zip(_ATTRIBUTES, RECORDS, strict=True):
             value: object = getattr(self, name)
-            if not isinstance(value, record):
+            if not isinstance(value, record) and record in (InputOptions, OutputOptions):
                 object.__setattr__(self, name, record(value))  # type: ignore[arg-type]
+            elif not isinstance(value, record):
+                raise UsageError(f"{name} {shown(value)} is not a {record.__name__}; write {record.__name__}(...)")
+        for path in (*self.input.files, self.output.path):  # type: ignore[misc]
+            if not isinstance(path, str | PathLike):
+                raise UsageError(f"{shown(path)} is not a path; give a string or a Path")
+        object.__setattr__(self, "model", str(self.model))
 
 
+_ATTRIBUTES = ("input", "output", "sampling", "policy", "work")
 RECORDS = (InputOptions, OutputOptions, SamplingParams, Policy, WorkOptions)  # of a job, in the order of --help
+
+
+def as_job(job: Job | Files, output: str | Path | None, options: dict[str, object]) -> Job:
+    """A job, or one made of its input, its output, and options of its records by their names.
+
+    UsageError for options beside a job, and for a name that no record has; the nearest is named.
+    """
+    if isinstance(job, Job):
+        if output is not None or options:
+            more = ", ".join([*(["output"] if output is not None else []), *options])
+            raise UsageError(f"a Job and {more} were given; put them into the Job, or give its input first")
+        return job
+    if output is None:
+        raise UsageError("an input and no output was given; name a file: run_job('prompts.jsonl', 'out.parquet')")
+    model = options.pop("model", DEFAULT_MODEL)
+    reading, writing, sampling, policy, work = split_keywords(options, *RECORDS)
+    return Job(
+        InputOptions(job, **reading),  # type: ignore[arg-type]
+        OutputOptions(output, **writing),  # type: ignore[arg-type]
+        str(model),
+        SamplingParams(**sampling),  # type: ignore[arg-type]
+        Policy(**policy),  # type: ignore[arg-type]
+        WorkOptions(**work),  # type: ignore[arg-type]
+    )
+
+
 FLAGS = flags_of(RECORDS) | {"model": ("--model", None)}  # for options.use_flags

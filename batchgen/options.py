@@ -10,6 +10,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from pathlib import Path
 from typing import Any, TypeVar
 
 from batchgen.errors import UsageError
@@ -89,6 +93,49 @@ def with_value(flag: str, text: str) -> Iterator[str]:
     yield from (f"{flag}={text}",) if text.startswith("-") else (flag, text)
 
 
+# ---- keywords in Python
+
+
+def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise UsageError, with the nearest, for a keyword that is none of the known."""
+    names = list(known)
+    for name in given:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"these are: {', '.join(names)}"
+            raise UsageError(f"{name!r} is not an option of {what}; {remedy}")
+
+
+def known_keywords(kind: type[T]) -> type[T]:
+    """A class whose constructor names the nearest keyword for an unknown one."""
+    construct: Callable[..., None] = kind.__init__
+    known = list(signature(construct).parameters)[1:]  # without self
+
+    @wraps(construct)
+    def __init__(self: object, *values: object, **named: object) -> None:
+        check_keywords(named, known, kind.__name__)
+        construct(self, *values, **named)
+
+    kind.__init__ = __init__  # type: ignore[method-assign]
+    return kind
+
+
+def split_keywords(given: Mapping[str, object], *records: Any) -> list[dict[str, object]]:
+    """The fields of each record: {"n": 2, "trim": True}, SamplingParams, Policy -> [{"n": 2}, {"trim": True}]"""
+    known = {
+        declared.key or name: (at, name)
+        for at, one in enumerate(records)
+        for name, declared in options_of(one).items()
+        if not declared.argument
+    }
+    check_keywords(given, known, " or ".join(record.__name__ for record in records))
+    split: list[dict[str, object]] = [{} for _ in records]
+    for key, value in given.items():
+        at, name = known[key]
+        split[at][name] = value
+    return split
+
+
 # ---- names in errors
 
 _flags: dict[str, tuple[str, str | None]] = {}  # by name: the flag, and the one that unsets it
@@ -130,13 +177,26 @@ def say(name: str, value: object = None) -> str:
 # ---- ranges
 
 
+def plain(value: Any) -> Any:
+    """A number or an array of NumPy as Python's; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def check_ranges(record: Any) -> None:
-    """Raise UsageError, with the range, for a field that is out of it; None passes where it is the default."""
+    """Raise UsageError, with the range, for a field that is out of it; None passes where it is the default.
+
+    A text becomes what it says at a command line: kv_bytes="2G", work_dir="here"; a number of NumPy becomes Python's.
+    """
     for one in dataclasses.fields(record):
         declared: Option | None = one.metadata.get("option")
-        value = getattr(record, one.name)
+        value = plain(given := getattr(record, one.name))
+        if value is not given:
+            object.__setattr__(record, one.name, value)
         if declared is None or (value is None and one.default is None):
             continue
+        if one.default is None:
+            value = _from_text(declared.key or one.name, one.type, declared, value)
+            object.__setattr__(record, one.name, value)
         if declared.choices and value not in declared.choices:
             raise UsageError(f"{one.name} {shown(value)} is none of {', '.join(declared.choices)}; choose one of these")
         if declared.within:
@@ -146,6 +206,18 @@ def check_ranges(record: Any) -> None:
                 raise UsageError(f"{one.name} {shown(value)} is out of range ({words})")
         elif isinstance(one.default, bool) and not isinstance(value, bool):
             raise UsageError(f"{one.name} {shown(value)} is out of range (true or false)")
+
+
+def _from_text(name: str, kind: object, declared: Option, value: object) -> object:
+    """The value itself, if it is not a text; UsageError for one that no command line can give."""
+    if declared.parse is None:
+        return Path(value) if kind == Path | None and isinstance(value, str) else value
+    try:
+        parsed = declared.parse(value if isinstance(value, str) else str(declared.show(value)))
+    except (TypeError, ValueError) as error:
+        reason = error if isinstance(error, ValueError) else f"{shown(value)} is of the wrong type; give a number"
+        raise UsageError(f"{say(name)} {reason}") from error
+    return parsed if isinstance(value, str) else value
 
 
 def is_number(value: object) -> bool:
@@ -160,7 +232,14 @@ def shown(value: object) -> str:
         text = repr(value)
     except RecursionError:
         text = f"({type(value).__name__}, nested too deeply)"
-    return text if len(text) <= 60 else text[:57] + "..."
+    end = text[-1] if text[-1:] in tuple("'\")]}") else ""  # closed, so that a reader sees where the value ends
+    return text if len(text) <= 60 else f"{text[: 57 - len(end)]}...{end}"
+
+
+def find_escape(text: str) -> str | None:
+    r"""The first `\n` or the like in a text that is not the character but a backslash and a letter."""
+    found = re.search(r"\\(?:[nrt]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})", text)
+    return found and found[0]
 
 
 # ---- how values are written on a command line
@@ -188,7 +267,7 @@ def parse_count(text: str) -> int:
 
 def parse_size(text: str) -> int:
     """A number of bytes: `1536M` -> 1610612736."""
-    match = re.fullmatch(r"(\d{1,15})([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,16})([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r}: not a size; write it as 1536M or 2G")
     if not int(match[1]):
@@ -197,9 +276,13 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds: `90` and `90s` -> 90.0, `50m` -> 3000.0, `1h30m` -> 5400.0."""
-    parts = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text)
-    seconds = sum(float(number) * _SECONDS[unit or "s"] for number, unit in parts)
+    """Seconds: `90s` -> 90.0, `50m` -> 3000.0, `1h30m` -> 5400.0."""
+    bare = re.fullmatch(r"(?:.*([smhd]))?\d{1,9}(?:\.\d{1,9})?", text)
+    if bare and (units := {None: "smh", "d": "smh", "h": "sm", "m": "s"}.get(bare[1])):
+        *others, last = (text + unit for unit in units)
+        raise ValueError(f"{text!r} has no unit; write {' or '.join(filter(None, [', '.join(others), last]))}")
+    parts = re.findall(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", text)
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != text or not 0 < seconds < 1e9:
         raise ValueError(f"{text!r}: not a time; write it as 90s, 50m or 1h30m")
     return seconds

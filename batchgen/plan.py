@@ -1,14 +1,18 @@
 """The plan: all that the rows of an output depend on, as one record that travels with them."""
 
+import dataclasses
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from batchgen.job import InputOptions, OutputOptions, Policy, WorkOptions
 from batchgen.options import arguments, flag_of, options_of, with_value, words_of
 from batchgen.types import SamplingParams
+
+_LATER = {"retry", "special_tokens"}  # fields that older plans lack; written only if they say something
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +46,20 @@ class Plan:
     kv_bytes: int
     share_prefixes: bool
     retry: bool = False  # of the failed rows of a finished output
+    special_tokens: str = "auto"
+    delimiter: str = "auto"
+    quotes: str = "yes"  # of plans from before this option
+    files: tuple[str, ...] = ()  # of several input files, 16 digits of the SHA-256 of each, folders included
+    names: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # of the input's files now; never stored
 
     # ---- JSON
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values: lists for tuples, an object for the parameters."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if not self.retry:
-            del values["retry"]
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
+        for field in fields(self):
+            if field.compare and values[field.name] == field.default:
+                del values[field.name]
         plain: dict[str, Any] = json.loads(json.dumps(values | {"parameters": self.parameters.as_dict()}))
         return plain
 
@@ -59,10 +69,10 @@ class Plan:
 
         Raises UsageError for a value that no option may have.
         """
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls) if field.compare}
         if unknown := sorted(values.keys() - names):
             raise ValueError(f"{unknown[0]!r} is not known here")
-        if missing := sorted(names - values.keys() - {"retry"}):
+        if missing := sorted({field.name for field in fields(cls) if field.default is MISSING} - values.keys()):
             raise ValueError(f"{missing[0]!r} is missing")
         given = dict(values) | {"parameters": read_parameters(values["parameters"])}
         for field in fields(cls):
@@ -79,16 +89,20 @@ class Plan:
     # ---- comparing
 
     def conflict(self, other: "Plan", automatic: Iterable[str] = ()) -> str | None:
-        """What differs in `other`, in the words of the command line; None if both make the same rows.
+        """All that differs in `other`, in the words of the command line; None if both make the same rows.
 
         automatic names fields of `other` that nobody asked for: they agree with anything.
         """
         free = set(automatic)
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine != theirs and field.name not in free:
-                return _difference(field.name, mine, theirs)
-        return None
+        names = [field.name for field in fields(self) if field.compare and field.name not in free]
+        differing = {name for name in names if getattr(self, name) != getattr(other, name)}
+        differing -= {name for cause in differing for name in _IMPLIED.get(cause, ())}
+        pairs = [pair for name in names if name in differing - {"input"} for pair in _pairs(name, self, other)]
+        parts = [_changed_input(self, other)] if "input" in differing else []
+        if pairs:
+            had, has = (", ".join(_named(pair[0], pair[i]) for pair in pairs) for i in (1, 2))
+            parts.append(f"it had {had}, and this has {has}")
+        return "; ".join(parts) or None
 
     # ---- the command
 
@@ -107,13 +121,15 @@ class Plan:
             self.prompt_column,
             self.id_column,
             self.keep,
-            format=formats.pop() if len(formats) == 1 else "auto",  # type: ignore[arg-type]
+            format=next(iter(formats)) if len(formats) == 1 else "auto",  # type: ignore[arg-type]
             row_params=self.row_params,
+            delimiter=self.delimiter,
+            quotes=self.quotes if formats & {"csv", "tsv"} else "auto",  # type: ignore[arg-type]
         )
 
     def policy(self) -> Policy:
         """What was done with prompts that do not fit the model."""
-        return Policy(self.on_too_long, self.empty_prompt, self.trim)  # type: ignore[arg-type]
+        return Policy(self.on_too_long, self.empty_prompt, self.trim, self.special_tokens)  # type: ignore[arg-type]
 
     def _output(self) -> OutputOptions:
         """Without the path, which `arguments` leaves out as the default of nothing."""
@@ -148,21 +164,54 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _difference(name: str, mine: Any, theirs: Any) -> str:
-    """`--max-tokens 40` there, `--max-tokens 64` here."""
-    if name == "parameters":
-        pairs: Iterator[tuple[str, Any, Any]] = (
-            (field.name, getattr(mine, field.name), getattr(theirs, field.name)) for field in fields(mine)
-        )
-        name, mine, theirs = next(pair for pair in pairs if pair[1] != pair[2])
-    return f"it had {_named(name, mine)}, and this has {_named(name, theirs)}"
+# what differs because something else does
+_IMPLIED = {
+    "input": ("rows", "files", "input_formats"),
+    "model": ("model_hash",),
+    "blas": ("batch_invariant",),
+    **dict.fromkeys(("input_formats", "delimiter", "quotes"), ("rows",)),
+}
+
+
+def _pairs(name: str, old: Plan, new: Plan) -> list[tuple[str, Any, Any]]:
+    """A field, or the parameters that differ, with the value of each plan."""
+    names = [field.name for field in fields(SamplingParams)] if name == "parameters" else [name]
+    a, b = (plan.parameters if name == "parameters" else plan for plan in (old, new))
+    values = [(one, getattr(a, one), getattr(b, one)) for one in names]
+    return [(one, mine, theirs) for one, mine, theirs in values if mine != theirs]
+
+
+def _changed_input(old: Plan, new: Plan) -> str:
+    """`b.jsonl is not the input that it had (120 rows then, 2 now)`"""
+    then, now = ((plan.files or (plan.input[:16],)) for plan in (old, new))
+    added, gone = Counter(now) - Counter(then), Counter(then) - Counter(now)
+    changed: list[str] = []
+    for name, sha256 in zip(reversed(new.names), reversed(now), strict=False):  # of equal files, the last was added
+        if added[sha256]:
+            added[sha256] -= 1
+            changed.insert(0, name)
+    what = "the input is not what it was"
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        verb = "is" if len(changed) == 1 else "are"
+        it = "the input" if len(then) == len(now) == 1 else "among the inputs"
+        what = f"{', '.join(changed[:3])}{more} {verb} not {it} that it had"
+    elif not added:
+        what = "the input has fewer files than it had" if gone else "the files of the input are in another order"
+    counts = [(len(then), len(now), "files"), (old.rows, new.rows, "rows")]
+    values = [f"{a:,} {noun if a != 1 else noun[:-1]} then, {b:,} now" for a, b, noun in counts if a != b]
+    return f"{what} ({'; '.join(values) or f'SHA-256 {old.input[:8]} then, {new.input[:8]} now'})"
 
 
 def _named(name: str, value: Any) -> str:
     """--max-tokens 40; no --trim; numpy '2.4.1', which no option sets."""
+    if name in ("model", "input_formats", "format"):
+        flag = {"model": "--model", "input_formats": "--input-format", "format": "--format"}[name]
+        text = " and ".join(value) if name == "input_formats" else value
+        return shlex.join(with_value(flag, "file" if name == "format" and value != "dataset" else text))
     declared = _OPTIONS.get(name)
     if declared is None:
-        return f"{name} {value!r}"
+        return f"{name} {value[:12]!r}" if name == "model_hash" else f"{name} {value!r}"
     return shlex.join(words_of(name, declared, value)) or f"no {flag_of(name, declared)}"
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import joblib
-from threadpoolctl import threadpool_limits
 
 from batchgen import __version__
 from batchgen.engine.engine import MAX_BATCH, check_limits, kv_bytes_per_token
-from batchgen.engine.probe import blas_info, is_batch_invariant
+from batchgen.engine.probe import blas_info, is_batch_invariant, one_blas_thread
 from batchgen.errors import BatchgenError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.input.prompts import Facts
@@ -27,6 +26,8 @@ MIN_CHUNK_ROWS = 16  # starting a process costs more than generating so few rows
 MAX_CHUNK_ROWS = 512  # a lost worker costs at most this much work; longer chunks gain nothing
 FULL_BATCH_ROWS = 192  # in smaller chunks the matrix products have too few rows to run at full speed
 ROUNDS = 4  # chunks per worker, if there are enough rows: a chunk of long rows then does not leave the others idle
+BYTES_OF_PROMPT = 10  # of the input, that cost as much as a generated token
+SLOW_CORE = 50e9  # operations in a second
 NOMINAL_JOBS = 4  # cuts the input if a row's bits depend on its batch, so that --jobs does not change them
 KV_BYTES = 1536 * 2**20
 WORKER_BYTES = 400 * 2**20  # a worker's interpreter, libraries and work buffers
@@ -49,6 +50,15 @@ def auto_chunk_rows(rows: int, jobs: int, n: int = 1) -> int:
     rounds = max(-(-rows // (jobs * MAX_CHUNK_ROWS)), min(ROUNDS, rows // (jobs * FULL_BATCH_ROWS)), 1)
     chunks = max(min(jobs * rounds, rows // MIN_CHUNK_ROWS), 1)
     return max(-(-rows // chunks), 1)
+
+
+def rows_within(seconds: float, tokens: float, model_bytes: int) -> int:
+    """Rows of so many tokens that a slow core does in this time; not measured, so that a plan fits any machine.
+
+    124M, 40 tokens a row: 2 s -> 10 rows
+    """
+    operations = tokens * model_bytes / 2  # two for each weight of four bytes
+    return max(int(seconds * SLOW_CORE / operations), 1)
 
 
 def n_chunks(rows: int, chunk_rows: int) -> int:
@@ -132,7 +142,7 @@ class Arithmetic:
 
 def probe_arithmetic(model: Model, *, require_invariant: bool = False) -> Arithmetic:
     """Run the model's first layer alone and in batches; BatchgenError if bits differ and require_invariant is set."""
-    with threadpool_limits(1, user_api="blas"):  # as in a worker
+    with one_blas_thread:  # as in a worker
         invariant = is_batch_invariant(model.load_params(), model.config)
     blas = blas_info()
     if require_invariant and not invariant:
@@ -140,6 +150,9 @@ def probe_arithmetic(model: Model, *, require_invariant: bool = False) -> Arithm
         remedy = f"unset {variable}" if variable in os.environ else "use a machine with AVX-512, or do without"
         raise BatchgenError(f"{say('require_invariant')}: with {blas} the bits of a row depend on its batch; {remedy}")
     return Arithmetic(version("numpy"), blas.kernels, invariant)
+
+
+NO_ARITHMETIC = Arithmetic("", "", batch_invariant=True)  # if only what was asked for is compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +171,8 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
     Raises UsageError if not even one sequence fits into kv_bytes.
     """
     work, arithmetic = job.work, setting.arithmetic
-    jobs = work.jobs or setting.slots or NOMINAL_JOBS if arithmetic.batch_invariant else NOMINAL_JOBS
-    chunk_rows = work.chunk_rows or auto_chunk_rows(setting.rows, jobs, job.sampling.n)
-    batch_size, kv_bytes = work.batch_size or MAX_BATCH, work.kv_bytes or default_kv_bytes(model.config)
-    check_limits(model.config, kv_bytes, batch_size)
+    chunk_rows, batch_size, kv_bytes = _sizes(job, facts, model, setting)
+    by_fields = not {"csv", "tsv"}.isdisjoint(facts.formats)  # other inputs do not depend on how fields are written
     plan = Plan(
         batchgen=__version__,
         numpy=arithmetic.numpy,
@@ -170,16 +181,21 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
         input=facts.sha256,
         input_formats=facts.formats,
         rows=facts.rows,
+        files=facts.files,
+        names=facts.names,
         prompt_column=job.input.prompt_column,
         id_column=job.input.id_column,
         keep=job.input.keep,
         row_params=job.input.row_params,
+        delimiter=job.input.delimiter if by_fields else "auto",
+        quotes=job.input.quotes if by_fields else "yes",
         model=model.name,
         model_hash=model.hash,
         parameters=job.sampling,
         on_too_long=job.policy.on_too_long,
         empty_prompt=job.policy.empty_prompt,
         trim=job.policy.trim,
+        special_tokens=job.policy.special_tokens,
         format=setting.format,
         token_ids=job.output.token_ids,
         share_prefixes=work.share_prefixes,
@@ -188,3 +204,16 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
         kv_bytes=kv_bytes,
     )
     return plan, frozenset(name for name in ("chunk_rows", "batch_size", "kv_bytes") if getattr(work, name) is None)
+
+
+def _sizes(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[int, int, int]:
+    """Rows of a chunk, sequences in flight, bytes for keys and values: as asked for, or automatic."""
+    work = job.work
+    jobs = work.jobs or setting.slots or NOMINAL_JOBS if setting.arithmetic.batch_invariant else NOMINAL_JOBS
+    chunk_rows = work.chunk_rows or auto_chunk_rows(setting.rows, jobs, job.sampling.n)
+    if work.time_limit and not work.chunk_rows:  # several chunks should end within it
+        tokens = job.sampling.n * job.sampling.max_tokens + facts.bytes / max(facts.rows, 1) / BYTES_OF_PROMPT
+        chunk_rows = min(chunk_rows, rows_within(work.time_limit / ROUNDS, tokens, model.bytes))
+    batch_size, kv_bytes = work.batch_size or MAX_BATCH, work.kv_bytes or default_kv_bytes(model.config)
+    check_limits(model.config, kv_bytes, batch_size)
+    return chunk_rows, batch_size, kv_bytes

@@ -1,16 +1,20 @@
 """The small records that pass between the floors: sampling parameters, requests, chunks, rows, receipts."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from batchgen.errors import UsageError
 from batchgen.options import (
     check_ranges,
     is_number,
+    known_keywords,
     option,
     parse_biases,
     parse_token_ids,
+    plain,
     show_biases,
     show_token_ids,
     shown,
@@ -18,15 +22,19 @@ from batchgen.options import (
 
 FinishReason = Literal["stop", "length", "repetition"]
 Status = Literal["ok", "rejected", "failed"]
+ReadSpecial = Literal["auto", "parse", "text"]  # of special tokens in prompts; auto: as the model's tokenizer does
 
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**63 - 1
 MAX_N = 1024
+MIN_TEMPERATURE = 1e-5  # as in vLLM; below it the most likely token has all of the probability
 MAX_LOGPROBS = 100
-MAX_STOPS = 8
+MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1000
-MAX_TOKENS_NAMED = 64  # bad_words, stop_token_ids: fewer than any vocabulary has, so that some token is always left
+MAX_TOKENS_NAMED = 64  # bad_words, stop_token_ids
 MAX_BIASES = 1024
+MAX_REASONS = 32  # kinds of reasons that are counted apart
+MAX_REASON = 300  # characters of one
 
 SAMPLING, ENDS, IO = "Sampling", "Where a completion ends", "Input, model, output"  # groups of options in --help
 
@@ -40,9 +48,11 @@ _LOGIT_BIAS = "Add to the logits of tokens, -100 to 100: 198=-100,464=2.5."
 _SEED = "Draws the same samples again; used if temperature is above 0."
 _LOGPROBS = "Add columns of log-probabilities: each token's, and the K highest."
 _STOP = f"End before this text; again for more, up to {MAX_STOPS}."
+_SKIP_SPECIAL = "Leave special tokens out of the completion's text; token ids keep them."
 _PENALTY = (-100.0, 100.0, "-100 to 100, 0 is off")
 
 
+@known_keywords
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to complete one prompt; names and meanings are vLLM's, and docs/parameters.md explains each.
@@ -54,7 +64,7 @@ class SamplingParams:
 
     max_tokens: int = option(40, "New tokens at most, for each sample.", SAMPLING, within=(1, MAX_INT, "1 or more"))
     temperature: float = option(
-        0.0, "0 is greedy: always the most likely token.", SAMPLING, within=(0.0, 100.0, "0 (greedy), or 0.001 to 100")
+        0.0, "0 is greedy: always the most likely token.", SAMPLING, within=(0.0, 100.0, "0 (greedy) to 100")
     )
     top_k: int = option(0, _TOP_K, SAMPLING, within=(0, MAX_INT, "0 (off) or more"))
     top_p: float = option(1.0, _TOP_P, SAMPLING, within=(0.0, 1.0, "above 0, up to 1 (off)"))
@@ -69,7 +79,7 @@ class SamplingParams:
         (), "End at these token ids too: 198,13.", ENDS, metavar="ID,ID", parse=parse_token_ids, show=show_token_ids
     )
     min_tokens: int = option(0, "No end before this many tokens.", SAMPLING, within=(0, MAX_INT, "0 to max_tokens"))
-    ignore_eos: bool = option(False, "Continue past <|endoftext|>.", ENDS, off="--stop-at-eos")
+    ignore_eos: bool = option(False, "Continue past the model's end tokens.", ENDS, off="--stop-at-eos")
     n: int = option(
         1, "Samples of each prompt; one output row each.", SAMPLING, short="-n", within=(1, MAX_N, f"1 to {MAX_N}")
     )
@@ -82,13 +92,16 @@ class SamplingParams:
     )
     echo: bool = option(False, "Begin the completion with the prompt.", ENDS, off=None)
     stop_loops: bool = option(False, "End a completion that repeats itself.", ENDS, off=None)
+    skip_special_tokens: bool = option(False, _SKIP_SPECIAL, IO, off="--keep-special-tokens")
 
     def __post_init__(self) -> None:
         for name, what in _LISTS.items():
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name), what))
+        if self.top_k == -1:  # vLLM's word for off
+            object.__setattr__(self, "top_k", 0)
         check_ranges(self)
-        if 0.0 < self.temperature < 0.001:
-            raise UsageError(f"temperature {self.temperature!r} is out of range (0 (greedy), or 0.001 to 100)")
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_p == 0.0:
             raise UsageError("top_p 0.0 is out of range (above 0, up to 1 (off)); greedy is temperature 0")
         if self.min_tokens > self.max_tokens:
@@ -124,18 +137,19 @@ _LISTS = {"stop": "strings", "bad_words": "strings", "stop_token_ids": "token id
 
 
 def _as_tuple(name: str, value: object, what: str) -> tuple[Any, ...]:
-    """Lists as people write them: a string for one, a list, a dict of token ids; a tuple can be a key."""
+    """Lists as people write them: a string for one, a list, an array, a dict of token ids; a tuple can be a key."""
+    value = plain(value)
     if isinstance(value, str) and what == "strings":
         return (value,)
     if isinstance(value, Mapping) and what == "pairs":
-        return tuple(value.items())
+        value = [*value.items()]
     if not isinstance(value, list | tuple):
         raise UsageError(f"{name} {shown(value)} is out of range (a list of {what})")
     if what != "pairs":
-        return tuple(value)
+        return tuple(map(plain, value))
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
         raise UsageError(f"{name} {shown(value)} is out of range (a list of pairs of a token id and a bias)")
-    return tuple(map(tuple, value))
+    return tuple(tuple(map(plain, pair)) for pair in value)
 
 
 def _check_texts(name: str, texts: tuple[str, ...], most: int) -> None:
@@ -161,6 +175,16 @@ class Request:
     prompt: str | tuple[int, ...]
     params: SamplingParams
     others: tuple[str | tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RowParameters:
+    """What was found in rows besides their parameters themselves, for the summary."""
+
+    taken: Counter[str] = field(default_factory=Counter)  # rows by the column that gave them a parameter
+    escaped: Counter[str] = field(default_factory=Counter)  # rows by an escape in a stop string, such as \n
+    results: tuple[str, ...] = ()  # columns that an output of batchgen has and that are no parameters
+    folders: tuple[str, ...] = ()  # named as parameters, and no columns: the user named what is below them
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +219,7 @@ class TokenizedRequest:
     params: SamplingParams
     others: tuple[tuple[str, tuple[int, ...]], ...] = ()
     given_as_ids: bool = False
+    has_special_text: bool = False  # of a prompt, such as <|endoftext|>, and nobody said how to read it
 
     @property
     def prompts(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -251,6 +276,44 @@ class OutputRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Reason:
+    """Why rows have no completion: these have the same error but for what it quotes or counts."""
+
+    rows: int
+    row: int  # the first of them, its place, and what is wrong with it
+    place: str
+    text: str
+
+    @classmethod
+    def of(cls, item: Rejected) -> "Reason":
+        text = item.error.removeprefix(f"{item.place}: ")[:MAX_REASON]
+        return cls(1, item.row, item.place, text.encode("utf-8", "backslashreplace").decode())
+
+    @property
+    def kind(self) -> str:
+        """The text without what it quotes and counts: equal for all of these rows."""
+        return _SEVERAL.sub("...", _VALUE.sub("...", self.text))
+
+
+# a string as repr writes it, a list, an object, a number; several of them between commas
+_VALUE = re.compile(
+    r"""(?<!\w)b?'(?:[^'\\]|\\.)*'|(?<!\w)b?"(?:[^"\\]|\\.)*"|\[.*\]|\{.*\}|-?\b(?:\d[\d.e+-]*|nan\b|inf\b)""",
+    re.DOTALL,
+)
+_SEVERAL = re.compile(r"\.\.\.(?:, \.\.\.)+")
+
+
+def add_reasons(reasons: dict[str, Reason], new: Iterable[Reason]) -> None:
+    """Add rows to the reasons of their kind; those of more than MAX_REASONS kinds are counted together."""
+    for one in new:
+        kind = one.kind
+        if kind not in reasons and len(reasons) >= MAX_REASONS:
+            kind, one = "", replace(one, text="other reasons; the column error has them")
+        first = min(reasons.get(kind, one), one, key=lambda reason: reason.row)
+        reasons[kind] = replace(first, rows=one.rows + (reasons[kind].rows if kind in reasons else 0))
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """What a worker sends back of a finished chunk: a few hundred bytes, never the rows.
 
@@ -269,6 +332,8 @@ class Receipt:
     completion_tokens: int
     seconds: float = 0.0
     space_ends: int = 0  # input rows with a prompt that ends in a space
+    special_texts: int = 0  # and with one that holds a special token, read as text
+    reasons: tuple[Reason, ...] = ()
 
     def finished(self, sha256: str, seconds: float) -> "Receipt":
         return replace(self, sha256=sha256, seconds=seconds)

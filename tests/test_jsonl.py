@@ -3,17 +3,18 @@
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import InputError
-from batchgen.input import jsonl
+from batchgen.input import json_text
 from batchgen.types import Rejected, Request
-from tests.support.inputs import PARAMS, facts, open_prompts, read, refusal, scan
+from tests.support.inputs import CASES, PARAMS, facts, open_prompts, read, refusal, scan
 
 GOOD = b'{"id": "a", "prompt": "Once"}'
 
@@ -37,7 +38,7 @@ def only_error(folder: Path, line: bytes) -> str:
 
 def non_blank(data: bytes) -> int:
     """The number of rows, computed in another way than the reader does."""
-    return sum(1 for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.translate(None, b" \t\r"))
+    return sum(1 for line in data.split(b"\n") if line.replace(b"\xef\xbb\xbf", b"").translate(None, b" \t\r"))
 
 
 # ---- what is a row
@@ -57,7 +58,9 @@ def test_a_file_of_blank_lines_has_no_rows(tmp_path: Path, data: bytes) -> None:
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b" \t\r\n"])
 def test_line_ends_are_not_part_of_a_row(tmp_path: Path, end: bytes) -> None:
-    assert [type(row) for row in read_bytes(tmp_path, b"\xef\xbb\xbf " + GOOD + end)] == [Request]
+    line = b"\xef\xbb\xbf " + GOOD + end
+    assert [type(row) for row in read_bytes(tmp_path, line)] == [Request]
+    assert [type(row) for row in read_bytes(tmp_path, line + b"\n" + line)] == [Request, Request]
 
 
 def test_only_newline_ends_a_line(tmp_path: Path) -> None:
@@ -90,6 +93,7 @@ def test_only_newline_ends_a_line(tmp_path: Path) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_every_non_blank_line_is_one_row(tmp_path: Path, lines: list[bytes], end: bytes) -> None:
     data = end.join(lines)
+    assume(not re.match(rb"[\xef\xbb\xbf\s]*(\[|\{\s*\n)", data))  # which begin an array or an object of several lines
     rows = read_bytes(tmp_path, data)
     assert len(rows) == non_blank(data) == scan(tmp_path / "p.jsonl").rows
     assert [row.row for row in rows] == list(range(len(rows)))
@@ -114,11 +118,12 @@ def test_every_non_blank_line_is_one_row(tmp_path: Path, lines: list[bytes], end
         (b'  {"prompt": x}', "not JSON: Expecting value at column 14"),
         (b"Once upon a time", "not JSON: Expecting value at column 1"),
         (GOOD + GOOD, "not JSON: extra data at column 30; write one object a line"),
-        (b'{"prompt": NaN}', "NaN is not a JSON value"),
-        (b'{"prompt": "a", "x": [-Infinity]}', "-Infinity is not a JSON value"),
+        (b'{"prompt": NaN}', "'prompt' is a number (nan); make it a string"),
+        (b'{"prompt": "a", "id": NaN}', "'id' is a number (nan); make it a string or a whole number"),
+        (b'{"prompt": "a", "temperature": Infinity}', "temperature inf is out of range"),
+        (b'{"prompt": {"n": 1, "text": "a"}}', "'prompt' is an object; name a string in it, such as --prompt-column"),
         (b'{"prompt": "a\x00b"}', "not JSON: Invalid control character"),
         (b'{"prompt": "a\tb"}', "not JSON: Invalid control character"),
-        (b"\xef\xbb\xbf" + GOOD, "not JSON"),
         (b'["Once"]', "the line is an array, not an object"),
         (b'"Once"', "the line is a string, not an object"),
         (b"17", "the line is a number (17), not an object"),
@@ -164,6 +169,8 @@ def test_a_bad_line_is_rejected_with_its_reason(tmp_path: Path, line: bytes, rea
         (rb'{"prompt": "\\ud800"}', r"\ud800"),
         (rb'{"prompt": ""}', ""),
         (rb'{"prompt": "<|endoftext|>"}', "<|endoftext|>"),
+        (b'{"prompt": "a", "x": [NaN, -Infinity], "y": Infinity}', "a"),
+        (b"\xef\xbb\xbf" + b'{"prompt": "a"}', "a"),
         (b'{"prompt": "a", "x": 1e999, "y": {"prompt": 2}, "z": [{"q": 1}, {"q": 2}]}', "a"),
     ],
 )
@@ -172,7 +179,8 @@ def test_legal_json_is_text(tmp_path: Path, line: bytes, prompt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "id_"), [("null", None), ('"7"', "7"), ("7", "7"), ("-0", "0"), ("1" * 400, "1" * 400), ('""', "")]
+    ("value", "id_"),
+    [("null", None), ('"7"', "7"), ("7", "7"), ("-0", "0"), ("7.0", "7"), ("1" * 400, "1" * 400), ('""', "")],
 )
 def test_ids_are_strings_or_whole_numbers(tmp_path: Path, value: str, id_: str | None) -> None:
     assert read_bytes(tmp_path, f'{{"id": {value}, "prompt": "a"}}'.encode())[0].id == id_
@@ -180,7 +188,14 @@ def test_ids_are_strings_or_whole_numbers(tmp_path: Path, value: str, id_: str |
 
 @pytest.mark.parametrize(
     ("line", "id_", "prompt"),
-    [(b'{"id": 7, "prompt": 1}', "7", None), (b'{"id": 1.5, "prompt": "a"}', None, "a"), (b'{"id": 7}', "7", None)],
+    [
+        *(
+            (b'{"id": 7, "prompt": 1}', "7", None),
+            (b'{"id": 1.5, "prompt": "a"}', None, "a"),
+            (b'{"id": 7}', "7", None),
+        ),
+        (b'{"id": 9007199254740993.0, "prompt": "a"}', None, "a"),  # it would be the id ...992
+    ],
 )
 def test_a_rejected_row_keeps_its_good_id_or_prompt(
     tmp_path: Path, line: bytes, id_: str | None, prompt: str | None
@@ -208,8 +223,8 @@ def test_a_line_of_20_megabytes_is_a_row(tmp_path: Path) -> None:
 def test_a_line_over_the_limit_is_one_rejected_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes, extra: int
 ) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(jsonl, "BUFFER_BYTES", 64)
+    monkeypatch.setattr(json_text, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_text, "BUFFER_BYTES", 64)
     line = b'{"prompt": "' + b"x" * (1000 + extra - 14) + b'"}'
     long, *rest = read_bytes(tmp_path, line + end)
     assert isinstance(long, Rejected) == (extra > 0)
@@ -220,7 +235,7 @@ def test_a_line_over_the_limit_is_one_rejected_row(
 
 
 def test_a_blank_line_over_the_limit_is_not_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_text, "MAX_LINE_BYTES", 1000)
     (row,) = read_bytes(tmp_path, b" " * 5000 + b"\n" + GOOD)
     assert (row.row, row.place) == (0, "p.jsonl:2")
 
@@ -287,7 +302,8 @@ def test_a_damaged_gzip_is_found_by_the_scan(tmp_path: Path, damage: str) -> Non
         (b"PK\x03\x04....", "a zip file"),
         (bytes(range(256)) * 10, "none of the first 11 rows is a JSON object"),
         (b"id,prompt\n1,Once\n", "none of the first 2 rows is a JSON object with a key; p.jsonl:1: not JSON"),
-        (b'[{"prompt": "a"}]', "p.jsonl:1: the line is an array, not an object"),
+        (b'["a"]\n["b"]', "p.jsonl:1: the line is an array, not an object"),
+        (b'["a", "b"]', "p.jsonl:row 0: the line is a string, not an object"),
         (b"{}\n{}", "none of the first 2 rows is a JSON object with a key; write "),
     ],
 )
@@ -316,3 +332,35 @@ def test_one_good_row_in_the_first_thousand_is_enough(tmp_path: Path) -> None:
     open_prompts(path)
     path.write_bytes(b'{"x": 1}\n' * 1000 + GOOD)
     assert "in the first 1000 rows no key 'prompt'" in refusal(path)
+
+
+# ---- keys of objects within
+
+
+def test_nested_columns_are_named_by_their_path(tmp_path: Path) -> None:
+    path = CASES / "nested_prompt.jsonl"
+    assert "'prompt' is an object; name a string in it, such as --prompt-column prompt.text" in refusal(path)
+    open_prompts(path, "prompt.text", "filename")
+    assert [(row.id, row.prompt) for row in read(path, prompt_column="prompt.text", id_column="filename")] == [
+        ("0001-aa.txt", "Once upon a time there was a king"),
+        ("0002-bb.txt", "The old woman said to the fox,"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt"),
+    [
+        (b'{"a.b": "flat", "a": {"b": "nested"}}', "flat"),
+        (b'{"a": {"b": "nested"}}', "nested"),
+        (b'{"a": {"b": 1}, "a.b": "flat"}', "flat"),
+        (b'{"a": "x", "b": "y"}', None),
+        (b'{"a": null}', None),
+        (b'{"a": [{"b": "x"}]}', None),
+        (b'{"a": {"b": "\\ud800"}}', None),
+    ],
+)
+def test_a_flat_key_wins_over_a_path_and_a_path_leads_through_objects_only(
+    tmp_path: Path, line: bytes, prompt: str | None
+) -> None:
+    (row,) = read_bytes(tmp_path, line, prompt_column="a.b")
+    assert (row.prompt, isinstance(row, Rejected)) == (prompt, prompt is None)

@@ -1,6 +1,7 @@
 """OpenAI's requests in, OpenAI's answers out, by the types of OpenAI's own package."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from batchgen.types import Rejected, Request, SamplingParams
 from tests.support.inputs import open_prompts
 from tests.support.jobs import change, make_job
 from tests.support.models import write_byte_model, write_byte_vocabulary
+from tests.support.plans import plan_of
 
 BASE = SamplingParams(max_tokens=5)
+CASES = Path(__file__).parent / "cases"
 
 
 def line(custom_id: Any = "a", body: Any = None, **changes: Any) -> dict[str, Any]:
@@ -110,6 +113,16 @@ def test_a_body_that_openai_accepts_is_accepted(tmp_path):
     )
 
 
+def test_values_that_ask_for_nothing():
+    *taken, seed = open_prompts(CASES / "neutral_values.openai.jsonl").requests(BASE)
+    for item in taken:
+        assert isinstance(item, Request), item
+        assert item.params == replace(BASE, n=2, temperature=1) if item.id == "best_of_n" else BASE
+    assert len(taken) == 7
+    assert isinstance(seed, Rejected)
+    assert seed.error.endswith("openai.jsonl:8: seed -1 is out of range (0 to 9223372036854775807)")
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
@@ -141,7 +154,7 @@ def test_a_body_that_openai_accepts_is_accepted(tmp_path):
         (line(body={"prompt": "a", "max_token": 5}), "'max_token' is not supported; did you mean 'max_tokens'?"),
         (line(body={"prompt": "a", "max_tokens": 0}), "max_tokens 0 is out of range (1 or more)"),
         (line(body={"prompt": "a", "temperature": "hot"}), "temperature 'hot' is out of range"),
-        (line(body={"prompt": "a", "stop": list("abcdefghi")}), "stop has 9 strings"),
+        (line(body={"prompt": "a", "stop": ["a"] * 65}), "stop has 65 strings"),
         (line(body={"prompt": "a", "logit_bias": {"x": 1}}), "logit_bias is out of range"),
         (line(body={"prompt": "a", "echo": True, "logprobs": 1}), "echo with logprobs is not supported"),
         (line(body={"prompt": ["a"] * 3, "n": 700}), f"3 prompts x n 700 exceed {MAX_CHOICES} choices"),
@@ -154,6 +167,13 @@ def test_a_body_that_openai_accepts_is_accepted(tmp_path):
 )
 def test_a_bad_line_is_rejected_by_name(tmp_path, bad, words):
     assert only_error(tmp_path, bad).startswith(words)
+
+
+def test_an_escape_in_a_stop_string_is_noted(tmp_path):
+    stops = [r"\n", "\n", [".", r"\t"], [r"\n"]]
+    prompts = open_prompts(write(tmp_path, *(line(str(i), {"prompt": "a", "stop": s}) for i, s in enumerate(stops))))
+    assert all(isinstance(item, Request) for item in prompts.requests(BASE))
+    assert prompts.row_parameters.escaped == {r"\n": 2, r"\t": 1}
 
 
 def test_a_custom_id_of_a_bad_line_cannot_be_used_again(tmp_path):
@@ -333,7 +353,7 @@ def test_an_interrupted_run_ends_in_the_bytes_of_an_undisturbed_one(job, monkeyp
 def test_a_failed_row_has_an_error_and_no_response(tmp_path):
     tokenizer = Tokenizer.load(write_byte_vocabulary(tmp_path / "v"))
     row = {"id": "a", "status": "failed", "error": "b.jsonl:1: killed a worker", "row": 0, "sample": 0}
-    assert make_answer([row], "0" * 32, "m", tokenizer) == {
+    assert make_answer([row], "0" * 32, plan_of(), tokenizer) == {
         "id": "batch_req_" + "0" * 32,
         "custom_id": "a",
         "response": None,
@@ -347,10 +367,19 @@ def test_text_offsets_are_of_characters_and_parts_of_them_are_named_by_bytes(tmp
     row = {"id": "a", "status": "ok", "row": 0, "sample": 0, "prompt_index": 0, "prompt_tokens": 1}
     row |= {"completion": "aé☃", "completion_tokens": len(ids), "completion_token_ids": ids, "finish_reason": "stop"}
     row |= {"logprobs": [-1.0] * len(ids), "top_logprobs": None}
-    answer = make_answer([row], "0" * 32, "m", tokenizer)
+    answer = make_answer([row], "0" * 32, plan_of(), tokenizer)
     logprobs = answer["response"]["body"]["choices"][0]["logprobs"]
     assert logprobs["tokens"][:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
     assert logprobs["text_offset"] == [0, 1, 1, 2, 2, 2, 3]
+
+
+def test_a_token_that_the_text_skips_moves_no_offset(tmp_path):
+    tokenizer = Tokenizer.load(write_byte_vocabulary(tmp_path / "v"))
+    row = {"id": "a", "status": "ok", "row": 0, "sample": 0, "prompt_index": 0, "prompt_tokens": 1}
+    row |= {"completion": "ab", "completion_tokens": 3, "completion_token_ids": [97, 256, 98], "finish_reason": "stop"}
+    row |= {"logprobs": [-1.0] * 3, "top_logprobs": None, "parameters": '{"skip_special_tokens": true}'}
+    answer = make_answer([row], "0" * 32, plan_of(), tokenizer)
+    assert answer["response"]["body"]["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1]
 
 
 # ---- several files

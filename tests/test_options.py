@@ -1,13 +1,15 @@
 """options.py: an option is declared once, and is read, written, checked and named from its declaration."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.errors import UsageError
-from batchgen.job import FLAGS, RECORDS, InputOptions, Job, OutputOptions, Policy, WorkOptions
+from batchgen.job import FLAGS, RECORDS, InputOptions, Job, OutputOptions, Policy, WorkOptions, as_job
 from batchgen.options import (
     arguments,
     flag_of,
@@ -25,6 +27,7 @@ from batchgen.options import (
     show_token_ids,
     use_flags,
 )
+from batchgen.run import run_job
 from batchgen.types import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("python_names")
@@ -88,10 +91,75 @@ def test_a_value_out_of_range_is_refused_when_the_record_is_built(record, messag
         record()
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((None, "o.parquet"), "None is not a path"),
+        ((3, "o.parquet"), "3 is not a path"),
+        ((["a.jsonl", None], "o.parquet"), "None is not a path"),
+        (("a.jsonl", None), "None is not a path"),
+        (("a.jsonl", 3), "3 is not a path"),
+        (("a.jsonl", "o.parquet", "tales", {"n": 2}), "sampling {'n': 2} is not a SamplingParams; write Sampl"),
+    ],
+)
+def test_a_job_refuses_what_is_neither_a_path_nor_its_record(given, words):
+    with pytest.raises(UsageError, match=words):
+        Job(*given)
+
+
 def test_a_job_takes_strings_and_paths():
     job = Job("p.jsonl", "o.parquet")
     assert job == Job(InputOptions(("p.jsonl",)), OutputOptions("o.parquet"))
     assert Job(["a.jsonl", "b.jsonl"], "o.parquet").input.files == ("a.jsonl", "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: SamplingParams(max_tokenz=3),
+            "'max_tokenz' is not an option of SamplingParams; did you mean 'max_tokens'?",
+        ),
+        (lambda: WorkOptions(job=2), "'job' is not an option of WorkOptions; did you mean 'jobs'?"),
+        (lambda: Policy(on_long="shorten"), "did you mean 'on_too_long'?"),
+        (lambda: InputOptions("p", prompt_col="q"), "did you mean 'prompt_column'?"),
+        (lambda: OutputOptions("o", fmt="dataset"), "did you mean 'format'?"),
+        (lambda: Job("p", "o", modle="m"), "'modle' is not an option of Job; did you mean 'model'?"),
+        (lambda: run_job("p", "o", temprature=1.0), "did you mean 'temperature'?"),
+        (lambda: run_job("p", "o", xyzzy=1.0), "; these are: prompt_column, "),
+        (lambda: run_job(Job("p", "o"), jobs=2), "a Job and jobs were given"),
+        (lambda: Job("p", "o", sampling={"n": 2}), "sampling .* is not a SamplingParams"),
+        (lambda: run_job("p"), "an input and no output was given"),
+        (lambda: WorkOptions(jobs=-1), "jobs '-1': must be a whole number from 1 on"),
+        (lambda: WorkOptions(jobs=2.5), "jobs '2.5': must be a whole number from 1 on"),
+        (lambda: WorkOptions(time_limit=["1h"]), r"time_limit \['1h'\] is of the wrong type; give a number"),
+        (lambda: WorkOptions(kv_bytes="two"), "kv_bytes 'two': not a size; write it as 1536M or 2G"),
+    ],
+)
+def test_a_slip_in_python_is_named_with_its_remedy(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_texts_are_read_as_at_a_command_line():
+    work = WorkOptions(jobs="2", kv_bytes="2G", time_limit="1h30m", model_cache=None)
+    assert work == WorkOptions(jobs=2, kv_bytes=2**31, time_limit=5400.0)
+    assert OutputOptions("o", work_dir="here").work_dir == Path("here")
+    assert WorkOptions(time_limit=1 / 3).time_limit == 1 / 3
+
+
+def test_a_job_is_made_of_paths_and_the_options_of_its_records():
+    options = {"model": "m", "max_tokens": 4, "jobs": 2, "on_too_long": "shorten", "input_format": "csv"}
+    made = as_job([Path("p"), "q"], Path("o"), options | {"output_format": "dataset"})
+    assert made == Job(
+        InputOptions([Path("p"), "q"], format="csv"),
+        OutputOptions(Path("o"), format="dataset"),
+        "m",
+        SamplingParams(max_tokens=4),
+        Policy("shorten"),
+        WorkOptions(2),
+    )
+    assert Job("p", "o", Path("models/mine")).model == "models/mine"
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**8), st.floats(-100, 100)), unique_by=lambda pair: pair[0]))
@@ -115,10 +183,27 @@ def test_counts_are_read_as_they_are_written(count):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("1.5s", 1.5), ("50m", 3000), ("1h30m", 5400), ("2d", 172800)]
+    ("text", "seconds"), [("90s", 90), ("1.5s", 1.5), ("50m", 3000), ("1h30m", 5400), ("2d", 172800)]
 )
 def test_durations_are_seconds(text, seconds):
     assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "remedies"),
+    [
+        ("8", ["8s", "8m", "8h"]),
+        ("0.5", ["0.5s", "0.5m", "0.5h"]),
+        ("1h30", ["1h30s", "1h30m"]),
+        ("1h2m5", ["1h2m5s"]),
+        ("1d12", ["1d12s", "1d12m", "1d12h"]),
+    ],
+)
+def test_a_duration_needs_a_unit_below_the_one_before_and_the_remedy_works(text, remedies):
+    with pytest.raises(ValueError, match=f"'{text}' has no unit; write ") as error:
+        parse_duration(text)
+    assert re.findall(r"[0-9.hmsd]+[smhd]\b", str(error.value).partition("write")[2]) == remedies
+    assert all(parse_duration(remedy) > 0 for remedy in remedies)
 
 
 def test_sizes_have_units():

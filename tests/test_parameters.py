@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.errors import UsageError
-from batchgen.input.parameters import ALIASES, PARAMETERS, find_misspelled, override_params, parameter_names
+from batchgen.input.parameters import (
+    ALIASES,
+    PARAMETERS,
+    find_misspelled,
+    find_results,
+    override_params,
+    parameter_names,
+    parse_text,
+)
 from batchgen.options import options_of
 from batchgen.types import MAX_STOPS, SamplingParams
 
@@ -19,8 +27,8 @@ BASE = SamplingParams(max_tokens=9, temperature=0.5, seed=7, stop=("x",), logpro
 
 VALUES: dict[str, list[tuple[Any, Any]]] = {  # as written in a row, as it is then
     "max_tokens": [(3, 3), (3.0, 3)],
-    "temperature": [(0, 0), (1.5, 1.5)],
-    "top_k": [(40.0, 40)],
+    "temperature": [(0, 0), (1.5, 1.5), (1e-6, 0.0)],
+    "top_k": [(40.0, 40), (-1, 0)],
     "top_p": [(1, 1)],
     "min_p": [(0.25, 0.25)],
     "repetition_penalty": [(1.5, 1.5)],
@@ -33,16 +41,17 @@ VALUES: dict[str, list[tuple[Any, Any]]] = {  # as written in a row, as it is th
     "n": [(2, 2)],
     "seed": [(2**63 - 1, 2**63 - 1)],
     "logprobs": [(0, 0), (5, 5)],
-    "stop": [("a", ("a",)), (["a", "\n\n"], ("a", "\n\n")), ([], ())],
+    "stop": [("a", ("a",)), (["a", "\n\n"], ("a", "\n\n")), ([], ()), ("", ()), (["", "a"], ("a",))],
     "include_stop": [(True, True)],
     "bad_words": [("a", ("a",)), (["a", "b"], ("a", "b"))],
     "echo": [(True, True)],
     "stop_loops": [(True, True)],
+    "skip_special_tokens": [(True, True)],
 }
 WRONG: dict[str, list[Any]] = {
     "max_tokens": [0, 2.5, "4", True, [3], {}, 10**400, float("inf")],
     "temperature": ["hot", 10**400, float("nan"), 1e308, [0.5]],
-    "top_k": [-1],
+    "top_k": [-2],
     "top_p": [0, 2],
     "min_p": [2],
     "repetition_penalty": [0],
@@ -55,11 +64,12 @@ WRONG: dict[str, list[Any]] = {
     "n": [0],
     "seed": [-1],
     "logprobs": [101, True],
-    "stop": [5, [""], "", ["a"] * (MAX_STOPS + 1), [None], {"a": 1}, "x" * 1001, "\ud800", b"a"],
+    "stop": [5, ["a"] * (MAX_STOPS + 1), [None], {"a": 1}, "x" * 1001, "\ud800", b"a"],
     "include_stop": ["yes"],
-    "bad_words": [5, [""], [5], ["a"] * 65],
+    "bad_words": [5, [5], ["a"] * 65],
     "echo": [0],
     "stop_loops": ["no"],
+    "skip_special_tokens": [1],
 }
 
 
@@ -170,6 +180,147 @@ def test_the_prompt_and_the_id_are_never_parameters() -> None:
     assert parameter_names(("stop", "seed", "n"), ("stop", "seed")) == ("n",)
 
 
+# ---- objects of parameters
+
+
+@pytest.mark.parametrize("column", ["sampling_params", "parameters", "options", "generation_config", "samplingParams"])
+@pytest.mark.parametrize("write", [dict, json.dumps, str, lambda members: list(members.items())])
+def test_an_object_of_parameters_gives_them_under_any_librarys_names(column: str, write: Any) -> None:
+    members = {"max_new_tokens": 3, "stop_sequences": [",", "."], "top_k": -1, "seed": None, "mirostat": None}
+    assert override_params({column: write(members)}, BASE) == replace(BASE, max_tokens=3, stop=(",", "."), top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("members", "error"),
+    [
+        (
+            {"max_tokens": 3, "mirostat": 2},
+            "'options.mirostat' is not supported; leave it out or pass ",
+        ),
+        ({"max_tokens": 3, "typical_p": 0.9}, "options.typical_p 0.9 is not supported; leave it out"),
+        ({"maxTokens": 3}, "'options.maxTokens' is not supported; did you mean 'max_tokens'?"),
+        ({"parameters": {"max_tokens": 3}}, "'options.parameters' is not supported; leave it out"),
+        ({"max_tokens": 0}, "max_tokens 0 is out of range (1 or more)"),
+        ({"max_tokens": 3, "max_new_tokens": 4}, "options.max_tokens 3 and options.max_new_tokens 4 differ; keep one"),
+        ({"seed": 3, 5: 1}, "'options.5' is not supported; leave it out"),
+        (
+            '{"max_tokens": 3',
+            """options '{"max_tokens": 3' is not an object that can be read; write {"max_tokens": 8}""",
+        ),
+        ('{"top_p": 1, "top_p": 0.5}', """options '{"top_p": 1, "top_p": 0.5}' is not an object"""),
+    ],
+)
+def test_what_an_object_asks_for_and_is_not_taken_is_named(members: Any, error: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        override_params({"options": members}, BASE)
+    assert str(caught.value).startswith(error)
+
+
+@pytest.mark.parametrize(
+    "value", [["a", "b"], {"A": "x", "B": "y"}, "a, b", "{a, b}", "n = 3", 5, {}, [], {5: 6}, '{"A": 1}', [["a", 1]]]
+)
+def test_options_that_are_no_parameters_are_the_users_own(value: Any) -> None:
+    assert override_params({"options": value}, BASE) is BASE
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            {"until": ["."]},
+            {"top_tokens": 5},
+            [{"max_tokens": 3}],
+            [["max_tokens", 3], ["n"]],
+            5,
+            "t 0.5",
+            "a=1",
+            "[1]",
+        ),
+        json.dumps('{"max_tokens": 3}'),
+    ],
+)
+@pytest.mark.parametrize("column", ["sampling_params", "gen_kwargs", "generationConfig", "decoding_parameters"])
+def test_what_an_object_only_of_parameters_asks_for_is_never_ignored(column: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^'?{column}.* (leave it out or|8}} or) pass --no-row-params$"):
+        override_params({column: value}, BASE)
+
+
+@pytest.mark.parametrize("value", [None, "", " ", "greedy", "NA", {}, [], False, 0, {"until": None}])
+def test_an_object_of_parameters_that_asks_for_nothing_is_taken(value: Any) -> None:
+    assert override_params({"gen_kwargs": value}, BASE) is BASE
+
+
+@pytest.mark.parametrize("value", [[{"max_tokens": 3}], '"{\\"max_tokens\\": 3}"', "max_tokens=3"])
+def test_parameters_in_another_shape_than_an_object_are_named(value: Any) -> None:
+    for column in ("parameters", "options", "model_kwargs"):
+        with pytest.raises(UsageError, match=f"^{column} .* is not an object that can be read"):
+            override_params({column: value}, BASE)
+
+
+def test_a_column_and_a_member_that_differ_are_named() -> None:
+    assert override_params({"n": 2, "params": {"n": 2.0}}, BASE).n == 2
+    with pytest.raises(UsageError, match="^n 2 and params.n 3 differ; keep one$"):
+        override_params({"n": 2, "params": {"n": 3}}, BASE)
+
+
+# ---- values that ask for nothing
+
+NOTHING: list[dict[str, Any]] = [
+    {"best_of": 2, "n": 2},
+    {"best_of": 1, "use_beam_search": False, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False},
+    {"prompt_logprobs": None, "typical_p": None},
+    {"do_sample": True, "temperature": 0.7},
+    {"do_sample": False, "temperature": 0},
+]
+NO_MEMBERS = {"logprobs": False, "top_logprobs": 0, "stream_options": {}, "extra_body": {}, "return_token_ids": False}
+
+
+@pytest.mark.parametrize("values", NOTHING)
+def test_a_value_that_asks_for_nothing_is_taken(values: dict[str, Any]) -> None:
+    assert parameter_names(values) == tuple(values)
+    asked = {name: value for name, value in values.items() if name in PARAMETERS}
+    assert override_params(values, BASE) == override_params({"params": values}, BASE) == replace(BASE, **asked)
+    assert override_params({"params": values | NO_MEMBERS}, BASE) == replace(BASE, **asked)
+
+
+@pytest.mark.parametrize(
+    ("values", "error"),
+    [
+        ({"best_of": 3, "n": 2}, "best_of 3 is not supported; leave it out"),
+        ({"use_beam_search": True}, "use_beam_search True is not supported; leave it out"),
+        ({"do_sample": False}, "do_sample False and temperature 0.5 contradict; set temperature to 0"),
+        ({"do_sample": True, "temperature": 0}, "do_sample True and temperature 0 contradict; set temperature above 0"),
+    ],
+)
+def test_a_value_that_asks_for_something_is_named(values: dict[str, Any], error: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        override_params(values, BASE)
+    assert str(caught.value) == error
+
+
+# ---- an output of batchgen as an input
+
+OUTPUT = (
+    "row",
+    "sample",
+    "id",
+    "prompt",
+    "completion",
+    "finish_reason",
+    "status",
+    "seed",
+    "parameters",
+    "logprobs",
+    "n",
+)
+
+
+def test_the_results_in_an_output_of_batchgen_are_no_parameters() -> None:
+    assert find_results(OUTPUT) == ("seed", "logprobs", "parameters")
+    assert parameter_names(OUTPUT) == ("n",)
+    assert find_results(name for name in OUTPUT if name != "finish_reason") == ()
+
+
 def test_every_parameter_is_documented_with_its_range_and_default() -> None:
     text = (Path(__file__).parents[1] / "docs" / "parameters.md").read_text()
     sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
@@ -183,3 +334,84 @@ def test_every_parameter_is_documented_with_its_range_and_default() -> None:
         high = option.within[1] if option.within else None
         if high is not None and (high < 2**31 - 1 or name == "seed"):
             assert f"{high:g}" in sections[name] or str(high) in sections[name], name
+
+
+# ---- CSV
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("stop", "['King', '.']", ["King", "."]),
+        ("stop", """["it's", 'a "b"', 'c\\n']""", ["it's", 'a "b"', "c\n"]),
+        ("stop", " ['a'] ", ["a"]),
+        ("bad_words", "('a',)", ["a"]),
+        ("bad_words", "{'b', 'a'}", ["b", "a"]),
+        ("stop", 'c("a", "b, c")', ["a", "b, c"]),
+        ("stop", 'list("a")', ["a"]),
+        ("stop", "c()", []),
+        ("stop", "[]", []),
+        ("stop", '["a", "b"]', ["a", "b"]),
+        ("stop", "a", "a"),
+        ("stop", " ", " "),
+        ("stop", "(Laughs)", "(Laughs)"),
+        ("stop", "{", "{"),
+        ("stop", '"a"', '"a"'),
+        ("stop_token_ids", "[1, 2]", [1, 2]),
+        ("stop_token_ids", "(1, 2)", [1, 2]),
+        ("stop_token_ids", "c(1, 2)", [1, 2]),
+        ("logit_bias", "{50256: -100}", {50256: -100}),
+        ("logit_bias", "{'50256': -1.5}", {"50256": -1.5}),
+        ("logit_bias", "[(50256, -1.5)]", [(50256, -1.5)]),
+        ("temperature", "NA", None),
+        ("echo", "<NA>", None),
+        ("seed", r"\N", None),
+        ("seed", "", None),
+        ("seed", "1e+05", 100000.0),
+        ("seed", "0x10", "0x10"),
+        ("temperature", ".5", 0.5),
+        ("max_tokens", "2.", 2.0),
+        ("seed", "007.", "007."),
+        ("stop", "'a', 'b'", ("a", "b")),
+        ("stop", '"a","b, c"', ("a", "b, c")),
+        ("stop", "a, b", "a, b"),
+        ("temperature", "0,8", "0,8"),
+        ("logit_bias", '{"7": 1, "7": 2}', '{"7": 1, "7": 2}'),
+        *(("echo", text, True) for text in ("True", "TRUE", "true", "1", "1.0", "t", " True")),
+        *(("stop_loops", text, False) for text in ("False", "FALSE", "false", "0", "0.0", "f")),
+        ("echo", "yes", "yes"),
+    ],
+)
+def test_a_field_of_csv_is_read_as_its_writer_meant_it(name: str, text: str, value: object) -> None:
+    found = parse_text(name, text)
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("['a' 'b']", "['a'\n 'b']", '["a" "b"]', "[King, .]", "[INST]", "['a', nan]", "['a', 'b", "['a', ...", "["),
+        *("array(['a'], dtype=object)", "np.array(['a'])", "'a', 'b' 'c'", "character(0)", 'c("a", NA)'),
+        *('c(a = "b")', "{'a': 1}", "{King,.}"),
+        *("('a' 'b')", "()", "{}", "[f'a']", "['\\d']", "[1L]", "['a', b]", "['a'" + "[" * 9999),
+        *(r"\N", "NA", "nan", "None", "<NA>", "null", "NULL", "['a', 1]", "['a', ...]", "[['a']]", "[b'a']", "[1.5]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_a_list_that_cannot_be_read_is_refused_never_a_string(name: str, text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        override_params({name: parse_text(name, text)}, BASE)
+    error = str(caught.value)
+    assert error.startswith(name)
+    assert "out of range" in error
+    assert "\n" not in error
+    assert len(error) < 200
+
+
+@given(texts=st.lists(st.text(max_size=8), min_size=1, max_size=4), tokens=st.lists(st.integers(0, 50256), max_size=4))
+def test_what_python_and_json_write_of_a_list_is_that_list(texts: list[str], tokens: list[int]) -> None:
+    for written in (repr(texts), json.dumps(texts), repr(tuple(texts)), json.dumps(texts, ensure_ascii=False)):
+        assert parse_text("stop", written) == texts
+    biases = dict.fromkeys(tokens, -1.5)
+    assert parse_text("stop_token_ids", repr(tokens)) == tokens
+    assert parse_text("logit_bias", repr(biases)) == biases

@@ -1,8 +1,11 @@
 """parquet.py: every record is one row, for every type of its columns."""
 
 import hashlib
+import math
+import uuid
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,13 +15,24 @@ from hypothesis import strategies as st
 
 from batchgen.errors import InputError
 from batchgen.input import parquet as parquet_format
-from batchgen.types import Rejected, Request
-from tests.support.inputs import PARAMS, facts, not_utf8, open_prompts, parquet, read, refusal, scan
+from batchgen.types import Rejected, Request, SamplingParams
+from tests.support.inputs import CASES, PARAMS, facts, not_utf8, open_prompts, parquet, read, refusal, scan
 
 # ---- rows
 
 
-TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+BIASES = pa.map_(pa.int32(), pa.decimal128(4, 1))  # as DuckDB writes map{5: -1.5}
+TEXT_TYPES = [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.dictionary(pa.int32(), pa.string()),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+    pa.dictionary(pa.int8(), pa.binary()),
+]
+UUID = "62b70add-29f5-42b2-b880-0b0d3b608b92"
 
 
 @pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
@@ -42,6 +56,14 @@ def test_every_arrow_text_type_is_a_prompt(tmp_path: Path, kind: pa.DataType) ->
         (pa.array([True, False]), ["true", "false"]),
         (pa.nulls(2), [None, None]),
         (pa.array([0, 1], pa.date32()), ["1970-01-01", "1970-01-02"]),
+        (pa.array([7.0, 2.0**53]), ["7", "9007199254740992"]),
+        (pa.array([7.5, None], pa.float32()), ["7.5", None]),
+        (pa.array([7.0, 1e300], pa.float32()).cast(pa.float16(), safe=False)[:1].take([0, 0]), ["7", "7"]),
+        (pa.array([Decimal("4"), None], pa.decimal128(10, 0)), ["4", None]),
+        (pa.array([b"a", None], pa.large_binary()), ["a", None]),
+        (pa.array([b"ab", b"\xc3\xbc"], pa.binary(2)), ["ab", "ü"]),
+        (pa.array(["a", None], pa.string_view()), ["a", None]),
+        (pa.array([uuid.UUID(UUID).bytes, None], pa.binary(16)).cast(pa.uuid()), [UUID, None]),
     ],
 )
 def test_ids_become_strings(tmp_path: Path, ids: pa.Array, texts: list[str | None]) -> None:
@@ -64,6 +86,84 @@ def test_text_that_is_not_utf8_is_rejected_by_row(tmp_path: Path, kind: pa.DataT
         "the prompt is null",
         "the id is not UTF-8",
     ]
+
+
+def test_a_uuid_id_is_its_text() -> None:
+    open_prompts(CASES / "uuid_id.parquet")
+    assert [row.id for row in read(CASES / "uuid_id.parquet")] == [UUID, "c2acfc77-7102-48b2-a2c1-1262f3016888"]
+
+
+def test_numeric_types_are_parameters() -> None:
+    for row in read(CASES / "decimal_parameters.parquet"):
+        assert isinstance(row, Request)
+        assert (row.params.temperature, row.params.max_tokens) == (0.8, 4)
+        assert type(row.params.max_tokens) is int
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"max_tokens": pa.array([4.0, None])}, {"max_tokens": 4}),
+        ({"seed": pa.array([4, None], pa.uint8())}, {"seed": 4}),
+        ({"stop": pa.array([b"x", None])}, {"stop": ("x",)}),
+        ({"stop": pa.array([[b"x"], None], pa.large_list(pa.binary_view()))}, {"stop": ("x",)}),
+        ({"stop": pa.array(["x", None]).dictionary_encode()}, {"stop": ("x",)}),
+        ({"temperature": pa.array([0.5, None], pa.float32()).cast(pa.float16())}, {"temperature": 0.5}),
+        ({"temperature": pa.nulls(2)}, {}),
+        (
+            {"params": pa.array([{"temperature": Decimal("0.5"), "seed": Decimal(4)}, None])},
+            {"temperature": 0.5, "seed": 4},
+        ),
+        ({"logit_bias": pa.array([[(5, Decimal("-1.5"))], None], BIASES)}, {"logit_bias": ((5, -1.5),)}),
+        ({"seed": pa.array([1, None], pa.timestamp("ns"))}, None),
+        ({"seed": pa.array([2**62, None], pa.timestamp("us"))}, None),
+        ({"seed": pa.array([{"a": 1}, None])}, None),
+        ({"stop": pa.array([b"\xff", None])}, None),
+    ],
+)
+def test_a_parameter_of_any_type_is_read_or_rejects_its_row(
+    tmp_path: Path, values: dict[str, pa.Array], expected: dict[str, object] | None
+) -> None:
+    path = parquet(tmp_path, {"prompt": ["a", "b"], **values})
+    open_prompts(path)
+    first, second = read(path)
+    assert isinstance(second, Request)
+    if expected is None:
+        assert isinstance(first, Rejected)
+        assert next(iter(values)) in first.error
+    else:
+        assert isinstance(first, Request)
+        assert first.params == replace(PARAMS, **expected)  # type: ignore[arg-type]
+
+
+def test_shards_that_are_empty_or_all_null_stop_nothing(tmp_path: Path) -> None:
+    shards = [
+        {"prompt": pa.array([], pa.float64()), "id": pa.array([], pa.list_(pa.int8()))},
+        {"other": pa.array([], pa.int8())},
+        {"prompt": pa.nulls(1), "id": pa.nulls(1), "seed": pa.nulls(1)},
+        {"prompt": ["a"], "id": ["x"], "seed": [1]},
+        {"prompt": pa.array(["b"], pa.large_string()), "id": [7.0]},
+    ]
+    for number, columns in enumerate(shards):
+        pq.write_table(pa.table(columns), tmp_path / f"{number}.parquet")
+    open_prompts(tmp_path)
+    assert scan(tmp_path).rows == 3
+    assert [(row.row, row.id, row.prompt) for row in read(tmp_path)] == [(0, None, None), (1, "x", "a"), (2, "7", "b")]
+
+
+def test_a_path_leads_into_structs_and_a_flat_column_wins(tmp_path: Path) -> None:
+    path = parquet(tmp_path, {"a": [{"b": {"c": "x"}, "id": 1}, {"b": None, "id": None}, None]})
+    open_prompts(path, "a.b.c", "a.id")
+    assert [(row.id, row.prompt) for row in read(path, prompt_column="a.b.c", id_column="a.id")] == [
+        ("1", "x"),
+        (None, None),
+        (None, None),
+    ]
+    assert "no column 'a.b.d'" in refusal(path, "a.b.d")
+    path = parquet(tmp_path, {"a": [{"b": "nested", "c.d": "deep"}], "a.b": ["flat"]})
+    open_prompts(path, "a.b")
+    assert [row.prompt for row in read(path, prompt_column="a.b")] == ["flat"]
+    assert [row.prompt for row in read(path, prompt_column="a.c.d")] == ["deep"]
 
 
 def test_rows_keep_their_numbers_over_batches_and_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,15 +223,31 @@ def test_a_damaged_parquet_file_is_read_or_named(tmp_path: Path, at: int, byte: 
 def test_parquet_columns_that_cannot_be_prompts_are_refused(tmp_path: Path) -> None:
     assert "no column 'prompt'; the columns are 'text'" in refusal(parquet(tmp_path, {"text": ["a"]}))
     assert "'prompt' is of type int64; cast it to string" in refusal(parquet(tmp_path, {"prompt": [1]}))
-    assert "'prompt' is of type binary; cast it to string" in refusal(parquet(tmp_path, {"prompt": [b"a"]}))
-    assert "'prompt' is of type null; cast it to string" in refusal(parquet(tmp_path, {"prompt": pa.nulls(2)}))
-    assert "is of type struct<" in refusal(parquet(tmp_path, {"prompt": [{"a": "b"}]}))
+    assert "'prompt' is of type list<element: string>; cast it" in refusal(parquet(tmp_path, {"prompt": [["a"]]}))
+    error = refusal(parquet(tmp_path, {"prompt": [{"n": 1, "a": "b"}]}))
+    assert error.endswith(
+        "is of type struct<n: int64, a: string>; name a string in it, such as --prompt-column prompt.a"
+    )
 
 
-@pytest.mark.parametrize("ids", [[b"a"], [["a"]], [{"a": 1}]])
-def test_parquet_columns_that_cannot_be_ids_are_refused(tmp_path: Path, ids: list[Any]) -> None:
-    path = parquet(tmp_path, {"prompt": ["a"], "id": ids})
-    assert "cast it to string or an integer type" in refusal(path)
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        (pa.array([b"\xff", None]), "the id is not UTF-8; write the column as UTF-8 strings"),
+        (pa.array([["a"], None]), "the id is of type list<element: string>; cast it to string, or name another with"),
+        (pa.array([{"a": 1}, None]), "the id is of type struct<a: int64>; cast it to string"),
+        (pa.array([math.nan, None]), "the id is nan; make it a whole number, a string or null"),
+    ],
+)
+def test_an_optional_column_never_stops_a_run_an_id_that_is_no_text_rejects_its_row(
+    tmp_path: Path, ids: pa.Array, reason: str
+) -> None:
+    path = parquet(tmp_path, {"prompt": ["a", "b"], "id": ids})
+    open_prompts(path)
+    bad, good = read(path)
+    assert isinstance(bad, Rejected)
+    assert bad.error.startswith(f"p.parquet:row 0: {reason}")
+    assert (bad.id, bad.prompt, good) == (None, "a", Request(1, "p.parquet:row 1", None, "b", PARAMS))
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -156,3 +272,22 @@ def test_parameter_columns_may_be_broken_text_but_not_there_twice(tmp_path: Path
     pq.write_table(twice, path)
     with pytest.raises(InputError, match="2 columns are called 'n'"):
         open_prompts(path)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([{"max_new_tokens": 3, "logprobs": 2}, None, {"max_new_tokens": None, "logprobs": 0}]),
+        pa.array([[("max_new_tokens", 3), ("logprobs", 2)], None, [("logprobs", 0)]], pa.map_(pa.string(), pa.int64())),
+        pa.array(['{"max_new_tokens": 3, "logprobs": 2}', None, '{"logprobs": 0}']),
+        pa.array(['{"max_new_tokens": 3, "logprobs": 2}', None, '{"logprobs": 0}']).dictionary_encode(),
+    ],
+    ids=["struct", "map", "text", "dictionary"],
+)
+def test_nested_parameters(tmp_path: Path, column: pa.Array) -> None:
+    path = parquet(tmp_path, {"prompt": ["a", "b", "c"], "sampling_params": column})
+    prompts = open_prompts(path)
+    asked = [item.params for item in prompts.requests(SamplingParams()) if isinstance(item, Request)]
+    assert asked == [SamplingParams(max_tokens=3, logprobs=2), SamplingParams(), SamplingParams(logprobs=0)]
+    assert prompts.scan().logprobs
+    assert prompts.row_parameters.taken == {"sampling_params": 2}

@@ -16,6 +16,7 @@ from batchgen.plan import Plan
 from batchgen.planning import Arithmetic, Setting, make_plan
 from batchgen.types import MAX_SEED, SamplingParams
 from tests.support.models import BYTES
+from tests.support.plans import plan_of
 
 text = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12)
 token = st.integers(0, 256)
@@ -67,6 +68,7 @@ plans = st.builds(
     batch_size=st.integers(1, 4096),
     kv_bytes=st.integers(2**28, 2**45),
     share_prefixes=st.booleans(),
+    files=st.lists(st.text("0123456789abcdef", min_size=16, max_size=16), max_size=3).map(tuple),
 )
 
 
@@ -77,7 +79,7 @@ class Stopped(Exception):
 def parse(command: str, monkeypatch):
     """The job that the real command line makes of a command."""
 
-    def stop(job, *_):
+    def stop(job, **_):
         raise Stopped(job)
 
     monkeypatch.setattr(generate, "run_job", stop)
@@ -93,12 +95,17 @@ def parse(command: str, monkeypatch):
 def test_the_command_line_of_a_plan_gives_the_plan(plan):
     with pytest.MonkeyPatch.context() as monkeypatch:
         job = parse(plan.command_line(), monkeypatch)
-    facts = SimpleNamespace(sha256=plan.input, formats=plan.input_formats, rows=plan.rows)
+    facts = SimpleNamespace(sha256=plan.input, formats=plan.input_formats, rows=plan.rows, files=plan.files, names=())
     model = SimpleNamespace(name=plan.model, hash=plan.model_hash, config=BYTES)
     arithmetic = Arithmetic(plan.numpy, plan.blas, plan.batch_invariant)
     made, automatic = make_plan(job, facts, model, Setting(arithmetic, plan.rows, 3, plan.format))
     assert made == plan
     assert automatic == frozenset()  # the command names every size
+    for delimiter, quotes in ((";", "no"), ("tab", "auto")):
+        other = replace(plan, input_formats=("csv",), delimiter=delimiter, quotes=quotes)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            asked = parse(other.command_line(), monkeypatch).input
+        assert (asked.delimiter, asked.quotes) == (delimiter, quotes)
     formats = {"auto"} if len(plan.input_formats) > 1 else {plan.input_formats[0]}
     assert {job.input.format} == formats
 
@@ -107,7 +114,8 @@ def test_the_command_line_of_a_plan_gives_the_plan(plan):
 def test_a_plan_is_read_as_it_was_stored(plan):
     stored = json.loads(json.dumps(plan.to_json()))
     assert Plan.from_json(stored) == plan
-    assert "retry" not in stored
+    assert not {"retry", "delimiter", "quotes", "names"} & stored.keys()
+    assert ("files" in stored) == bool(plan.files)
     retry = replace(plan, retry=True)
     assert Plan.from_json(retry.to_json()) == retry
 
@@ -115,7 +123,7 @@ def test_a_plan_is_read_as_it_was_stored(plan):
 @given(plans, st.data())
 def test_what_is_missing_unknown_or_of_another_type_is_named(plan, data):
     stored = plan.to_json()
-    name = data.draw(st.sampled_from(sorted(stored)))
+    name = data.draw(st.sampled_from(sorted(stored.keys() - {"files"})))
     with pytest.raises(ValueError, match=f"'{name}' is missing"):
         Plan.from_json({key: value for key, value in stored.items() if key != name})
     with pytest.raises(ValueError, match="'mirostat' is not known here"):
@@ -132,6 +140,16 @@ def test_equal_plans_do_not_conflict(plan):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
+        ("model", "124M", "it had --model m, and this has --model 124M"),
+        ("model_hash", "i", "it had model_hash 'h', and this has model_hash 'i'"),
+        ("format", "dataset", "it had --format file, and this has --format dataset"),
+        ("input_formats", ("csv",), "it had --input-format jsonl, and this has --input-format csv"),
+        ("input", "b", "the input is not what it was (SHA-256 a then, b now)"),
+        (
+            "parameters",
+            SamplingParams(max_tokens=64, seed=7),
+            "it had --max-tokens 40, --seed 0, and this has --max-tokens 64, --seed 7",
+        ),
         ("parameters", SamplingParams(max_tokens=64), "it had --max-tokens 40, and this has --max-tokens 64"),
         ("trim", True, "it had no --trim, and this has --trim"),
         ("kv_bytes", 77, "it had --kv-memory 1000, and this has --kv-memory 77"),
@@ -150,3 +168,71 @@ def test_a_conflict_is_named_in_the_words_of_the_command_line(name, value, words
     other = replace(plan, **{name: value})
     assert plan.conflict(other) == words
     assert plan.conflict(other, {name}) is None
+
+
+FILES = {"files": ("aa", "bb", "cc"), "names": ("a.jsonl", "b.jsonl", "c.jsonl"), "rows": 12}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"files": ("aa", "b2", "cc"), "rows": 2}, "b.jsonl is not among the inputs that it had (12 rows then, 2 now)"),
+        (
+            {"files": ("a2", "bb", "c2")},
+            "a.jsonl, c.jsonl are not among the inputs that it had (SHA-256 abc then, new now)",
+        ),
+        ({"files": ("bb", "aa", "cc")}, "the files of the input are in another order (SHA-256 abc then, new now)"),
+        (
+            {"files": ("aa", "cc"), "rows": 8},
+            "the input has fewer files than it had (3 files then, 2 now; 12 rows then, 8 now)",
+        ),
+        (
+            {"files": ("aa", "bb", "cc", "dd"), "names": (*FILES["names"], "d.jsonl"), "rows": 13},
+            "d.jsonl is not among the inputs that it had (3 files then, 4 now; 12 rows then, 13 now)",
+        ),
+    ],
+)
+def test_a_changed_input_is_named_by_its_files(changes, words):
+    assert plan_of(**FILES).conflict(plan_of(**FILES | changes, input="new", input_formats=("csv", "jsonl"))) == words
+
+
+def test_one_input_is_named_as_another_or_a_changed_one_would_be():
+    old, new = plan_of(rows=1), plan_of(names=("b.jsonl",), rows=2, input="new")
+    assert old.conflict(new) == "b.jsonl is not the input that it had (1 row then, 2 now)"
+
+
+def test_all_that_differs_is_named_and_nothing_that_follows_from_it():
+    old, new = plan_of(trim=True), plan_of(model="124M", model_hash="9", input="x", kv_bytes=1, rows=3)
+    assert old.conflict(new, {"kv_bytes"}) == (
+        "the input is not what it was (12 rows then, 3 now); "
+        "it had --model bytes, --trim, and this has --model 124M, no --trim"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ("abcd", "n3 is not among the inputs that it had (3 files then, 4 now; 12 rows then, 9 now)"),
+        ("abca", "n3 is not among the inputs that it had (3 files then, 4 now; 12 rows then, 9 now)"),
+        ("aaabc", "n1, n2 are not among the inputs that it had (3 files then, 5 now; 12 rows then, 9 now)"),
+        ("axc", "n1 is not among the inputs that it had (12 rows then, 9 now)"),
+        ("aac", "n1 is not among the inputs that it had (12 rows then, 9 now)"),
+        (
+            "xyzwc",
+            "n0, n1, n2 and 1 more are not among the inputs that it had (3 files then, 5 now; 12 rows then, 9 now)",
+        ),
+        ("ab", "the input has fewer files than it had (3 files then, 2 now; 12 rows then, 9 now)"),
+        ("bac", "the files of the input are in another order (12 rows then, 9 now)"),
+    ],
+)
+def test_the_files_that_changed_are_named(files: str, words: str) -> None:
+    names = tuple(f"n{index}" for index in range(len(files)))
+    old, new = plan_of(files=tuple("abc")), plan_of(input="x", rows=9, files=tuple(files), names=names)
+    assert old.conflict(new) == words
+
+
+@pytest.mark.parametrize("name", ["quotes", "delimiter"])
+def test_rows_that_follow_from_how_a_file_is_read_are_not_named(name: str) -> None:
+    words = plan_of().conflict(plan_of(rows=3, **{name: "no" if name == "quotes" else ";"}))
+    assert words
+    assert "rows" not in words

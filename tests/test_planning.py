@@ -28,6 +28,7 @@ from batchgen.planning import (
     make_plan,
     n_chunks,
     plan_chunks,
+    rows_within,
 )
 from batchgen.types import Rejected, SamplingParams
 from tests.support.inputs import facts
@@ -87,7 +88,7 @@ def test_the_default_memory_holds_four_sequences_of_full_length(config):
 
 
 def test_the_default_memory_suffices_an_engine():
-    Engine(sharp_params(TINY), TINY, eos_id=0, kv_bytes=default_kv_bytes(TINY))
+    Engine(sharp_params(TINY), TINY, eos_ids=(0,), kv_bytes=default_kv_bytes(TINY))
 
 
 def test_at_least_one_job_fits_into_any_memory(monkeypatch):
@@ -176,6 +177,16 @@ def test_chunks_do_not_depend_on_the_jobs_if_bits_depend_on_the_batch(model):
 def test_a_chunk_holds_fewer_rows_of_many_samples(model):
     plan, _ = planned(model, params=SamplingParams(n=100), jobs=2)
     assert plan.chunk_rows == auto_chunk_rows(10_000, 2, 100)
+
+
+def test_a_short_time_limit_makes_chunks_of_which_several_end_within_it(model):
+    usual = planned(model, jobs=2)[0].chunk_rows
+    assert planned(model, jobs=2, time_limit=8 * 3600.0)[0].chunk_rows == usual
+    assert planned(model, jobs=2, time_limit=1e-3)[0].chunk_rows < usual
+    assert planned(model, jobs=2, time_limit=1e-9)[0].chunk_rows == 1
+    assert planned(model, jobs=2, time_limit=1e-9, chunk_rows=90)[0].chunk_rows == 90
+    gpt2 = 124_000_000 * 4
+    assert [rows_within(limit / 4, 40, gpt2) for limit in (8, 60, 3600)] == [10, 75, 4536]
 
 
 def test_memory_that_holds_no_sequence_is_refused(model):

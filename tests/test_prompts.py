@@ -86,7 +86,7 @@ def test_a_rows_parameter_out_of_range_rejects_that_row_alone(rows: Callable[...
     first, bad, last = read(path, SamplingParams())
     assert isinstance(bad, Rejected)
     assert (bad.id, bad.prompt, bad.row) == ("y", "b", 1)
-    assert bad.error == f"{bad.place}: temperature -1.0 is out of range (0 (greedy), or 0.001 to 100)"
+    assert bad.error == f"{bad.place}: temperature -1.0 is out of range (0 (greedy) to 100)"
     assert isinstance(first, Request)
     assert isinstance(last, Request)
 
@@ -111,10 +111,61 @@ def test_a_misspelled_parameter_is_a_rejected_row_of_json_and_a_refused_parquet_
 
 def test_the_scan_finds_whether_a_row_may_ask_for_logprobs(rows: Callable[..., Path]) -> None:
     assert scan(rows(prompt=["a", "b"], logprobs=[None, 1])).logprobs
+    objects = [{"logprobs": 1}, None]
+    assert scan(rows(prompt=["a", "b"], params=objects)).logprobs
+    assert scan(rows(prompt=["a", "b"], params=[json.dumps(one) for one in objects])).logprobs
     assert not scan(rows(prompt=["a", 'say \\"logprobs\\"'], n=[1, 2])).logprobs
 
 
+def test_a_scan_names_the_files_and_hashes_each_of_several(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for path in paths:
+        path.write_text('{"prompt": "a"}\n')
+    before = scan(paths)
+    paths[1].write_text('{"prompt": "b"}\n')
+    after = scan(paths)
+    assert before.names == after.names == ("a.jsonl", "b.jsonl")
+    assert [old == new for old, new in zip(before.files, after.files, strict=True)] == [True, False]
+    assert after.files == tuple(scan(path).sha256[:16] for path in paths)
+    assert (scan(paths[0]).files, scan(paths[0]).names) == ((), ("a.jsonl",))
+
+
 # ---- three openings, one pass for requests and kept columns
+
+
+def test_a_folder_with_the_name_of_a_parameter_sets_it(tmp_path: Path) -> None:
+    for folder in ("temperature=0.5/logprobs=2", "temperature=1", "temperature=__HIVE_DEFAULT_PARTITION__", "id=7"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "temperature": 2}\n')
+    prompts = open_prompts(tmp_path)
+    assert prompts.scan().logprobs
+    found = [item.params for item in prompts.requests(PARAMS) if isinstance(item, Request)]
+    assert [(one.temperature, one.logprobs) for one in found] == [
+        *[(0.0, None), (2.0, None), (0.5, 2), (2.0, 2), (1.0, None), (2.0, None), (0.0, None), (2.0, None)]
+    ]
+    assert prompts.row_parameters.taken == {"temperature": 8, "logprobs": 2}
+    assert {item.params for item in read(tmp_path, row_params=False) if isinstance(item, Request)} == {PARAMS}
+
+
+def test_a_folder_above_what_is_named_is_no_parameter_and_noted(tmp_path: Path) -> None:
+    file = tmp_path / "seed=3" / "x=1" / "n=2" / "p.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"prompt": "a"}\n')
+    for given, folders in ((file, ("seed=3", "n=2")), (tmp_path / "seed=3", ("seed=3",)), (tmp_path / "*" / "**", ())):
+        assert open_prompts(given).row_parameters.folders == folders
+        assert open_prompts(given, row_params=False).row_parameters.folders == ()
+    assert [item.params for item in open_prompts(file).requests(PARAMS) if isinstance(item, Request)] == [PARAMS]
+
+
+@pytest.mark.parametrize("folder", ["max_token=5", "temperature=warm", "n=0"])
+def test_a_folder_with_a_wrong_parameter_is_refused_before_any_row(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "p.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(
+        InputError, match=f"^{tmp_path}/{folder}/p.jsonl: .*(did you mean|out of range).* --no-row-params$"
+    ):
+        open_prompts(tmp_path)
+    open_prompts(tmp_path, row_params=False)
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -224,13 +275,13 @@ def test_a_batch_of_text_is_bounded_by_its_bytes(tmp_path: Path, monkeypatch: py
 
 def test_rows_before_a_damage_are_yielded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = open_prompts(write(tmp_path / "a.jsonl", RECORDS), keep=("k",))
-    facts, read_lines = prompts.scan(), jsonl.read_lines
+    facts, read_rows = prompts.scan(), jsonl.read_rows
 
     def damaged(*args: Any) -> Any:
-        yield from islice(read_lines(*args), 12)
+        yield from islice(read_rows(*args), 12)
         raise InputError("damaged here")
 
-    monkeypatch.setattr(jsonl, "read_lines", damaged)
+    monkeypatch.setattr(jsonl, "read_rows", damaged)
     found = prompts.chunks(facts, PARAMS, lambda item: item, Cut(4))  # type: ignore[arg-type, return-value]
     assert [next(found).index for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="damaged here"):

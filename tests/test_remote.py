@@ -16,7 +16,7 @@ from batchgen.input import sources
 from batchgen.input.sources import find_sources
 from batchgen.run import run_job
 from batchgen.types import SamplingParams
-from tests.support.inputs import open_prompts, read, scan
+from tests.support.inputs import open_prompts, read, refusal, scan
 from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
 
@@ -41,6 +41,8 @@ OBJECTS = {
     "in/_SUCCESS": b"",
     "set/lang=de/0.parquet": parquet(prompt=["Es war"], k=[2]),
     "set/lang=en/0.parquet": parquet(prompt=["Once", "upon"], k=[0, 1]),
+    "lake/table/lang=en/0.parquet": parquet(prompt=["removed"]),
+    "lake/table/_delta_log/0.json": b"{}",
     "bad/cut.jsonl.gz": gzip.compress(LINES)[:30],
 }
 
@@ -154,3 +156,13 @@ def test_keys_in_an_address_are_not_shown(store: Any) -> None:
     with pytest.raises(InputError) as caught:
         find_sources(secret.replace("a.jsonl", "b.jsonl"))
     assert str(caught.value).startswith("s3://prompts/b.jsonl: no such file")
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    "given", ["", "/table", "/table/lang=en", "/table/lang=en/0.parquet", "/*/*/*.parquet", "/table/lang=en/*.parquet"]
+)
+def test_a_table_in_a_store_is_refused_by_name_however_it_is_given(given: str) -> None:
+    error = refusal(f"s3://prompts/lake{given}")
+    assert error.startswith("s3://prompts/lake/table: this is a Delta table")
+    assert 'scan_delta("s3://prompts/lake/table")' in error

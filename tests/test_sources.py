@@ -5,6 +5,10 @@ import hashlib
 import io
 import json
 import os
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,10 +182,20 @@ def test_an_unreadable_file_is_refused(unreadable: Path) -> None:
     assert refusal(unreadable) == f"{unreadable}: cannot be read: Permission denied"
 
 
-@pytest.mark.parametrize("name", ["p.xlsx", "p", "p.txt.gz", "p.parquet.gz", "p.gz", "p.csv.bz2"])
+@pytest.mark.parametrize("name", ["p.xlsx", "p", "p.md.gz", "p.parquet.gz", "p.gz", "p.csv.bz2"])
 def test_an_unknown_suffix_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(GOOD)
     assert "rename or convert" in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_an_arrow_file_is_named_with_the_command_that_makes_it_parquet(here: Path, is_stream: bool) -> None:
+    table = pa.table({"prompt": pa.array(["a", "b"], pa.string_view())})
+    with (pa.ipc.new_stream if is_stream else pa.ipc.new_file)("it's.arrow", table.schema) as file:
+        file.write_table(table)
+    command = refusal("it's.arrow").partition("an Arrow file; write it as Parquet: python ")[2]
+    subprocess.run([sys.executable, *shlex.split(command)], check=True)
+    assert prompts_of(open_prompts("prompts.parquet")) == ["a", "b"]
 
 
 def test_places_can_be_written_if_the_name_of_the_file_is_not_utf8(tmp_path: Path) -> None:
@@ -236,6 +250,15 @@ def test_a_file_of_another_kind_in_a_directory_is_refused_not_skipped(here: Path
     assert error.startswith("d/README.md: unknown format; use .parquet, .jsonl, ")
     assert "name the others with a glob" in error
     assert prompts_of("d/*.jsonl") == ["x"]
+
+
+def test_text_in_a_directory_is_read_only_if_it_is_named(here: Path) -> None:
+    write(here / "d" / "a.jsonl", "x")
+    (here / "d" / "LICENSE.txt").write_text("all rights\n")
+    assert refusal("d").startswith("d/LICENSE.txt: is this text a prompt a line, or a note about the others? name such")
+    assert prompts_of("d/*.txt") == ["all rights"]
+    (here / "d" / "a.jsonl").unlink()
+    assert prompts_of(open_prompts("d", format="txt")) == ["all rights"]
 
 
 def test_an_empty_directory_is_refused(here: Path) -> None:
@@ -326,6 +349,11 @@ def test_standard_input_is_recognized_by_its_bytes_and_can_be_read_again(here: P
     assert sorted(os.listdir(here)) == [path.name]  # the copy has no name
 
 
+def test_text_on_standard_input_is_named_with_the_option(stdin: Any) -> None:
+    stdin(b"id,prompt\n1,Once\n")
+    assert refusal("-").endswith("or pass --input-format for CSV or text")
+
+
 def test_standard_input_can_be_csv_if_the_format_is_named(here: Path, stdin: Any) -> None:
     stdin(b"prompt\nOnce\n")
     assert prompts_of(open_prompts("-", format="csv")) == ["Once"]
@@ -383,6 +411,19 @@ def test_zstd_of_several_frames_is_read_to_its_end(here: Path) -> None:
     path = here / "p.jsonl.zst"
     path.write_bytes(b"".join(pa.compress(line(text), codec="zstd", asbytes=True) for text in "abc"))
     assert prompts_of(path) == ["a", "b", "c"]
+
+
+def test_a_long_zstd_window_is_named_with_the_command_that_unpacks_it(here: Path) -> None:
+    text, window = line("a"), (31 - 10) << 3  # 2 GiB, as zstd --long=31 makes them; then one block, stored, the last
+    frame = b"\x28\xb5\x2f\xfd" + bytes([0, window]) + (len(text) << 3 | 1).to_bytes(3, "little") + text
+    small = pa.compress(line("x") * 1000, codec="zstd", asbytes=True)
+    for data in (frame, small + frame):
+        (here / "p.jsonl.zst").write_bytes(data)
+        with pytest.raises(InputError, match=r"more than 128 MiB; unpack it first: zstd -d --long=31 p\.jsonl\.zst$"):
+            open_prompts("p.jsonl.zst").scan()
+    if zstd := shutil.which("zstd"):
+        subprocess.run([zstd, "-q", "-d", "--long=31", "p.jsonl.zst"], check=True)
+        assert len(prompts_of("p.jsonl")) == 1001
 
 
 def test_a_file_that_is_packed_twice_is_refused(here: Path) -> None:

@@ -1,28 +1,37 @@
 """types.py and errors.py: what is out of range is refused by name, and everything crosses between processes."""
 
 import pickle
+from collections import Counter
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batchgen import errors, run, types
 from batchgen.errors import BatchgenError, UsageError
+from batchgen.options import shown
 from batchgen.types import (
     MAX_LOGPROBS,
     MAX_N,
+    MAX_REASONS,
     MAX_SEED,
     Chunk,
     OutputRow,
+    Reason,
     Receipt,
     Rejected,
     Request,
+    RowParameters,
     SamplingParams,
     TokenizedRequest,
+    add_reasons,
 )
 
 RANGES = {
     "max_tokens": [1, 2**31 - 1],
-    "temperature": [0, 0.001, 100],
+    "temperature": [0, 1e-5, 100],
     "top_k": [0, 2**31 - 1],
     "top_p": [1e-9, 1],
     "min_p": [0, 1],
@@ -36,8 +45,8 @@ RANGES = {
 }
 BEYOND = {
     "max_tokens": [0, -1, 2**31, 1.0, "4"],
-    "temperature": [-1e-9, 100.1, 0.0009, "hot"],
-    "top_k": [-1, 2**31, 5.0],
+    "temperature": [-1e-9, 100.1, "hot"],
+    "top_k": [-2, 2**31, 5.0],
     "top_p": [0, -0.1, 1.0001],
     "min_p": [-0.1, 1.1],
     "repetition_penalty": [0, 0.009, 101],
@@ -61,6 +70,8 @@ RECORDS = [
     Chunk(2, (TOKENIZED, REJECTED)),
     OutputRow(0, 0, None, "a", "b", 1, 1, "stop", "ok", None, 7, (1,), (-0.5,)),
     Receipt(0, "p", "0" * 64, 2, 3, 1, 1, 1, 9, 9),
+    Reason(3, 7, "p.jsonl:8", "not JSON"),
+    RowParameters(Counter(seed=3), results=("parameters",)),
 ]
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BatchgenError)]
 
@@ -88,7 +99,7 @@ def test_what_is_no_finite_number_is_refused_everywhere(name):
 
 def test_every_number_among_the_parameters_has_a_range():
     unranged = {"logit_bias", "stop_token_ids", "stop", "bad_words"}
-    unranged |= {"ignore_eos", "include_stop", "echo", "stop_loops"}
+    unranged |= {"ignore_eos", "include_stop", "echo", "stop_loops", "skip_special_tokens"}
     assert {field.name for field in fields(SamplingParams)} - unranged == set(RANGES)
 
 
@@ -100,7 +111,44 @@ def test_a_logit_bias_out_of_range_is_refused(bias):
 
 def test_temperature_zero_alone_is_greedy():
     assert SamplingParams().greedy
-    assert not SamplingParams(temperature=0.001).greedy
+    assert not SamplingParams(temperature=1e-5).greedy
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 9.9e-6, 5e-324])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature):
+    assert SamplingParams(temperature=temperature) == SamplingParams()
+
+
+def test_top_k_minus_one_is_off():
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+
+
+@given(st.permutations([(5, "a 'x' 1"), (3, "a 'y' -2.5"), (4, "b"), (9, "a 'z' [1, 2] 1e-06")]))
+def test_reasons_of_one_kind_are_counted_together_with_the_first_of_them(rows):
+    reasons: dict[str, Reason] = {}
+    add_reasons(reasons, [Reason(1, row, f"p:{row}", text) for row, text in rows])
+    assert set(reasons.values()) == {
+        Reason(2, 3, "p:3", "a 'y' -2.5"),
+        Reason(1, 4, "p:4", "b"),
+        Reason(1, 9, "p:9", "a 'z' [1, 2] 1e-06"),
+    }
+
+
+QUOTED = st.text("a'\"\\\n[{}]., 7", max_size=90)
+
+
+@given(st.one_of(QUOTED, st.lists(QUOTED, min_size=1, max_size=9), st.lists(st.floats(), min_size=1), st.floats(1)))
+def test_what_a_reason_quotes_is_no_part_of_its_kind(value):
+    text = f"stop {shown(value)} is out of range (write it as"
+    assert Reason(1, 0, "p:1", text).kind == "stop ... is out of range (write it as"
+
+
+def test_reasons_beyond_the_limit_are_counted_in_one():
+    reasons: dict[str, Reason] = {}
+    add_reasons(reasons, [Reason(1, row, f"p:{row}", chr(97 + row % 26) * (1 + row)) for row in range(100)])
+    assert len(reasons) == MAX_REASONS + 1
+    assert sum(reason.rows for reason in reasons.values()) == 100
+    assert reasons[""].place == f"p:{MAX_REASONS}"
 
 
 def test_as_dict_makes_the_same_parameters_again():
@@ -141,6 +189,22 @@ def test_what_is_nested_too_deeply_to_be_shown_is_refused_all_the_same():
     for name in ("max_tokens", "stop", "stop_token_ids", "echo"):
         with pytest.raises(UsageError, match=f"{name} .*nested too deeply.* is out of range"):
             SamplingParams(**{name: [deep] if name.startswith("stop") else deep})
+
+
+def test_numbers_and_arrays_of_numpy_are_pythons():
+    given = SamplingParams(
+        max_tokens=np.int64(3),
+        temperature=np.float32(0.5),
+        echo=np.bool_(True),
+        stop=np.array(["a"]),
+        stop_token_ids=[np.int32(7)],
+        logit_bias={np.int64(5): np.float32(1)},
+    )
+    own = SamplingParams(max_tokens=3, temperature=0.5, echo=True, stop="a", stop_token_ids=[7], logit_bias={5: 1.0})
+    assert given == own
+    assert repr(given) == repr(own)
+    with pytest.raises(UsageError, match=r"max_tokens 3.0 is out of range"):
+        SamplingParams(max_tokens=np.float64(3))
 
 
 def test_lists_become_tuples_that_can_be_keys():

@@ -18,16 +18,30 @@ N_CTX = 1024
 class Letters:
     """One token for each character, its code point; counts the calls of encode."""
 
-    eos_id: int | None = 50256
-    n_vocab = 50257
+    start_id: int | None = 50256
+    n_vocab = n_tokens = 50257
+    begin_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = (50256,)
     longest_token_bytes = 4
 
     def __init__(self) -> None:
         self.calls = 0
 
-    def encode(self, text: str) -> list[int]:
+    def has_id(self, token_id: int) -> bool:
+        return 0 <= token_id < self.n_vocab
+
+    def reads_special_as_text(self, text: str) -> bool:
+        return "<|endoftext|>" in text
+
+    def encode(self, text: str, special_tokens: str = "auto") -> list[int]:
         self.calls += 1
         return [ord(letter) for letter in text]
+
+    def encode_part(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = False) -> bytes:
+        return self.decode(ids).encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(map(chr, ids))
@@ -134,7 +148,7 @@ def test_unconditional_starts_from_the_end_of_text_token() -> None:
 
 def test_unconditional_needs_an_end_of_text_token() -> None:
     tokenizer = Letters()
-    tokenizer.eos_id = None
+    tokenizer.start_id = None
     got = rejected(validate(request(""), tokenizer, N_CTX, empty_prompt="unconditional"))
     assert "no <|endoftext|>" in got.error
 
@@ -234,7 +248,7 @@ def test_trim_removes_spaces_from_the_end_only() -> None:
 
 def test_a_prompt_that_the_vocabulary_cannot_spell_is_a_rejected_row() -> None:
     class NoQ(Letters):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, special_tokens: str = "auto") -> list[int]:
             raise InputError("no token for q")
 
     assert rejected(validate(several("q"), NoQ(), N_CTX)).error == "b.jsonl:1: no token for q"

@@ -9,12 +9,12 @@ import pyarrow as pa
 
 from batchgen.errors import InputError, UsageError
 from batchgen.input.kept import Column, kept_batch, take_rows, text_array
-from batchgen.input.parameters import parameter_names
-from batchgen.input.sources import UNPACKING_ERRORS, Source
-from batchgen.input.words import describe_missing, first_line
+from batchgen.input.parameters import parameter_names, parse_text
+from batchgen.input.sources import UNPACKING_ERRORS, Source, needs_long_window, read_error
+from batchgen.input.words import describe_missing, find_value, first_line
 from batchgen.job import DEFAULT_ID_COLUMN, InputOptions
 from batchgen.options import say, shown
-from batchgen.types import Rejected, Request, SamplingParams
+from batchgen.types import Rejected, Request, RowParameters, SamplingParams
 
 BATCH_ROWS = 1_024  # rows of a text format that are in memory at a time, or fewer if they are large:
 BATCH_BYTES = 16 * 2**20
@@ -61,6 +61,7 @@ class Reading:
     params: SamplingParams  # of a row that gives none of its own
     kept: pa.Schema
     openai: bool
+    found: RowParameters = field(default_factory=RowParameters)
     custom_ids: dict[str, str] = field(default_factory=dict)  # of OpenAI's batch files so far, each with its place
 
 
@@ -83,7 +84,7 @@ class Format(Protocol):
     def check(self, source: Source, options: InputOptions) -> Found:
         """Read the start of the file and refuse what cannot be an input; a single bad row is not refused."""
 
-    def scan(self, source: Source, keep: Sequence[str]) -> Scanned:
+    def scan(self, source: Source, options: InputOptions) -> Scanned:
         """Read the whole file: count its rows, hash its bytes, find the types of kept columns."""
 
     def read(self, source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:
@@ -110,6 +111,8 @@ def check_first_bytes(file: BufferedReader, source: Source) -> None:
     try:
         start = file.peek(8)
     except UNPACKING_ERRORS as error:
+        if needs_long_window(error):
+            raise read_error(source, 1, error) from error
         what = f"not a {source.packing} file, or a damaged one" if source.packing else "cannot be read"
         raise InputError(f"{source.where}: {what} ({first_line(error)}); fetch or pack it again") from error
     for magic, what, remedy in _OTHER_FORMATS:
@@ -147,6 +150,16 @@ def find_columns(names: Sequence[str], source: Source, options: InputOptions) ->
     return columns
 
 
+def folder_parameters(source: Source, options: InputOptions) -> dict[str, object]:
+    """The parameters in the names of a file's folders: temperature=0.5/a.parquet -> {"temperature": 0.5}"""
+    values = {name: value for name, value in source.partition if value is not None and options.row_params}
+    try:
+        names = parameter_names(values, (options.prompt_column, options.id_column))
+        return {name: parse_text(name, values[name]) for name in names}
+    except UsageError as error:
+        raise InputError(f"{source.where}: folder {error}, or pass {say('row_params', False)}") from error
+
+
 # ---- batches
 
 
@@ -167,7 +180,7 @@ def batch_rows(
         for item, fields, length in rows:
             items.append(item)
             for name, column in values.items():
-                column.append(fields.get(name))
+                column.append(find_value(fields, name))
             size += length
             if len(items) == BATCH_ROWS or size >= BATCH_BYTES:
                 yield _make_rows(items, values, source, schema)

@@ -1,72 +1,33 @@
-r"""JSON lines: one object a line; each line becomes exactly one row, however broken it is.
-
-Lines are split at b"\n" alone. A line of only spaces, tabs and carriage returns is not a row.
-"""
+"""JSON: the text of a row becomes a request, or a rejection with its reason; json_text.py cuts a file into rows."""
 
 import json
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedReader
 from itertools import islice
 
 from batchgen.errors import InputError, UsageError
 from batchgen.files import unique_keys
-from batchgen.input import openai
+from batchgen.input import json_text, openai
 from batchgen.input.formats import BadRow, Found, Reading, Rows, Scanned, batch_rows, check_first_bytes, needed_columns
-from batchgen.input.kept import MIXED, Kind, kind_of, merge_kinds
+from batchgen.input.json_columns import refuse_columns
+from batchgen.input.json_text import TOO_LONG, read_rows
+from batchgen.input.kept import EXACT, MIXED, Kind, kind_of, merge_kinds
 from batchgen.input.openai import Fields, Prompt
-from batchgen.input.parameters import override_params, parameter_names
-from batchgen.input.sources import BUFFER_BYTES, UNPACKING_ERRORS, Source, open_bytes, read_error
-from batchgen.input.words import describe_missing, find_surrogate
+from batchgen.input.parameters import may_ask_logprobs, override_params, parameter_names
+from batchgen.input.sources import Source, open_bytes
+from batchgen.input.words import ABSENT, describe_missing, find_surrogate, find_value
 from batchgen.job import InputOptions
-from batchgen.options import shown
+from batchgen.options import say, shown
 from batchgen.types import Rejected, Request, SamplingParams
 
-MAX_LINE_BYTES = 32 * 2**20  # the longest prompt that fits a GPT-2 is a few hundred KB
 CHECKED_ROWS = 1000  # rows that check reads before it reports a key as missing
 BLANK = " \t\r"
-TOO_LONG = b""  # in place of a line over MAX_LINE_BYTES; no other row is empty
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 EXAMPLE = '{"prompt": "Once upon a time"}'
 
 _TYPE_NAMES = {str: "a string", bool: "a boolean", dict: "an object", list: "an array", type(None): "null"}
 
 
-# ---- bytes to lines
-
-
-def read_lines(file: BufferedReader, source: Source) -> Iterator[tuple[int, bytes]]:
-    """Yield the number, from 1, and the bytes of every line that is not blank; TOO_LONG for a line that is too long."""
-    number = 0
-    try:
-        for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), 1):
-            text = line.rstrip(b" \t\r\n")
-            if number == 1:
-                text = text.removeprefix(BYTE_ORDER_MARK).lstrip(b" \t\r")
-            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                if not _skip_line(file) or text:
-                    yield number, TOO_LONG
-            elif text:
-                yield number, text
-    except UNPACKING_ERRORS as error:
-        raise read_error(source, number + 1, error) from error
-
-
-def _skip_line(file: BufferedReader) -> bool:
-    """Skip the rest of a line without holding it; True if that rest is blank."""
-    blank = True
-    for piece in iter(partial(file.readline, BUFFER_BYTES), b""):
-        blank = blank and not piece.strip(b" \t\r\n")
-        if piece.endswith(b"\n"):
-            break
-    return blank
-
-
 # ---- lines to objects
-
-
-def _refuse_constant(name: str) -> None:
-    raise BadRow(f"not JSON: {name} is not a JSON value; use null or a string")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> Fields:
@@ -76,13 +37,13 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> Fields:
         raise BadRow(f"{error}; keep one") from error
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+_DECODER = json.JSONDecoder(object_pairs_hook=_refuse_duplicates)
 
 
 def decode(line: bytes) -> Fields:
     """The JSON object of one line; BadRow for any other bytes."""
     if line == TOO_LONG:
-        raise BadRow(f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
+        raise BadRow(f"the line is longer than {json_text.MAX_LINE_BYTES} bytes; shorten it")
     try:
         text = line.decode()
         start = 0 if text[0] == "{" else len(text) - len(text.lstrip(BLANK))
@@ -116,45 +77,55 @@ def _read_fields(
 ) -> tuple[str | None, tuple[Prompt, ...], SamplingParams]:
     """The id, the prompt and the parameters of a row; BadRow carries the id or prompt that could be read."""
     prompt_column, id_column = reading.options.prompt_column, reading.options.id_column
+    prompt, id_ = find_value(fields, prompt_column, ABSENT), find_value(fields, id_column)
     # the bytes are UTF-8, so only an escape can make a surrogate; one byte is found faster than two
     if b"\\" in line and b"\\u" in line:
-        _check_surrogates(fields, (prompt_column, id_column))
-    prompt, id_ = fields.get(prompt_column), fields.get(id_column)
+        _check_surrogates(fields, {prompt_column: prompt, id_column: id_})
     text = prompt if isinstance(prompt, str) else None
+    if isinstance(id_, float) and id_.is_integer() and abs(id_) < EXACT:
+        id_ = int(id_)  # pandas writes 7.0 if a column has nulls
     if id_ is not None and not isinstance(id_, str):
         if not isinstance(id_, int) or isinstance(id_, bool):
             reason = f"{shown(id_column)} is {_describe(id_)}; make it a string or a whole number"
             raise BadRow(reason, prompt=text)
         id_ = str(id_)
     if text is None:
-        if prompt_column not in fields:
+        if prompt is ABSENT:
             raise BadRow(describe_missing(prompt_column, "prompt_column", list(fields), "key"), id_)
-        raise BadRow(f"{shown(prompt_column)} is {_describe(prompt)}; make it a string", id_)
+        raise BadRow(f"{shown(prompt_column)} is {_describe(prompt)}; {_mend_prompt(prompt_column, prompt)}", id_)
     params = reading.params
     if reading.options.row_params:
         try:
             names = parameter_names(fields, (prompt_column, id_column))
-            params = override_params({name: fields[name] for name in names}, params) if names else params
+            if names:
+                params = override_params({name: fields[name] for name in names}, params, reading.found)
         except UsageError as error:
             raise BadRow(str(error), id_, text) from error
     return id_, (text,), params
 
 
-def _check_surrogates(fields: Fields, columns: tuple[str, str]) -> None:
+def _mend_prompt(column: str, value: object) -> str:
+    """The remedy for a prompt that is no string: the path of one within it, if there is one."""
+    inner = [key for key, item in value.items() if isinstance(item, str)] if isinstance(value, dict) else []
+    return (
+        f"name a string in it, such as {say('prompt_column', f'{column}.{inner[0]}')}" if inner else "make it a string"
+    )
+
+
+def _check_surrogates(fields: Fields, columns: Mapping[str, object]) -> None:
     """Refuse a lone surrogate, which no file can hold, in keys and in the prompt and id columns."""
-    for key, value in fields.items():
-        for text in (key, value) if key in columns and isinstance(value, str) else (key,):
-            if code := find_surrogate(text):
-                what = f"the key {shown(key)}" if text is key else shown(key)
-                raise BadRow(f"{what} has a lone surrogate ({code}), which is not a character; remove it")
+    texts = [(f"the key {shown(key)}", key) for key in fields]
+    texts += [(shown(column), value) for column, value in columns.items() if isinstance(value, str)]
+    for what, text in texts:
+        if code := find_surrogate(text):
+            raise BadRow(f"{what} has a lone surrogate ({code}), which is not a character; remove it")
 
 
 def _read_rows(
     file: BufferedReader, source: Source, reading: Reading, first_row: int
 ) -> Iterator[tuple[Request | Rejected, Fields, int]]:
     read_fields = openai.read_fields if reading.openai else _read_fields
-    for row, (number, line) in enumerate(read_lines(file, source), first_row):
-        place = f"{source.name}:{number}"
+    for row, (place, line) in enumerate(read_rows(file, source), first_row):
         item: Request | Rejected
         fields: Fields = {}
         try:
@@ -181,7 +152,7 @@ def _add_kinds(kinds: dict[str, Kind], line: bytes) -> None:
     except BadRow:
         return
     for name, kind in kinds.items():
-        if kind != MIXED and (value := fields.get(name)) is not None:
+        if kind != MIXED and (value := find_value(fields, name)) is not None:
             kinds[name] = merge_kinds(kind, kind_of(value))
 
 
@@ -191,39 +162,58 @@ def _add_kinds(kinds: dict[str, Kind], line: bytes) -> None:
 def check(source: Source, options: InputOptions) -> Found:
     """Read the first rows: a key that all of them lack is an error of the job, a key that some lack rejects rows."""
     needed = needed_columns(options)
+    wanted = {*needed.values(), *options.keep}
     keys: dict[str, None] = {}
-    problem, rows, objects = None, 0, 0
+    found: dict[str, object] = {}  # the wanted ones, with a value
+    problem, rows = None, 0
+    fields: Fields = {}
     with open_bytes(source) as (file, _):
         check_first_bytes(file, source)
-        for number, line in islice(read_lines(file, source), CHECKED_ROWS):
+        lines = read_rows(file, source)
+        for place, line in islice(lines, CHECKED_ROWS):
             rows += 1
             try:
                 fields = decode(line)
             except BadRow as bad:
-                problem = problem or f"{source.name}:{number}: {bad.reason}"
+                problem = problem or f"{place}: {bad.reason}"
                 continue
-            objects += 1
-            if objects == 1 and openai.is_batch_line(fields):
+            if not keys and openai.is_batch_line(fields):
                 return Found(list(openai.LINE_KEYS), openai=True)
             keys |= dict.fromkeys(fields)
-            if keys.keys() >= {*needed.values(), *options.keep}:
+            values = {name: find_value(fields, name, ABSENT) for name in wanted}
+            found |= {name: value for name, value in values.items() if value is not ABSENT}
+            if found.keys() >= wanted and not isinstance(found[options.prompt_column], dict):
                 break
+        is_only = rows == 1 and next(lines, None) is None
     if rows and not keys:
         problem = problem or f"write {EXAMPLE}"
+        problem += f", or pass {say('input_format')} for CSV or text" if source.where == "-" else ""
         raise InputError(f"{source.where}: none of the first {rows} rows is a JSON object with a key; {problem}")
-    for option, column in needed.items():
-        if rows and column not in keys:
-            what = describe_missing(column, option, list(keys), "key")
+    if is_only and not isinstance(found.get(options.prompt_column), str):
+        refuse_columns(fields, source, options)
+    _check_found(source, rows, list(keys), found, options)
+    return Found([*keys, *(found.keys() - keys.keys())], openai=False if rows else None)
+
+
+def _check_found(source: Source, rows: int, keys: list[str], found: Fields, options: InputOptions) -> None:
+    """InputError if no row has a column that is needed, or if the prompt is an object in the last one."""
+    for option, column in needed_columns(options).items():
+        if rows and column not in found:
+            what = describe_missing(column, option, keys, "key")
             raise InputError(f"{source.where}: in the first {rows} rows {what}")
-    return Found(list(keys), openai=False if rows else None)
+    prompt = found.get(options.prompt_column)
+    if isinstance(prompt, dict):
+        column = options.prompt_column
+        what = f"{shown(column)} is an object; {_mend_prompt(column, prompt)}"
+        raise InputError(f"{source.where}: in the first {rows} rows {what}")
 
 
-def scan(source: Source, keep: Sequence[str]) -> Scanned:
+def scan(source: Source, options: InputOptions) -> Scanned:
     rows, logprobs = 0, False
-    kinds: dict[str, Kind] = dict.fromkeys(_own_names(source, keep))
+    kinds: dict[str, Kind] = dict.fromkeys(_own_names(source, options.keep))
     with open_bytes(source) as (file, stored):
-        for rows, (_, line) in enumerate(read_lines(file, source), 1):  # noqa: B007  # counts them
-            logprobs = logprobs or b'"logprobs"' in line
+        for rows, (_, line) in enumerate(read_rows(file, source), 1):  # noqa: B007  # counts them
+            logprobs = logprobs or may_ask_logprobs(line)
             if kinds:
                 _add_kinds(kinds, line)
         return Scanned(rows, stored.digest.hexdigest(), stored.bytes, logprobs, kinds)

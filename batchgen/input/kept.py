@@ -8,6 +8,7 @@ of the input (see kind_of); if no single type holds them all, they are kept as J
 """
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -105,9 +106,13 @@ def _arrow_type(kind: Kind) -> pa.DataType:
 
 
 def _json_text(value: object) -> str | None:
+    """NaN and the infinities, which JSON has not, become null, as in an output of JSON lines."""
     if value is None:
         return None
     text = json.dumps(value, ensure_ascii=False)
+    if "NaN" in text or "Infinity" in text:  # perhaps only within a string
+        value = json.loads(text, parse_constant=lambda _: None)
+        text = json.dumps(value, ensure_ascii=False)
     return json.dumps(value) if find_surrogate(text) else text
 
 
@@ -119,9 +124,9 @@ Column: TypeAlias = pa.Field | Kind  # of one file; a Kind in JSON lines
 def kept_schema(keep: Sequence[str], sources: Sequence[Source], columns: Sequence[Mapping[str, Column]]) -> pa.Schema:
     """The fields of the kept columns, in the order of `keep`. columns: those that each source has, without folders.
 
-    Raises InputError if files disagree about a column's type; a column of nulls agrees with every type.
+    If files disagree about a column's type, it has one that holds all values, or JSON text; nulls agree with each.
     """
-    return pa.schema([_agree(name, _fields_of(name, sources, columns), sources) for name in keep])
+    return pa.schema([_agree(name, _fields_of(name, sources, columns)) for name in keep])
 
 
 def _fields_of(name: str, sources: Sequence[Source], columns: Sequence[Mapping[str, Column]]) -> list[pa.Field]:
@@ -162,13 +167,11 @@ def _is_whole(text: str) -> bool:
     return str(number) == text and -(2**63) <= number < 2**63
 
 
-def parquet_field(schema: pa.Schema, name: str, source: Source) -> pa.Field:
-    """The field of a kept Parquet column; InputError if its type cannot be written again."""
-    field = schema.field(name)
-    if not _is_stored(field):
-        raise InputError(f"{source.where}: column {shown(name)} is of type {field.type}, which cannot be kept; cast it")
+def parquet_field(name: str, field: pa.Field) -> pa.Field:
+    """The field of a kept Parquet column: its own, or JSON text if its type cannot be written again."""
     metadata = {key: value for key, value in (field.metadata or {}).items() if key != b"PARQUET:field_id"}
-    return pa.field(name, field.type, metadata=metadata or None)
+    kept = pa.field(name, field.type, metadata=metadata or None)
+    return kept if _is_stored(kept) else pa.field(name, pa.string(), metadata=JSON_TEXT)
 
 
 def _is_stored(field: pa.Field) -> bool:
@@ -181,27 +184,55 @@ def _is_stored(field: pa.Field) -> bool:
         return False
 
 
-def _agree(name: str, fields: Sequence[pa.Field], sources: Sequence[Source]) -> pa.Field:
-    """The one field of a column, from its fields in the sources; a string if all are null."""
-    typed = [(field, source) for field, source in zip(fields, sources, strict=True) if not pa.types.is_null(field.type)]
+def _agree(name: str, fields: Sequence[pa.Field]) -> pa.Field:
+    """The one field of a column that holds the values of all sources exactly; a string if all are null."""
+    typed = [field for field in fields if not pa.types.is_null(field.type)]
     if not typed:
         return pa.field(name, pa.string())
-    chosen, first = typed[0]
-    for field, source in typed:
-        if _describe(field) != _describe(chosen):
-            raise InputError(
-                f"{source.where}: column {shown(name)} is of type {_describe(field)}, and in {first.where} of type "
-                f"{_describe(chosen)}; cast one of them, or run them apart"
-            )
+    chosen = typed[0]
+    for field in typed:
+        common = _common_type(chosen.type, field.type)
+        if common is None or _is_json_text(field) != _is_json_text(chosen):
+            return pa.field(name, pa.string(), metadata=JSON_TEXT)
+        chosen = chosen.with_type(common)
     return chosen
+
+
+def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The type that holds the values of both exactly, if they are spellings of one: int32 and int64 -> int64"""
+    if a == b:
+        return a
+    a, b = _plain_type(a), _plain_type(b)
+    if pa.types.is_list(a) and pa.types.is_list(b):
+        item = _common_type(a.value_type, b.value_type)
+        return item and pa.list_(item)
+    is_exact = a == b or any(
+        is_kind(a) and is_kind(b)
+        for is_kind in (pa.types.is_signed_integer, pa.types.is_unsigned_integer, pa.types.is_floating)
+    )
+    is_exact = is_exact or (pa.types.is_integer(a) and pa.types.is_integer(b) and pa.uint64() not in (a, b))
+    is_exact = is_exact or (pa.types.is_decimal(a) and pa.types.is_decimal(b))
+    if not is_exact:
+        return None
+    schemas = [pa.schema([("k", kind)]) for kind in (a, b)]
+    return pa.unify_schemas(schemas, promote_options="permissive").field("k").type
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """The usual one of the types that hold the same values."""
+    if pa.types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_string(kind) or pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
+        return pa.large_binary()
+    if pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_type)
+    return kind
 
 
 def _is_json_text(field: pa.Field) -> bool:
     return (field.metadata or {}).get(b"batchgen") == JSON_TEXT["batchgen"].encode()
-
-
-def _describe(field: pa.Field) -> str:
-    return "JSON of several types" if _is_json_text(field) else str(field.type)
 
 
 # ---- the values of a batch of rows
@@ -219,6 +250,28 @@ def text_array(values: list[object], field: pa.Field, source: Source) -> pa.Arra
         raise InputError(f"{source.where}: {what}; {remedy}") from error
 
 
+def converted(array: pa.Array, own: pa.Field, field: pa.Field) -> pa.Array:
+    """A column of one file as the type that it has over all files."""
+    if pa.types.is_null(array.type) or (array.type == field.type and _is_json_text(own) >= _is_json_text(field)):
+        return array
+    if not _is_json_text(field):
+        return array.cast(field.type)
+    return pa.array([_json_text(_json_value(value)) for value in array.to_pylist()], field.type)
+
+
+def _json_value(value: object) -> object:
+    """A value of Arrow as JSON has it, in the spelling that files share: 7.0 -> 7; dates and the like become text."""
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT:
+        return int(value)
+    if isinstance(value, bytes):
+        return b64encode(value).decode()
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
 def kept_batch(source: Source, schema: pa.Schema, arrays: Mapping[str, pa.Array], length: int) -> pa.Table:
     """All kept columns of `length` rows: the arrays of the file's own columns, values of its folders, or nulls."""
     folders = dict(source.partition)
@@ -227,15 +280,18 @@ def kept_batch(source: Source, schema: pa.Schema, arrays: Mapping[str, pa.Array]
         array = arrays.get(field.name)
         if array is None or pa.types.is_null(array.type):
             text = None if array is not None else folders.get(field.name)
-            array = _repeat(text, field.type, length)
+            array = _repeat(text, field, length)
         columns.append(array)
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _repeat(text: str | None, type_: pa.DataType, length: int) -> pa.Array:
+def _repeat(text: str | None, field: pa.Field, length: int) -> pa.Array:
     if text is None:
-        return pa.nulls(length, type_)
-    return pa.repeat(pa.scalar(int(text) if pa.types.is_int64(type_) else text, type_), length)
+        return pa.nulls(length, field.type)
+    value: object = int(text) if _is_whole(text) and not pa.types.is_large_string(field.type) else text
+    if _is_json_text(field):
+        value = _json_text(value)
+    return pa.repeat(pa.scalar(str(value) if pa.types.is_string(field.type) else value, field.type), length)
 
 
 # ---- from the input to the worker

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from batchgen.errors import UsageError
 from batchgen.input.formats import BadRow, Reading
-from batchgen.input.parameters import PARAMETERS, find_misspelled, override_params
+from batchgen.input.parameters import apply_values, count_escapes, read_member
 from batchgen.input.words import find_surrogate
 from batchgen.options import shown
 from batchgen.types import SamplingParams
@@ -16,9 +16,7 @@ URL = "/v1/completions"
 MAX_CHOICES = 2048  # of one line, OpenAI's limit for its prompts
 LINE_KEYS = ("custom_id", "method", "url", "body")
 
-_IGNORED = {"model", "user"}  # the run has its own model
-# fields that are not supported, with the values that change nothing
-_NEUTRAL: dict[str, tuple[object, ...]] = {"best_of": (1,), "stream": (False,), "stream_options": (), "suffix": ("",)}
+_NOT_PARAMETERS = {"prompt", "model", "user", "metadata", "service_tier", "request_id"}  # the run has its own model
 
 Fields: TypeAlias = dict[str, object]  # a JSON object
 Prompt: TypeAlias = str | tuple[int, ...]
@@ -38,9 +36,11 @@ def read_fields(
     if id_ and (first := reading.custom_ids.setdefault(id_, place)) != place:
         raise BadRow(f"custom_id {shown(id_)} is that of {first} too; rename one", id_)
     try:
-        return id_, *read_batch_line(fields, reading.params)
+        prompts, params = read_batch_line(fields, reading.params)
     except UsageError as error:
         raise BadRow(str(error), id_) from error
+    count_escapes(params, reading.params, reading.found)
+    return id_, prompts, params
 
 
 def read_batch_line(fields: Fields, params: SamplingParams) -> tuple[tuple[Prompt, ...], SamplingParams]:
@@ -49,9 +49,8 @@ def read_batch_line(fields: Fields, params: SamplingParams) -> tuple[tuple[Promp
     body = fields["body"]
     if not isinstance(body, dict):
         raise UsageError('body is not an object; write {"prompt": ..., "max_tokens": ...}')
-    for name, value in body.items():
-        _check_field(name, value)
-    own = override_params({name: value for name, value in body.items() if name in PARAMETERS}, params)
+    members = ((name, value) for name, value in body.items() if name not in _NOT_PARAMETERS)
+    own = apply_values((one for name, value in members for one in read_member(name, name, value)), params)
     if own.echo and own.logprobs is not None:
         raise UsageError("echo with logprobs is not supported (those of a prompt are not computed); leave one out")
     prompts = _read_prompts(body.get("prompt"))
@@ -74,17 +73,6 @@ def _check_line(fields: Fields) -> None:
         raise UsageError(f"url {shown(fields.get('url'))} is not supported; write {URL}")
     if "body" not in fields:
         raise UsageError('no body; write {"prompt": ...}')
-
-
-def _check_field(name: str, value: object) -> None:
-    if name in PARAMETERS or name in _IGNORED or name == "prompt":
-        return
-    if name in _NEUTRAL:
-        if value is not None and value not in _NEUTRAL[name]:
-            raise UsageError(f"{name} {shown(value)} is not supported; leave it out")
-        return
-    near = find_misspelled(name)
-    raise UsageError(f"{name[:40]!r} is not supported; " + (f"did you mean {near!r}?" if near else "leave it out"))
 
 
 def _check_text(name: str, text: str) -> None:

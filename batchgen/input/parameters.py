@@ -1,17 +1,29 @@
-"""Parameters that a row gives for itself, under the names of SamplingParams; they win over those of the job.
+"""Parameters that a row gives for itself; they win over those of the job.
+
+They are columns with the names of SamplingParams, or members of an object such as `sampling_params`, which may also
+have the names of vLLM, Text Generation Inference and Transformers. Whatever else such an object asks for is an error.
 
 Other columns belong to the user, with one exception: a name that can only be a misspelled parameter is an error.
 Otherwise a row with `max_token` would silently get the default, and nobody would notice for a million rows.
 """
 
+import ast
+import io
+import itertools
 import json
-from collections.abc import Callable, Container, Iterable, Mapping
+import re
+import tokenize
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
 
 from batchgen.errors import UsageError
-from batchgen.types import SamplingParams
+from batchgen.files import parse_json, unique_keys
+from batchgen.options import find_escape, say, shown
+from batchgen.types import RowParameters, SamplingParams
 
 PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 
@@ -26,7 +38,69 @@ ALIASES = {
     "stop_words": "stop",
     "include_stop_str_in_output": "include_stop",
     "bad_words_ids": "bad_words",
+    "num_predict": "max_tokens",
+    "n_predict": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "max_tokens_to_sample": "max_tokens",
+    "max_gen_toks": "max_tokens",
+    "max_gen_len": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "return_full_text": "echo",
 }
+# what other libraries have and SamplingParams has not, with the values that ask for nothing; null is always one
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "best_of": (1,),  # or n
+    "do_sample": (),  # as temperature says
+    "use_beam_search": (False,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "diversity_penalty": (0,),
+    "penalty_alpha": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "no_repeat_ngram_size": (0,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "allowed_token_ids": ([],),
+    "logits_processors": ([],),
+    "guided_decoding": (),
+    "structured_outputs": (),
+    "response_format": ({"type": "text"},),
+}
+# more of them, whose names a user's own column may have
+NEUTRAL_MEMBERS: dict[str, tuple[object, ...]] = {
+    "stream": (False,),
+    "suffix": ("",),
+    "store": (False,),
+    "priority": (0,),
+    "add_special_tokens": (True,),
+    "detokenize": (True,),
+    "details": (False,),
+    "decoder_input_details": (False,),
+    "top_n_tokens": (0,),
+    "watermark": (False,),
+    "use_cache": (True, False),
+    "extra_args": ({},),
+    "extra_body": ({},),
+    "stream_options": ({},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "top_logprobs": (0,),
+    "output_kind": (0,),
+}
+# columns whose values are objects of parameters, in any style; of the others, if they have the name of a parameter
+_SURE_OBJECT = re.compile(
+    r"(?:sampling|sampler|generation|generate|gen|textgeneration|decoding|decode|inference)"
+    r"(?:params|parameters|options|config|kwargs|args|settings)"
+)
+_MAYBE_OBJECT = re.compile(r"(?:model|request|completion|llm)?(?:params|parameters|options)|modelkwargs|extrabody")
+# an output of batchgen has all of these; what it says of seed and the like is no wish but a result
+_OUTPUT = frozenset(("row", "sample", "completion", "finish_reason", "status", "parameters"))
+_RESULTS = ("seed", "logprobs", "parameters")
 _SIMILAR = 0.9  # accepts `max_token` and `temprature`, but not `n_tokens`
 _SHORTEST = 7  # shorter names may differ only in case and separators: `speed` is not a misspelled `seed`
 
@@ -55,36 +129,200 @@ def _find_similar(name: str) -> str | None:
     return next(iter(get_close_matches(name.casefold(), _LONG, n=1, cutoff=_SIMILAR)), None)
 
 
+def find_results(names: Iterable[str]) -> tuple[str, ...]:
+    """The columns that are results and no parameters, if these columns are those of an output of batchgen."""
+    present = set(names)
+    return tuple(name for name in _RESULTS if name in present) if present >= _OUTPUT else ()
+
+
+_LOGPROBS = re.compile(rb"[\"']logprobs\\*[\"']\s*:")
+_OUTPUT_KEYS = [f'"{name}"'.encode() for name in sorted(_OUTPUT)]
+
+
+def may_ask_logprobs(line: bytes) -> bool:
+    """Whether a line of JSON may have the parameter logprobs, at any depth."""
+    return b"logprobs" in line and bool(_LOGPROBS.search(line)) and not all(key in line for key in _OUTPUT_KEYS)
+
+
 def parameter_names(names: Iterable[str], not_parameters: Container[str] = ()) -> tuple[str, ...]:
-    """The names that are parameters; UsageError for one that is misspelled."""
+    """The columns that are parameters, or may be objects of them; UsageError for one that is misspelled."""
+    names = list(names)
     found = []
+    results = find_results(names)
     for name in names:
-        if name in not_parameters:
+        if name in not_parameters or name in results:
             continue
-        if name in PARAMETERS:
+        if name in PARAMETERS or name in NEUTRAL or is_object(name):
             found.append(name)
         elif near := find_misspelled(name):
             raise UsageError(f"{name!r} is not a parameter; did you mean {near!r}? rename it")
     return tuple(found)
 
 
-def override_params(values: Mapping[str, object], base: SamplingParams) -> SamplingParams:
+# ---- from the values of a row to SamplingParams
+
+
+def is_object(name: str) -> bool:
+    """Whether a column of this name may hold an object of parameters: `sampling_params`, `samplingParams`."""
+    return len(name) <= 64 and _is_plain_object(name)
+
+
+@lru_cache(maxsize=4096)
+def _is_plain_object(name: str) -> bool:
+    return _is_sure(name) or _MAYBE_OBJECT.fullmatch(_without_style(name)) is not None
+
+
+def _is_sure(name: str) -> bool:
+    """Whether all that a column of this name asks for is a parameter, known here or not."""
+    return _SURE_OBJECT.fullmatch(_without_style(name)) is not None
+
+
+MAX_TEXT = 2**16  # characters of an object that is written as text
+_MENTION = re.compile(r"\b(\w{1,64})\b[\\\"']*\s*[:=]")
+_SYNTAX = re.compile(r"[\[({=:]|\s-?\d")  # of what may be parameters
+
+
+def _is_known(name: object) -> bool:
+    if not isinstance(name, str):
+        return False
+    known = name in PARAMETERS or name in ALIASES or name in NEUTRAL or is_object(name)
+    return known or find_misspelled(name) is not None
+
+
+def _is_mentioned(column: str, name: str) -> bool:
+    """Whether `name:` or `name=` in a text means a parameter; `n = 3` may be one of a question's options."""
+    return _is_known(name) and (len(name) > 4 or column != "options")
+
+
+def _read_object(column: str, value: object) -> Mapping[object, object]:
+    """The parameters in a column that may hold them; empty if it holds something else.
+
+    It may be an object, its text in JSON or as Python writes a dict, or a map column of Parquet, which gives pairs.
+    UsageError if it is none of these and asks for something.
+    """
+    found, is_sure = value, _is_sure(column)
+    if isinstance(value, str):
+        found = _parse_object(value[:MAX_TEXT])
+    elif isinstance(value, list) and value and all(_is_pair(pair) and isinstance(pair[0], str) for pair in value):
+        found = dict(value)
+    if isinstance(found, Mapping):
+        return found if is_sure or any(map(_is_known, found)) else {}
+    text = value if isinstance(value, str) else "" if isinstance(value, bool) or not value else repr(value)
+    asks = is_sure and (text != value or _SYNTAX.search(text))  # a single word is a name that the user gave them
+    if text and (asks or any(_is_mentioned(column, match[1]) for match in _MENTION.finditer(text))):
+        remedy = f'write {{"max_tokens": 8}} or pass {say("row_params", False)}'
+        raise UsageError(f"{column} {shown(value)} is not an object that can be read; {remedy}")
+    return {}
+
+
+def _parse_object(text: str) -> object:
+    """A dict; None for any other text."""
+    value: object = None
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError), warnings.catch_warnings(action="ignore"):
+        if text.lstrip().startswith("{"):
+            try:
+                value = parse_json(text)
+            except json.JSONDecodeError:
+                value = ast.literal_eval(text.strip())
+    return value if isinstance(value, dict) else None
+
+
+def _flatten(values: Mapping[str, object]) -> Iterator[tuple[str, str, object]]:
+    """Each value that is not null: where it is written, its name, and itself; UsageError for a member without a use."""
+    for column, value in values.items():
+        if not is_object(column):
+            yield from read_member(column, column, value)
+            continue
+        if value is None:
+            continue
+        for name, member in _read_object(column, value).items():
+            yield from read_member(f"{column}.{name}", str(name), member)
+
+
+def read_member(where: str, name: str, value: object) -> Iterator[tuple[str, str, object]]:
+    """One member of an object of parameters, under its name here, or none if it is null; UsageError if not known."""
+    if value is None or (name == "logprobs" and value is False):
+        return
+    if name not in PARAMETERS and name not in ALIASES and name not in NEUTRAL and name not in NEUTRAL_MEMBERS:
+        near = find_misspelled(name)
+        remedy = f"did you mean {near!r}?" if near else "leave it out"
+        if where != name:
+            remedy += f" or pass {say('row_params', False)}"
+        raise UsageError(f"{where[:80]!r} is not supported; {remedy}")
+    yield where, ALIASES.get(name, name), value
+
+
+def override_params(
+    values: Mapping[str, object], base: SamplingParams, found: RowParameters | None = None
+) -> SamplingParams:
     """The base with a row's values in place of its own; null changes nothing. Raises UsageError by name."""
-    changes = {name: _read(name, value) for name, value in values.items() if value is not None}
-    return replace(base, **changes) if changes else base  # type: ignore[arg-type]  # SamplingParams checks each
+    given = list(_flatten(values))
+    params = apply_values(given, base)
+    if found is not None and given:
+        found.taken.update({where.partition(".")[0] for where, name, _ in given if name in PARAMETERS})
+        count_escapes(params, base, found)
+    return params
+
+
+def count_escapes(params: SamplingParams, base: SamplingParams, found: RowParameters) -> None:
+    """Note the escapes in a row's own stop strings, such as a backslash and an n, which are no line feed."""
+    if params.stop != base.stop:
+        found.escaped.update({escape for text in params.stop if (escape := find_escape(text))})
+
+
+def apply_values(given: Iterable[tuple[str, str, object]], base: SamplingParams) -> SamplingParams:
+    """The base with these values: where each is written, its name, and itself. UsageError if two of them differ."""
+    changes: dict[str, object] = {}
+    places: dict[str, str] = {}
+    for where, name, value in given:
+        value = _read(name, value)
+        if name in places and not _is_equal(changes[name], value):
+            raise UsageError(f"{places[name]} {shown(changes[name])} and {where} {shown(value)} differ; keep one")
+        changes[name], places[name] = value, where
+    other = {name: changes.pop(name) for name in list(changes) if name not in PARAMETERS}
+    params = replace(base, **changes) if changes else base  # type: ignore[arg-type]  # SamplingParams checks each
+    for name, value in other.items():
+        _check_neutral(name, value, places[name], params)
+    return params
+
+
+def _is_equal(a: object, b: object) -> bool:
+    try:
+        return a == b
+    except RecursionError:  # nested too deeply for any parameter
+        return False
+
+
+def _check_neutral(name: str, value: object, where: str, params: SamplingParams) -> None:
+    """Raise UsageError for a value that asks for what is not supported."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.casefold(), value)  # as pandas writes them in CSV
+    if name == "do_sample" and value == params.greedy:
+        remedy = "set temperature to 0" if params.greedy is False else "set temperature above 0"
+        raise UsageError(f"{where} {shown(value)} and temperature {params.temperature} contradict; {remedy}")
+    neutral = {"best_of": (1, params.n), "do_sample": (True, False)}.get(name) or (NEUTRAL | NEUTRAL_MEMBERS)[name]
+    if value not in neutral:
+        raise UsageError(f"{where} {shown(value)} is not supported; leave it out")
 
 
 # ---- how JSON, Parquet and CSV write the values of a type
 
 
 def _read(name: str, value: object) -> object:
-    read = _READERS.get(_TYPES[name])
+    read = _READERS.get(_TYPES.get(name))
     return value if read is None else read(name, value)
 
 
 def _read_whole(name: str, value: object) -> object:
     """40.0 -> 40: pandas writes whole numbers so if a column has nulls."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _read_texts(_name: str, value: object) -> object:
+    """["a", ""] -> ["a"], "" -> []: an empty stop string asks for nothing."""
+    if isinstance(value, str):
+        value = [value]
+    return [text for text in value if text != ""] if isinstance(value, list | tuple) else value
 
 
 def _read_biases(name: str, value: object) -> object:
@@ -111,20 +349,71 @@ def _is_pair(value: object) -> bool:
 _READERS: dict[object, Callable[[str, object], object]] = {
     int: _read_whole,
     int | None: _read_whole,
+    tuple[str, ...]: _read_texts,
     tuple[tuple[int, float], ...]: _read_biases,
 }
 _TYPES: dict[str, object] = {field.name: field.type for field in fields(SamplingParams)}
 
 
-def parse_text(name: str, text: str) -> object:
-    """A parameter in a field of CSV: JSON, but strings need no quotes, and an empty field is null.
+_BOOLEANS = {"true": True, "t": True, "1": True, "1.0": True, "false": False, "f": False, "0": False, "0.0": False}
+_NULLS = {"NA", "<NA>", "None", "null", "NULL", r"\N"}  # in R, pandas, JSON, SQL, its dumps
+_BRACKETED = re.compile(r"\s*(?:(?:c|list|tuple|set|frozenset)\s*\(|[\[({])(.*)[\])}]\s*", re.DOTALL)
+_DECIMAL = re.compile(r"-?(?:\.\d{1,17}|[1-9]\d{0,14}\.)")  # .5 and 2., as Oracle and R write them and JSON does not
+# what is a list, whole or damaged: [ or a function of R or Python, a bracket before a quote, a pair of braces, strings
+# between commas
+_LIKE_A_LIST = re.compile(
+    r"""\s*(?:\[|(?:\w+\.)?(?:c|list|tuple|set|frozenset|array|deque|character|Series)\s*\(|[({]\s*['")]|\{.*\}\s*\Z|"""
+    r"""(?:"[^"]*"|'[^']*')(?:(?:\s++|(?=,))(?:,\s*+)?(?:"[^"]*"|'[^']*'))+\s*\Z)""",
+    re.DOTALL,
+)
+_NO_LITERAL = (ValueError, SyntaxError, tokenize.TokenError, Warning, MemoryError, RecursionError)
+_MAX_LITERAL = 2**20  # characters; more than any list of parameters has
 
-    "0.8" -> 0.8, "" -> None, '["a", "b"]' -> ["a", "b"]; for stop and bad_words, which are text, "5" -> "5"
+
+def parse_text(name: str, text: str) -> object:
+    """A parameter in a field of CSV: as JSON, Python, pandas or R write it; strings need no quotes, empty is null.
+
+    "0.8" -> 0.8; "TRUE" -> True; "['a', 'b']", 'c("a", "b")' -> ["a", "b"]; for stop and bad_words "5" -> "5"
+    Raises UsageError for a text that may be a list or null, if a string is taken; else SamplingParams refuses it.
     """
-    if not text or (_TYPES[name] == tuple[str, ...] and not text.startswith("[")):
+    if is_object(name):
         return text or None
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError):
-        return text  # SamplingParams refuses it by name
+    kind, plain = _TYPES.get(name), text.strip()
+    if not text or (plain in _NULLS and kind != tuple[str, ...]):
+        return None
+    if kind is bool:
+        return _BOOLEANS.get(plain.lower(), text)
+    if kind == tuple[str, ...] and not _LIKE_A_LIST.match(text):
+        if plain in _NULLS or plain.lower() == "nan":
+            raise UsageError(f'{name} {text!r} is out of range (a text: leave it empty for none, or write ["{plain}"])')
+        return text
+    if kind in (int, float) and _DECIMAL.fullmatch(plain):
+        return float(plain)
+    bracketed = None if name == "logit_bias" else _BRACKETED.fullmatch(text)
+    value = _read_literal(f"[{bracketed[1]}]" if bracketed else text, python=str(kind).startswith("tuple"))
+    if kind == tuple[str, ...] and (isinstance(value, str) or plain in ("()", "{}")):
+        remedy = 'write a list as ["a", "b"], and a text that begins like a list in one'
+        raise UsageError(f"{name} {shown(text)} is out of range ({remedy})")
     return value
+
+
+def _read_literal(text: str, python: bool) -> object:
+    """The value of a text in JSON, or in Python; the text itself if it has none."""
+    value: object = text
+    try:
+        value = json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError:
+        if python and len(text) <= _MAX_LITERAL:
+            with suppress(*_NO_LITERAL), warnings.catch_warnings():
+                warnings.simplefilter("error")  # an escape that Python does not know
+                value = text if _has_neighbours(text) else ast.literal_eval(text.strip())
+    except (ValueError, RecursionError):
+        pass
+    return value
+
+
+def _has_neighbours(text: str) -> bool:
+    """Whether two strings have no comma between them: a list by NumPy, ['a' 'b'], which Python reads as ['ab']."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    kinds = [token.type for token in tokens if token.type not in (tokenize.NL, tokenize.COMMENT)]
+    return any(a == b == tokenize.STRING for a, b in itertools.pairwise(kinds))

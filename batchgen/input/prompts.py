@@ -8,24 +8,32 @@ Each file is opened three times in a run: to check it, to scan it, and to read i
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pyarrow as pa
 
-from batchgen.errors import InputError
-from batchgen.input import csv_files, jsonl, parquet
-from batchgen.input.formats import Format, Found, Reading, Rows
-from batchgen.input.kept import kept_schema, pack_kept
+from batchgen.errors import InputError, UsageError
+from batchgen.input import csv_files, jsonl, parquet, text_lines
+from batchgen.input.formats import Format, Found, Reading, Rows, Scanned, folder_parameters
+from batchgen.input.kept import Column, kept_schema, pack_kept
+from batchgen.input.parameters import PARAMETERS, find_results, override_params
 from batchgen.input.sources import Source, check_unchanged, find_sources, local_paths
 from batchgen.input.validation import Check
 from batchgen.input.words import describe_missing
 from batchgen.job import InputOptions
-from batchgen.types import Chunk, Rejected, Request, SamplingParams
+from batchgen.options import say
+from batchgen.types import MAX_INT, Chunk, Rejected, Request, RowParameters, SamplingParams
 
-FORMATS: dict[str, Format] = {"jsonl": jsonl, "csv": csv_files, "tsv": csv_files, "parquet": parquet}
+FORMATS: dict[str, Format] = {
+    "jsonl": jsonl,
+    "csv": csv_files,
+    "tsv": csv_files,
+    "parquet": parquet,
+    "txt": text_lines,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,8 @@ class Facts:
     bytes: int
     logprobs: bool  # a row may ask for them
     kept: pa.Schema  # of the kept columns
+    files: tuple[str, ...] = ()  # of several files, 16 digits of the SHA-256 of each, folders included
+    names: tuple[str, ...] = field(default=(), compare=False)  # of the files, for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,7 @@ class Prompts:
     options: InputOptions
     sources: tuple[Source, ...]
     openai: bool  # made of OpenAI's batch files
+    row_parameters: RowParameters = field(default_factory=RowParameters)  # of the rows that were read last
 
     @classmethod
     def open(cls, options: InputOptions, spool: Path | None = None) -> "Prompts":
@@ -70,9 +81,13 @@ class Prompts:
         """
         sources = find_sources(options.files, options.format, spool)
         found = [FORMATS[source.format].check(source, options) for source in sources]
+        for source in sources:
+            _with_folders(source, options, SamplingParams(max_tokens=MAX_INT))
         openai = _agree_on_openai(sources, found)
         _check_kept(options, sources, found)
-        return cls(options, sources, openai)
+        results = dict.fromkeys(name for one in found if options.row_params for name in find_results(one.names))
+        folders = dict.fromkeys(folder for one in sources if options.row_params for folder in _folders_above(one))
+        return cls(options, sources, openai, RowParameters(results=tuple(results), folders=tuple(folders)))
 
     @property
     def local_paths(self) -> list[Path]:
@@ -83,15 +98,19 @@ class Prompts:
         """Read every file once; InputError if packed data is damaged or a file has changed."""
         scanned = []
         for source in self.sources:
-            scanned.append(FORMATS[source.format].scan(source, self.options.keep))
+            scanned.append(FORMATS[source.format].scan(source, self.options))
             check_unchanged(source)
+        lines = [_line(source, one.sha256) for source, one in zip(self.sources, scanned, strict=True)]
         return Facts(
             formats=tuple(sorted({source.format for source in self.sources})),
             rows=sum(one.rows for one in scanned),
-            sha256=_combine(self.sources, [one.sha256 for one in scanned]),
+            sha256=scanned[0].sha256 if lines == [scanned[0].sha256] else _hash("".join(f"{line}\n" for line in lines)),
             bytes=sum(one.bytes for one in scanned),
-            logprobs=any(one.logprobs for one in scanned),
-            kept=kept_schema(self.options.keep, self.sources, [one.columns for one in scanned]),
+            logprobs=any(one.logprobs for one in scanned)
+            or any("logprobs" in folder_parameters(source, self.options) for source in self.sources),
+            kept=kept_schema(self.options.keep, *_with_rows(self.sources, scanned)),
+            files=tuple(_hash(line)[:16] if " " in line else line[:16] for line in lines) if len(lines) > 1 else (),
+            names=tuple(source.name for source in self.sources),
         )
 
     def requests(self, params: SamplingParams) -> Iterator[Request | Rejected]:
@@ -115,13 +134,36 @@ class Prompts:
 
     def _read(self, params: SamplingParams, kept: pa.Schema) -> Iterator[Rows]:
         """Yield all rows, in batches of bounded size."""
-        reading = Reading(self.options, params, kept, self.openai)
+        found = self.row_parameters
+        found.taken.clear()
+        found.escaped.clear()
+        reading = Reading(self.options, params, kept, self.openai, found)
         first_row = 0
         for source in self.sources:
-            for rows in FORMATS[source.format].read(source, reading, first_row):
+            own = replace(reading, params=_with_folders(source, self.options, params))
+            names = folder_parameters(source, self.options)
+            for rows in FORMATS[source.format].read(source, own, first_row):
+                found.taken.update(dict.fromkeys(names, len(rows.items)))
                 yield rows
                 first_row += len(rows.items)
             check_unchanged(source)
+
+
+def _folders_above(source: Source) -> Iterator[str]:
+    """The folders like seed=3 that a file is in and that are none of its columns."""
+    for folder in PurePath(source.where).parts[:-1]:
+        name, _, value = folder.partition("=")
+        if value and name in PARAMETERS and name not in dict(source.partition):
+            yield folder
+
+
+def _with_folders(source: Source, options: InputOptions, params: SamplingParams) -> SamplingParams:
+    """The parameters of a file's rows that have none of their own."""
+    try:
+        return override_params(folder_parameters(source, options), params)
+    except UsageError as error:
+        remedy = f"rename the folder or pass {say('row_params', False)}"
+        raise InputError(f"{source.where}: {error}; {remedy}") from error
 
 
 def _agree_on_openai(sources: Sequence[Source], found: Sequence[Found]) -> bool:
@@ -145,15 +187,22 @@ def _check_kept(options: InputOptions, sources: Sequence[Source], found: Sequenc
             raise InputError(f"{sources[0].where}{more}: {describe_missing(column, 'keep', list(names), 'column')}")
 
 
-def _combine(sources: Sequence[Source], hashes: Sequence[str]) -> str:
-    """The SHA-256 of an input from those of its files; see Facts."""
-    if len(sources) == 1 and not sources[0].partition:
-        return hashes[0]
-    digest = hashlib.sha256()
-    for source, sha256 in zip(sources, hashes, strict=True):
-        folders = f" {json.dumps(source.partition)}" if source.partition else ""
-        digest.update(f"{sha256}{folders}\n".encode())
-    return digest.hexdigest()
+def _with_rows(
+    sources: Sequence[Source], scanned: Sequence[Scanned]
+) -> tuple[list[Source], list[Mapping[str, Column]]]:
+    """The files and the kept columns of each, of those that have rows, if any has: others have no types."""
+    pairs = [(source, one.columns) for source, one in zip(sources, scanned, strict=True) if one.rows]
+    pairs = pairs or [(source, one.columns) for source, one in zip(sources, scanned, strict=True)]
+    return [source for source, _ in pairs], [columns for _, columns in pairs]
+
+
+def _line(source: Source, sha256: str) -> str:
+    """What a file counts for in an input of several files; see Facts."""
+    return f"{sha256} {json.dumps(source.partition)}" if source.partition else sha256
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _regroup(batches: Iterable[Rows], cut: Cut) -> Iterator[list[Rows]]:

@@ -7,8 +7,10 @@ order given; the files of a glob or a directory are sorted by path, byte by byte
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -18,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
@@ -29,7 +31,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
-from batchgen.files import STATUS_SUFFIX, WORK_SUFFIX
+from batchgen.files import PLAN_SUFFIX, STATUS_SUFFIX, WORK_SUFFIX
+from batchgen.input.tables import PATTERNS, folders_of, refuse_tables
 from batchgen.input.words import find_nearest, first_line
 from batchgen.job import Files
 from batchgen.options import say
@@ -44,10 +47,18 @@ SUFFIXES = {
     ".json": "jsonl",
     ".csv": "csv",
     ".tsv": "tsv",
+    ".txt": "txt",  # a prompt a line; in a directory, where it may be a README.txt, only if named
 }
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 2**20
 REMOTE_BUFFER_BYTES = 8 * 2**20  # of one request
+LONG_WINDOW = "packed with a zstd window of more than 128 MiB; unpack it first: zstd -d --long=31"
+# of a file or a stream of Arrow, which have one suffix
+_TO_PARQUET = (
+    "import pyarrow as a, pyarrow.parquet as p; f = a.memory_map(%s); start = f.read(6); f.seek(0); "
+    'table = (a.ipc.open_file if start == b"ARROW1" else a.ipc.open_stream)(f).read_all(); '
+    'p.write_table(table, "prompts.parquet")'
+)
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 # raised by a decompressor if bytes are damaged, truncated, or not compressed
@@ -220,8 +231,14 @@ def check_unchanged(source: Source) -> None:
         )
 
 
+def needs_long_window(error: Exception) -> bool:
+    return "requires too much memory" in str(error)  # zstd's words
+
+
 def read_error(source: Source, line: int, error: Exception) -> InputError:
     """The error to raise when reading or unpacking fails at a line with one of UNPACKING_ERRORS."""
+    if needs_long_window(error):
+        return InputError(f"{source.where}: {LONG_WINDOW} {shlex.quote(source.where)}")
     if source.packing and not getattr(error, "errno", None):
         what = f"the {source.packing} data is truncated or damaged here ({first_line(error)})"
         return InputError(f"{source.name}:{line}: {what}; fetch or pack the file again")
@@ -236,11 +253,11 @@ def find_sources(files: Files, input_format: str = "auto", spool: Path | None = 
 
     A file is given as a path, a glob, a directory, an address that pyarrow reads (`s3://bucket/key`), or `-`: standard
     input, which is copied to a nameless file in the folder `spool` (default: the system's). Among several files a
-    status file is skipped: the shell includes it in *.json.
+    status file or a plan is skipped: the shell includes it in *.json.
     """
     given = [files] if isinstance(files, str | Path) else list(files)
     if len(given) > 1:
-        given = [file for file in given if not str(file).endswith(STATUS_SUFFIX)]
+        given = [file for file in given if not str(file).endswith((STATUS_SUFFIX, PLAN_SUFFIX))]
     sources = [source for file in given for source in _find(os.fspath(file), input_format, spool)]
     if not sources:
         raise InputError("no input; name a file, a directory, a glob, or - for standard input")
@@ -292,6 +309,10 @@ def _packing_and_format(where: str, input_format: str) -> tuple[str, str]:
     if packing:
         suffix = name.rpartition(".")[2] if "." in name else ""
     format_ = SUFFIXES.get(f".{suffix}") if input_format == "auto" else input_format
+    if suffix in ("arrow", "feather", "ipc") and format_ is None:
+        raise InputError(
+            f"{where}: an Arrow file; write it as Parquet: python -c {shlex.quote(_TO_PARQUET % json.dumps(where))}"
+        )
     if format_ is None or (packing and format_ == "parquet"):
         *most, last = SUFFIXES
         raise InputError(
@@ -337,7 +358,15 @@ def _find_local(path: Path, input_format: str) -> list[Source]:
     _check_exists(path)
     if path.is_dir():
         return _find_directory(path, input_format)
+    _refuse_local_tables([path])
     return [_find_file(path, input_format)]
+
+
+def _refuse_local_tables(paths: Sequence[Path]) -> None:
+    files = [os.path.realpath(path) for path in paths]
+    refuse_tables(
+        files, (log for one in folders_of(files) for name in PATTERNS for log in glob(f"{escape(one)}/{name}"))
+    )
 
 
 def _find_file(path: Path, input_format: str, root: Path | None = None) -> Source:
@@ -377,6 +406,7 @@ def _find_glob(pattern: Path, input_format: str) -> list[Source]:
     if not files:
         only = "only directories match (a pattern for the files in them ends in /*.parquet)" if paths else "no match"
         raise InputError(f"{pattern}: {only}; check the pattern, and that {root} is the folder")
+    _refuse_local_tables(files)
     return [_find_file(path, input_format, root) for path in files]
 
 
@@ -385,7 +415,17 @@ def _find_directory(folder: Path, input_format: str) -> list[Source]:
     paths.sort(key=lambda path: os.fsencode(str(path.relative_to(folder))))
     if not paths:
         raise InputError(f"{folder}: no file in this directory (hidden ones and _SUCCESS do not count); name another")
+    _refuse_local_tables(paths)
+    if input_format == "auto":
+        _refuse_text(str(folder), map(str, paths))
     return [replace(_find_file(path, input_format, folder), folder=folder) for path in paths]
+
+
+def _refuse_text(folder: str, paths: Iterable[str]) -> None:
+    for path in paths:
+        if Path(path.removesuffix(".gz").removesuffix(".zst")).suffix.lower() == ".txt":
+            remedy = f"name such files with a glob ({folder}/*.txt), or pass {say('input_format', 'txt')}"
+            raise InputError(f"{path}: is this text a prompt a line, or a note about the others? {remedy}")
 
 
 def _list_files(folder: Path, above: frozenset[Path]) -> list[Path]:
@@ -409,7 +449,7 @@ def _list_files(folder: Path, above: frozenset[Path]) -> list[Path]:
 
 def _is_skipped(parts: Iterable[str]) -> bool:
     """Whether a path is not an input: hidden files, _SUCCESS, _metadata, and what a run keeps beside its output."""
-    beside = (WORK_SUFFIX, STATUS_SUFFIX)
+    beside = (WORK_SUFFIX, STATUS_SUFFIX, PLAN_SUFFIX)
     return any(part.startswith((".", "_")) or part.endswith(beside) for part in parts if part != "..")
 
 
@@ -429,7 +469,10 @@ def _find_remote(uri: str, input_format: str) -> list[Source]:
         filesystem, path = pafs.FileSystem.from_uri(uri)
         if isinstance(filesystem, pafs.LocalFileSystem):
             return _find_local(Path(path), input_format)
-        found = _list_remote(filesystem, path.rstrip("/"))
+        found, listed = _list_remote(filesystem, path.rstrip("/"))
+        _refuse_remote_tables(filesystem, f"{scheme}://", [info.path for info, _ in found], listed)
+        if input_format == "auto" and "*" not in path and listed[0] not in [info.path for info, _ in found]:
+            _refuse_text(address, (f"{scheme}://{info.path}" for info, _ in found))
     except pa.ArrowInvalid as error:
         remedy = "download the file, or use s3://, gs://, abfs://, hdfs:// or file:// (a space is %20)"
         raise InputError(f"{address}: this address cannot be read ({first_line(error)}); {remedy}") from error
@@ -445,19 +488,36 @@ def _find_remote(uri: str, input_format: str) -> list[Source]:
     return sources
 
 
-def _list_remote(filesystem: pafs.FileSystem, path: str) -> list[tuple[pafs.FileInfo, tuple[str, ...]]]:
-    """The files of a file, directory or pattern, each with its folders below the first `*` or the directory."""
+def _list_remote(
+    filesystem: pafs.FileSystem, path: str
+) -> tuple[list[tuple[pafs.FileInfo, tuple[str, ...]]], list[str]]:
+    """The files of a file, directory or pattern, each with its folders below the first `*` or the directory; and all
+    paths that were listed to find them, first the folder of the listing."""
     root = "/".join(takewhile(lambda part: "*" not in part, path.split("/")))
     if root == path:
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.File:
-            return [(info, ())]
+            return [(info, ())], [root]
     matches = re.compile(_glob_expression(path) if root != path else ".*", re.DOTALL).fullmatch
     infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
     files = [info for info in infos if info.type == pafs.FileType.File and matches(info.path)]
     files.sort(key=lambda info: info.path.encode())
     below = [(info, tuple(info.path.removeprefix(root).strip("/").split("/"))) for info in files]
-    return [(info, parts[:-1]) for info, parts in below if not _is_skipped(parts)]
+    found = [(info, parts[:-1]) for info, parts in below if not _is_skipped(parts)]
+    return found, [root, *(info.path for info in infos)]
+
+
+def _refuse_remote_tables(filesystem: pafs.FileSystem, before: str, files: Sequence[str], listed: list[str]) -> None:
+    """listed: a folder and all paths below it; the folders above it are asked for."""
+    logs = list(listed)
+    for folder in folders_of([f"{listed[0]}/file"]):
+        for name in PATTERNS:
+            path, _, pattern = f"{folder}/{name}".partition("/*")
+            with suppress(OSError):  # a key may read the files and not list the folders above them
+                asked = pafs.FileSelector(path, allow_not_found=True) if pattern else [path]
+                infos = filesystem.get_file_info(asked)
+                logs += [info.path for info in infos if info.type != pafs.FileType.NotFound]
+    refuse_tables(files, logs, before)
 
 
 def _glob_expression(pattern: str) -> str:

@@ -4,24 +4,38 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeAlias
 
 from batchgen.errors import InputError
-from batchgen.job import EmptyPrompt, OnTooLong, Policy
+from batchgen.job import OnTooLong, Policy
 from batchgen.options import say
-from batchgen.types import Rejected, Request, TokenizedRequest
+from batchgen.text.stopping import Decoder, bad_word_ids
+from batchgen.types import ReadSpecial, Rejected, Request, SamplingParams, TokenizedRequest
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Decoder, Protocol):
     """What validation needs: encode loses no byte, and no token stands for more than longest_token_bytes."""
 
     @property
     def n_vocab(self) -> int: ...
 
     @property
-    def eos_id(self) -> int | None: ...
+    def n_tokens(self) -> int: ...
+
+    @property
+    def start_id(self) -> int | None: ...
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]: ...
 
     @property
     def longest_token_bytes(self) -> int: ...
 
-    def encode(self, text: str, /) -> list[int]: ...
+    def has_id(self, token_id: int, /) -> bool: ...
+
+    def encode(self, text: str, special_tokens: ReadSpecial, /) -> list[int]: ...
+
+    def reads_special_as_text(self, text: str, /) -> bool: ...
 
     def decode(self, ids: Sequence[int], /) -> str: ...
 
@@ -57,30 +71,44 @@ def _too_long(prompt_tokens: int | None, max_tokens: int, n_ctx: int, on_too_lon
     return _Unfit(f"{counted} prompt tokens + {max_tokens} max_tokens exceed n_ctx {n_ctx}; {remedy}", prompt_tokens)
 
 
-def _encode(prompt: str | Ids, tokenizer: Tokenizer, empty_prompt: EmptyPrompt) -> Ids:
+def _encode(prompt: str | Ids, tokenizer: Tokenizer, policy: Policy) -> Ids:
     """The prompt's token ids, at least one."""
     if isinstance(prompt, str):
         try:
-            ids = tuple(tokenizer.encode(prompt))
+            ids = tuple(tokenizer.encode(prompt, policy.special_tokens))
         except InputError as error:
             raise _Unfit(str(error), None) from error
     else:
         ids = prompt
-        _check_token_ids("the prompt", ids, tokenizer.n_vocab)
-    if not ids:
-        if empty_prompt == "reject" or tokenizer.eos_id is None:
+        _check_token_ids("the prompt", ids, tokenizer)
+    if not prompt:
+        if policy.empty_prompt == "reject" or tokenizer.start_id is None:
             remedy = f"write one or pass {say('empty_prompt', 'unconditional')}"
-            if tokenizer.eos_id is None:
+            if tokenizer.start_id is None:
                 remedy = "write one (this vocabulary has no <|endoftext|> to start from)"
             raise _Unfit(f"the prompt is empty, and a completion starts from 1 token or more; {remedy}", 0)
-        ids = (tokenizer.eos_id,)
+        ids = ids or (tokenizer.start_id,)
     return ids
 
 
-def _check_token_ids(name: str, ids: Iterable[int], n_vocab: int) -> None:
+def _check_token_ids(name: str, ids: Iterable[int], tokenizer: Tokenizer) -> None:
     for token in ids:
-        if not 0 <= token < n_vocab:
-            raise _Unfit(f"{name} has token id {token}, outside the vocabulary (0 to {n_vocab - 1}); correct it", None)
+        if not tokenizer.has_id(token):
+            where = f"outside the vocabulary (0 to {tokenizer.n_vocab - 1})"
+            where = "which no token has" if 0 <= token < tokenizer.n_vocab else where
+            raise _Unfit(f"{name} has token id {token}, {where}; correct it", None)
+
+
+def _check_parameters(params: SamplingParams, tokenizer: Tokenizer) -> None:
+    """Each id is a token's, and some token may always be drawn: a small vocabulary can be banned as a whole."""
+    _check_token_ids("stop_token_ids", params.stop_token_ids, tokenizer)
+    _check_token_ids("logit_bias", (token for token, _ in params.logit_bias), tokenizer)
+    banned = {word[-1] for word in bad_word_ids(params.bad_words, tokenizer)}
+    if params.min_tokens:
+        banned |= {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.end_ids)}
+    if len(banned) >= tokenizer.n_tokens:
+        reason = f"bad_words and min_tokens may ban every token of this vocabulary of {tokenizer.n_tokens}"
+        raise _Unfit(f"{reason}; leave one that may be drawn", None)
 
 
 def _fit(prompt: str | Ids, max_tokens: int, tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> tuple[str, Ids]:
@@ -89,11 +117,12 @@ def _fit(prompt: str | Ids, max_tokens: int, tokenizer: Tokenizer, n_ctx: int, p
     # no token is longer than longest_token_bytes, so a prompt of megabytes need not be tokenized to be too long
     if not truncate and isinstance(prompt, str) and len(prompt) > n_ctx * tokenizer.longest_token_bytes:
         raise _too_long(None, max_tokens, n_ctx, on_too_long)
-    ids = _encode(prompt, tokenizer, policy.empty_prompt)
+    ids = _encode(prompt, tokenizer, policy)
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    begin = ids[: len(tokenizer.begin_ids)] if isinstance(prompt, str) else ()  # these stay in front
     excess = len(ids) + max_tokens - n_ctx
-    if excess > 0 and truncate and excess < len(ids):
-        return text, ids[excess:]
+    if excess > 0 and truncate and excess < len(ids) - len(begin):
+        return text, begin + ids[len(begin) + excess :]
     if excess > 0 and not (on_too_long == "shorten" and len(ids) < n_ctx):
         raise _too_long(len(ids), max_tokens, n_ctx, on_too_long)
     return text, ids
@@ -117,16 +146,25 @@ def validate(
     if policy.trim:
         prompts = [prompt.rstrip(" ") if isinstance(prompt, str) else prompt for prompt in prompts]
     try:
-        _check_token_ids("stop_token_ids", params.stop_token_ids, tokenizer.n_vocab)
-        _check_token_ids("logit_bias", (token for token, _ in params.logit_bias), tokenizer.n_vocab)
+        _check_parameters(params, tokenizer)
         fitted = [_fit(prompt, params.max_tokens, tokenizer, n_ctx, policy) for prompt in prompts]
     except _Unfit as unfit:
         text = request.prompt if isinstance(request.prompt, str) else None
         error = f"{request.place}: {unfit.reason}"
         return Rejected(request.row, request.place, request.id, text, error, unfit.prompt_tokens)
     (text, ids), *others = fitted
-    given_as_ids = not isinstance(request.prompt, str)
-    fitting = TokenizedRequest(request.row, request.place, request.id, text, ids, params, tuple(others), given_as_ids)
+    fitting = TokenizedRequest(
+        request.row,
+        request.place,
+        request.id,
+        text,
+        ids,
+        params,
+        tuple(others),
+        given_as_ids=not isinstance(request.prompt, str),
+        has_special_text=policy.special_tokens == "auto"
+        and any(tokenizer.reads_special_as_text(prompt) for prompt in prompts if isinstance(prompt, str)),
+    )
     room = n_ctx - max(len(ids) for _, ids in fitted)
     return fitting if room >= params.max_tokens else fitting.with_max_tokens(room)
 

@@ -1,10 +1,21 @@
-"""Words that error messages about inputs share."""
+"""Names of columns: what they lead to, and the words that error messages about inputs share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 
 from batchgen.options import say, shown
+
+ABSENT = object()  # in place of a value that is not there
+
+
+def find_value(fields: Mapping[str, object], name: str, default: object = None) -> object:
+    """The value of a key, else that at a path of keys: "a.b" is the b of the object a. A key "a.b" wins."""
+    if name in fields:
+        return fields[name]
+    first, dot, rest = name.partition(".")
+    inner = fields.get(first)
+    return find_value(inner, rest, default) if dot and isinstance(inner, Mapping) else default
 
 
 def list_names(names: Sequence[str]) -> str:

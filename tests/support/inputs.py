@@ -14,6 +14,7 @@ from batchgen.job import InputOptions
 from batchgen.types import Chunk, Rejected, Request, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=8)
+CASES = Path(__file__).parent.parent / "cases"  # inputs as people have them
 
 
 def open_prompts(files: Any, prompt_column: str = "prompt", id_column: str = "id", **options: Any) -> Prompts:
@@ -32,9 +33,9 @@ def read(files: Any, params: SamplingParams = PARAMS, **options: Any) -> list[Re
     return list(unchecked(files, **options).requests(params))
 
 
-def scan(files: Any) -> Facts:
+def scan(files: Any, **options: Any) -> Facts:
     """The facts of an input, unchecked."""
-    return unchecked(files).scan()
+    return unchecked(files, **options).scan()
 
 
 def facts(rows: int, sha256: str, size: int, format: str = "jsonl") -> Facts:

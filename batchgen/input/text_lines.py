@@ -1,0 +1,77 @@
+"""Plain text: a prompt a line, with its spaces. A line of only blanks is not a row."""
+
+import re
+from collections.abc import Iterator
+from io import BufferedReader
+
+from batchgen.errors import InputError
+from batchgen.input.csv_files import DELIMITERS
+from batchgen.input.formats import BadRow, Found, Reading, Rows, Scanned, batch_rows, check_first_bytes, find_columns
+from batchgen.input.json_text import MAX_LINE_BYTES, TOO_LONG, read_lines
+from batchgen.input.sources import Source, open_bytes
+from batchgen.job import InputOptions
+from batchgen.options import say, shown
+from batchgen.types import Rejected, Request
+
+_JSON = re.compile(r'\s*(?:\{\s*(?:"|\Z)|\[\s*(?:[\[{]|\Z))')  # how an object or an array of them begins
+
+
+def _refuse_table(line: str, source: Source) -> None:
+    """Raise InputError if the first line is no prompt but the start of JSON, or the header of CSV."""
+    formats = ["jsonl"] if _JSON.match(line) else []
+    for mark in DELIMITERS:
+        if "prompt" in [name.strip(' "') for name in line.split(mark)]:
+            formats.append("tsv" if mark == "\t" else "csv")
+    if formats:
+        what = f"its first line, {shown(line)}, is that of {'JSON' if formats[0] == 'jsonl' else 'a table'}"
+        remedy = f"pass {say('input_format', formats[0])}, or {say('input_format', 'txt')} if each line is a prompt"
+        raise InputError(f"{source.where}: {what}; {remedy}")
+
+
+def _read_prompts(file: BufferedReader, source: Source) -> Iterator[tuple[int, bytes]]:
+    lines = read_lines(file, source, blanks=b"\r\n")
+    return ((number, line) for number, line in lines if line == TOO_LONG or line.strip(b" \t\r"))
+
+
+def _decode(line: bytes) -> str:
+    if line == TOO_LONG:
+        raise BadRow(f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise BadRow(f"invalid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
+
+
+# ---- the functions of a format; see formats.py
+
+
+def check(source: Source, options: InputOptions) -> Found:
+    find_columns(["prompt"], source, options)
+    with open_bytes(source) as (file, _):
+        check_first_bytes(file, source)
+        _, first = next(_read_prompts(file, source), (0, b""))
+        if options.format == "auto":
+            _refuse_table(first[:1000].decode(errors="replace"), source)
+    return Found(["prompt"])
+
+
+def scan(source: Source, _options: InputOptions) -> Scanned:
+    with open_bytes(source) as (file, stored):
+        rows = sum(1 for _ in _read_prompts(file, source))
+        return Scanned(rows, stored.digest.hexdigest(), stored.bytes, logprobs=False, columns={})
+
+
+def read(source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:
+    with open_bytes(source) as (file, _):
+        yield from batch_rows(_read_rows(file, source, reading, first_row), [], source, reading.kept)
+
+
+def _read_rows(
+    file: BufferedReader, source: Source, reading: Reading, first_row: int
+) -> Iterator[tuple[Request | Rejected, dict[str, object], int]]:
+    for row, (number, line) in enumerate(_read_prompts(file, source), first_row):
+        place = f"{source.name}:{number}"
+        try:
+            yield Request(row, place, None, _decode(line), reading.params), {}, len(line)
+        except BadRow as bad:
+            yield bad.reject(row, place), {}, len(line)
