@@ -1,19 +1,20 @@
 """A job from its first line to its last: read, validate, plan, generate, commit, publish."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 from batchgen.engine.probe import blas_info
-from batchgen.errors import BatchgenError, StoppedError
-from batchgen.input.prompts import Cut, Prompts
+from batchgen.input.prompts import Cut, Facts, Prompts
 from batchgen.input.validation import make_check
-from batchgen.job import Job
+from batchgen.job import Files, Job, as_job
 from batchgen.models.model import Model
-from batchgen.options import say
+from batchgen.output.finished import correcting_status, find_finished, summarise_finished
 from batchgen.output.ledger import Ledger, open_ledger
 from batchgen.output.outputs import Output, open_output, work_folder
 from batchgen.output.rows import Rows
-from batchgen.planning import Setting, check_memory, make_plan, n_chunks, probe_arithmetic
+from batchgen.planning import NO_ARITHMETIC, Setting, check_memory, make_plan, n_chunks, probe_arithmetic
 from batchgen.progress import (
     OnProgress,
     Progress,
@@ -24,29 +25,29 @@ from batchgen.progress import (
     reporting,
     status_path,
 )
+from batchgen.types import add_reasons
 from batchgen.workers.marker import read_sightings
+from batchgen.workers.outlook import Outlook
 from batchgen.workers.supply import Deadline
 from batchgen.workers.workers import open_workers
 
 
-def run_job(
-    job: Job, on_progress: OnProgress | None = None, open_model: Callable[[str], Model] = Model.open
-) -> Summary:
-    """Complete every prompt of job.input into job.output, resuming an interrupted run of the same plan.
-
-    Every input row is accounted for by at least one output row, in input order. open_model finds the model, after
-    input and output were checked. Raises a BatchgenError, whose text is for the user, if the job as a whole cannot
-    run; neither an error nor a kill loses what is finished.
-    """
+def _run(job: Job, on_progress: OnProgress | None, open_model: Callable[[str], Model]) -> Summary:
+    """See run_job."""
     deadline = Deadline(job.work.time_limit)
     prompts = Prompts.open(job.input, spool=work_folder(job.output))
     output = open_output(job.output, prompts, lambda: model.load_tokenizer())
     model = open_model(job.model)
-    with open_ledger(output.path) as ledger, open_workers(job.work, model, ledger.attempt) as workers:
-        check_memory(model.name, model.config, model.bytes)  # with the lock: another run may hold output and memory
-        model.verify()
+    with ExitStack() as stack:
+        overwrite = job.output.overwrite and not job.output.retry_failed  # a retry keeps what is done
+        ledger = stack.enter_context(open_ledger(output.path, overwrite=overwrite))
         facts = prompts.scan()
         rows = output.rows_to_do(facts)
+        if complete := find_complete(job, output, ledger, facts, rows, model):
+            return complete
+        workers = stack.enter_context(open_workers(job.work, model, ledger.attempt))
+        check_memory(model.name, model.config, model.bytes)  # with the lock: another run may hold output and memory
+        model.verify()
         arithmetic = probe_arithmetic(model, require_invariant=job.work.require_invariant)
         asked = make_plan(job, facts, model, Setting(arithmetic, rows.count, workers.slots, output.format))
         plan = output.claim(ledger, *asked, job.work.restart)
@@ -54,10 +55,10 @@ def run_job(
         check = make_check(model.load_tokenizer(), model.config.n_ctx, job.policy)
         chunks = prompts.chunks(facts, job.sampling, check, Cut(plan.chunk_rows, rows.numbers, ledger.committed))
         missing = n_chunks(rows.count, plan.chunk_rows) - len(ledger.committed)
-        with reporting(make_reporter(job, output, ledger, rows, on_progress)) as report:
+        with reporting(make_reporter(job, prompts, output, ledger, rows, on_progress)) as report:
             for receipt in workers.run(plan, columns, chunks, missing, deadline):
                 ledger.commit(receipt)
-            check_complete(job, rows, report)
+            deadline.check_complete(report, rows.count)
             blas = str(replace(blas_info(), threads=1))
             summary = report.summarise(output.where, facts.rows, rows.staying, workers.jobs, blas)
             output.publish(ledger, plan, columns.schema(facts.kept), summary.rows)
@@ -65,27 +66,52 @@ def run_job(
     return summary
 
 
-def make_reporter(job: Job, output: Output, ledger: Ledger, rows: Rows, on_progress: OnProgress | None) -> Reporter:
+def run_job(
+    job: Job | Files,
+    output: str | Path | None = None,
+    *,
+    on_progress: OnProgress | None = None,
+    open_model: Callable[[str], Model] = Model.open,
+    **options: object,
+) -> Summary:
+    """Complete every prompt of job.input into job.output, resuming an interrupted run of the same plan.
+
+    Instead of a Job, its input and output do, and options by their names. Every input row is accounted for by at
+    least one output row, in input order. open_model finds the model, after input and output were checked. Raises a
+    BatchgenError, whose text is for the user, if the job as a whole cannot run; neither an error nor a kill loses
+    what is finished.
+
+    >>> run_job("prompts.jsonl", "completions.parquet", max_tokens=64, jobs=2)
+    """
+    asked = as_job(job, output, options)
+    with correcting_status(asked):
+        return _run(asked, on_progress, open_model)
+
+
+def find_complete(job: Job, output: Output, ledger: Ledger, facts: Facts, rows: Rows, model: Model) -> Summary | None:
+    """The summary of an output that this job, or another that asked for the same, has finished; else None."""
+    if job.output.retry_failed and rows.count:
+        return None
+    plan, automatic = make_plan(job, facts, model, Setting(NO_ARITHMETIC, facts.rows, 0, output.format))
+    statuses = find_finished(output, ledger, plan, automatic, job.work.restart)
+    return None if statuses is None else summarise_finished(job, output, facts.rows, statuses)
+
+
+def make_reporter(
+    job: Job, prompts: Prompts, output: Output, ledger: Ledger, rows: Rows, on_progress: OnProgress | None
+) -> Reporter:
     """Watches the ledger's counts and the workers' markers."""
     resumed = ledger.counts.copy()
-    status = StatusFile(status_path(output.path) if job.output.status else None, str(output.where))
+    add_reasons(ledger.reasons, rows.reasons)
+    path = status_path(output.path) if job.output.status else None
+    status = StatusFile(path, str(output.where), job.input.names, ledger.reasons)
+    outlook = Outlook(rows.count, resumed["input_rows"])
 
-    def look() -> Progress:
+    def look(seconds: float) -> Progress:
         sightings = read_sightings(ledger.attempt)  # before the counts: what is committed meanwhile is counted there
-        return add_progress(ledger.counts.copy(), resumed, sightings, ledger.committed, rows.count)
+        done = ledger.counts.copy()
+        now = add_progress(done, resumed, sightings, ledger.committed, rows.count)
+        eta = outlook.look(sightings, ledger.committed, done["input_rows"], seconds)
+        return replace(now, seconds=seconds, eta_seconds=eta)
 
-    return Reporter(look, ledger.counts, resumed, status, on_progress)
-
-
-def check_complete(job: Job, rows: Rows, report: Reporter) -> None:
-    """Raise StoppedError if the time limit was reached, and BatchgenError if a row is missing."""
-    done = report.counts["input_rows"]
-    if done == rows.count:
-        return
-    limit = job.work.time_limit
-    if limit is not None and done < rows.count:
-        new = done > report.resumed["input_rows"]
-        remedy = "run the same command again to resume" if new else "nothing was done: raise it"
-        raise StoppedError(f"{say('time_limit')} {limit:g} s: {done:,} of {rows.count:,} rows are done; {remedy}")
-    remedy = f"if the input was changed meanwhile, run again with {say('restart', True)}"
-    raise BatchgenError(f"input: {rows.count} rows were counted and {done} were done; {remedy}")
+    return Reporter(look, ledger.counts, resumed, status, on_progress, prompts.row_parameters, job.output.retry_failed)

@@ -81,6 +81,32 @@ def test_polars_reads_the_output(outputs: dict[str, Path], expected: list[dict[s
     assert polars.read_ndjson(outputs["jsonl"]).select(COLUMNS).to_dicts() == expected
 
 
+@pytest.fixture(scope="module")
+def dataset(outputs: dict[str, Path]) -> Path:
+    """The same job's output as a dataset of three parts."""
+    folder = outputs["parquet"].parent
+    params = SamplingParams(max_tokens=5, temperature=1.0, n=2)
+    options: dict[str, Any] = {"keep": ("tags", "score"), "jobs": 1, "chunk_rows": 12}
+    run_job(make_job(folder / "p.jsonl", f"{folder}/out/", str(folder / "bytes"), params, **options))
+    return folder / "out"
+
+
+def test_polars_reads_a_dataset_by_a_glob(dataset: Path, expected: list[dict[str, Any]]) -> None:
+    polars = importorskip("polars")
+    assert polars.read_parquet(dataset / "*.parquet").select(COLUMNS).to_dicts() == expected
+    with pytest.raises(polars.exceptions.PolarsError):  # it reads _SUCCESS too: README and formats.md say so
+        polars.read_parquet(dataset)
+
+
+def test_pandas_and_duckdb_read_a_dataset(dataset: Path, expected: list[dict[str, Any]]) -> None:
+    pandas, duckdb = importorskip("pandas"), importorskip("duckdb")
+    frame = pandas.read_parquet(dataset, dtype_backend="pyarrow").sort_values(["row", "sample"])
+    assert pa.Table.from_pandas(frame, preserve_index=False).select(COLUMNS).to_pylist() == expected
+    with duckdb.connect() as connection:
+        rows = connection.execute(f"SELECT row, completion FROM '{dataset}/*.parquet' ORDER BY row, sample").fetchall()
+    assert rows == [(row["row"], row["completion"]) for row in expected]
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_duckdb_reads_the_output(outputs: dict[str, Path], expected: list[dict[str, Any]], suffix: str) -> None:
     duckdb = importorskip("duckdb")

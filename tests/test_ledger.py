@@ -20,7 +20,7 @@ from batchgen.output.ledger import COUNTS, Ledger, is_dataset, open_ledger, pars
 from batchgen.output.parts import with_receipt, write_part
 from batchgen.output.schema import Columns
 from batchgen.plan import Plan
-from batchgen.types import OutputRow, Receipt
+from batchgen.types import OutputRow, Reason, Receipt
 from tests.support.plans import plan_of
 
 PLAN = plan_of()
@@ -43,13 +43,13 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def write_chunk(ledger: Ledger, chunk: int) -> Receipt:
+def write_chunk(ledger: Ledger, chunk: int, reasons: tuple[Reason, ...] = ()) -> Receipt:
     """Do what a worker does: write a part in the attempt's directory; returns its receipt."""
     rows = [
         OutputRow(row, 0, None, "a", "b", 1, 1, "stop", "ok", None, None) for row in range(4 * chunk, 4 * chunk + 4)
     ]
     path = ledger.attempt / f"{chunk:08d}.parquet"
-    receipt = Receipt(chunk, str(path), "", 4, 4, 4, 0, 0, 4, 4)
+    receipt = Receipt(chunk, str(path), "", 4, 4, 4, 0, 0, 4, 4, reasons=reasons)
     return receipt.finished(write_part(rows, path, with_receipt(SCHEMA, receipt)), 0.5)
 
 
@@ -59,6 +59,19 @@ def interrupted_run(out: Path, chunks: range = range(3), plan: Plan = PLAN) -> N
         ledger.adopt(plan, AUTOMATIC)
         for chunk in chunks:
             ledger.commit(write_chunk(ledger, chunk))
+        raise Interrupted
+
+
+def test_a_resumed_run_knows_the_reasons_of_the_parts_that_are_done(out):
+    with suppress(Interrupted), open_ledger(out) as ledger:
+        ledger.adopt(PLAN, AUTOMATIC)
+        for chunk in (1, 0):
+            reasons = (Reason(2, 4 * chunk, f"p.jsonl:{chunk}", f"n {chunk} is out of range"),)
+            ledger.commit(write_chunk(ledger, chunk, reasons))
+        raise Interrupted
+    with suppress(Interrupted), open_ledger(out) as ledger:
+        ledger.adopt(PLAN, AUTOMATIC)
+        assert list(ledger.reasons.values()) == [Reason(4, 0, "p.jsonl:0", "n 0 is out of range")]
         raise Interrupted
 
 
@@ -157,7 +170,8 @@ def test_a_resumed_run_finds_what_was_committed(out):
         plan = ledger.adopt(replace(PLAN, chunk_rows=99), AUTOMATIC)
         assert plan.chunk_rows == 4  # what it had, not what it would be now
         assert sorted(ledger.committed) == [0, 1]
-        assert ledger.counts == {name: 0 if name in ("rejected", "failed", "space_ends") else 8 for name in COUNTS}
+        zeros = ("rejected", "failed", "space_ends", "special_texts")
+        assert ledger.counts == {name: 0 if name in zeros else 8 for name in COUNTS}
 
 
 def test_the_plan_that_holds_is_the_one_on_disk(out):
@@ -170,18 +184,18 @@ def test_the_plan_that_holds_is_the_one_on_disk(out):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"input": "abd"}, "input 'abc', and this has input 'abd'"),
-        ({"rows": 13}, "rows 12, and this has rows 13"),
-        ({"chunk_rows": 5}, "--chunk-rows 4, and this has --chunk-rows 5"),
-        ({"parameters": replace(PLAN.parameters, n=2)}, "--n 1, and this has --n 2"),
-        ({"retry": True}, "retry False, and this has retry True"),
+        ({"input": "abd"}, r"the input is not what it was \(SHA-256 abc then, abd now\)"),
+        ({"rows": 13}, "it had rows 12, and this has rows 13"),
+        ({"chunk_rows": 5}, "it had --chunk-rows 4, and this has --chunk-rows 5"),
+        ({"parameters": replace(PLAN.parameters, n=2)}, "it had --n 1, and this has --n 2"),
+        ({"retry": True}, "it had retry False, and this has retry True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_different_plan_is_refused_by_the_name_of_what_differs(out, change, named):
     interrupted_run(out)
     before = tree(out.parent)
-    with pytest.raises(UsageError, match=f"had {named}; run it as before, or pass --restart"), open_ledger(out) as led:
+    with pytest.raises(UsageError, match=f"{named}; run it as before, or pass --restart"), open_ledger(out) as led:
         led.adopt(replace(PLAN, **change))
     assert tree(out.parent) == before
 

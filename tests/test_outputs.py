@@ -128,6 +128,7 @@ def local_files(path: Path) -> dict[str, bytes]:
 def test_the_name_decides_what_an_output_is(
     tmp_path: Path, model: Model, store: Any, name: str, kind: str, format: str
 ) -> None:
+    store.clear()
     output = opened(name, tmp_path, model)
     assert (type(output).__name__, output.format) == (kind, format)
     assert output.path == tmp_path / Path(name).name
@@ -215,7 +216,8 @@ def test_the_same_parts_give_the_same_rows(tmp_path: Path, model: Model, name: s
         assert texts == [[f" upon {row}"] * 2 * (row != 2) for row in range(6)]
     else:
         assert rows == records(ROWS)
-    assert list(tmp_path.iterdir()) == [output.path]
+    beside = [tmp_path / f"{name}.plan.json"] if name.endswith(".jsonl") else []
+    assert sorted(tmp_path.iterdir()) == sorted([output.path, *beside])
 
 
 @pytest.mark.parametrize("name", REMOTE)
@@ -229,12 +231,13 @@ def test_the_same_parts_give_the_same_rows_in_a_store(tmp_path: Path, model: Mod
     if name.endswith("/"):
         success = json.loads(found.pop("_SUCCESS"))
         plan = json.loads(expected.pop("_SUCCESS"))
-        assert success.keys() - plan.keys() == {"run", "parts"}
+        assert success.keys() - plan.keys() == {"run", "parts", "statuses"}
         assert {key: success[key] for key in plan} == plan
         assert [part["rows"] for part in success["parts"]] == [7, 4]
     assert found == expected
     assert read_rows(found) == records(ROWS)
-    assert list(tmp_path.iterdir()) == [local]
+    assert local in tmp_path.iterdir()
+    assert not list(tmp_path.glob("*.batchgen"))
 
 
 @pytest.mark.parametrize("name", [*LOCAL, *REMOTE])
@@ -331,6 +334,10 @@ def test_the_failed_rows_of_a_finished_file_are_to_do(finished: Path, model: Mod
     rows = opened("out.parquet", finished.parent, model, retry_failed=True).rows_to_do(FACTS)
     assert (rows.count, rows.numbers) == (2, {1, 4})
     assert rows.staying == {"ok": 6, "rejected": 1}
+    (rejected,) = (row for row in ROWS if row.status == "rejected")
+    assert [(reason.rows, reason.row, f"{reason.place}: {reason.text}") for reason in rows.reasons] == [
+        (1, rejected.row, rejected.error)
+    ]
 
 
 def test_a_retry_ends_in_the_rows_and_the_plan_of_an_undisturbed_run(finished: Path, model: Model) -> None:

@@ -100,7 +100,7 @@ def test_what_is_no_parquet_file_is_named(tmp_path, content, line):
 
 
 def test_a_folder_and_json_lines_are_named(tmp_path):
-    with pytest.raises(InputError, match="Is a directory"):
+    with pytest.raises(InputError, match="a folder without batchgen's _SUCCESS, so not a complete dataset"):
         read_plan(tmp_path)
     with pytest.raises(InputError, match="JSON lines have no place"):
         read_plan(tmp_path / "out.jsonl")

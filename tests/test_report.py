@@ -23,11 +23,12 @@ from batchgen.errors import BatchgenError, InputError, OutputError, UsageError
 from batchgen.jobs.cli import app
 from batchgen.output.schema import Columns
 from batchgen.review.report import counts, page, plots
-from batchgen.review.report.counts import SHOWN_REJECTS, SHOWN_SAMPLES, count_output, read_timeline, reason_of
+from batchgen.review.report.compare import compare_rows, render_comparison
+from batchgen.review.report.counts import SHOWN_REJECTS, SHOWN_SAMPLES, count_output, read_status
 from batchgen.review.report.markup import Markup, element, join, visible
 from batchgen.review.report.page import render, write_report
 from batchgen.run import run_job
-from batchgen.types import SamplingParams
+from batchgen.types import MAX_REASONS, SamplingParams
 from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
 from tests.support.plans import plan_of
@@ -168,7 +169,7 @@ def test_counts_are_those_of_the_rows(tmp_path):
     assert found.input_rows == 181
     assert found.prompt_tokens == {5: 100}
     assert found.completion_tokens == Counter(i % 7 for i in range(200))
-    assert found.reasons == {"bad": 80, "it died": 1}
+    assert [(reason.rows, reason.text) for reason in found.reasons.values()] == [(80, "bad"), (1, "it died")]
     assert len(found.rejects) == SHOWN_REJECTS
     assert len(found.samples) == SHOWN_SAMPLES
 
@@ -183,21 +184,91 @@ def test_samples_are_drawn_from_all_rows(tmp_path):
     assert max(drawn) > 20_000
 
 
-def test_reasons_of_a_kind_are_one():
-    assert reason_of("p.jsonl:7: 200 prompt tokens + 12 max_tokens exceed n_ctx 128; lower it") == (
-        "N prompt tokens + N max_tokens exceed n_ctx N"
-    )
-    assert reason_of("p.parquet:row 7: no text") == "no text"
-    assert reason_of(f"a:1: key '{'x' * 50}' is unknown") == "key '...' is unknown"
-    assert len(reason_of("x" * 10**6)) <= 200
-
-
-def test_reasons_that_are_all_different_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(counts, "_MOST_REASONS", 5)
-    rows = [{"status": "rejected", "error": chr(97 + i)} for i in range(20)]
+def test_reasons_that_are_all_different_are_bounded(tmp_path):
+    rows = [{"status": "rejected", "error": "x" * i} for i in range(1, 2 * MAX_REASONS)]
     found = count_output(write_output(tmp_path / "out.parquet", rows))
-    assert found.reasons.total() == 20
-    assert found.reasons[counts.OTHER] == 15
+    assert sum(reason.rows for reason in found.reasons.values()) == len(rows)
+    assert len(found.reasons) <= MAX_REASONS + 1
+
+
+def test_a_reason_is_shown_as_its_first_error_says_it(tmp_path):
+    rows = [{"status": "rejected", "error": f"p.jsonl:{i}: {200 + i} prompt tokens exceed 128"} for i in (7, 9)]
+    text = Page(render(write_output(tmp_path / "out.parquet", rows))).text
+    assert "why: the first of each kindrowsp.jsonl:7: 207 prompt tokens exceed 1282" in text
+    assert "N prompt tokens" not in text
+
+
+def test_the_shortest_the_least_likely_and_the_repeated_are_those_of_all_rows(tmp_path):
+    rows = [ok(f"text {i % 90}", completion_tokens=5 + i % 50, id=str(i)) for i in range(100)]
+    rows[70] |= {"completion_tokens": 0, "completion": ""}
+    rows[20] = {"status": "rejected", "error": "p.jsonl:20: bad"}
+    found = count_output(write_output(tmp_path / "out.parquet", rows))
+    assert [row["row"] for row in found.shortest] == [70, 0, 50, 1, 51]
+    assert found.repeated == 10
+    assert [(often, row["row"]) for often, row in found.most_repeated] == [(2, i) for i in range(5)]
+    assert found.least_likely == []
+
+
+def test_the_least_likely_completions_have_the_lowest_mean(tmp_path):
+    path = write_output(tmp_path / "out.parquet", [ok(f"text {i}") for i in range(8)])
+    table = pq.read_table(path)
+    values = [[-1.0, -1.0], [-9.0], None, [], [-3.0, -5.0], [-2.0], [-0.5], [-0.1]]
+    pq.write_table(table.append_column("logprobs", pa.array(values, pa.list_(pa.float32()))), path)
+    found = count_output(path)
+    assert [row["row"] for row in found.least_likely][:5] == [1, 4, 5, 0, 6]
+    assert found.mean_logprob == pytest.approx(-21.6 / 8)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1), st.sampled_from([1, 5, 25, 50, 75, 99, 100]))
+def test_percentiles_are_those_of_numpy(numbers, percent):
+    expected = np.percentile(numbers, percent, method="inverted_cdf")
+    assert counts.percentile(Counter(numbers), percent) == expected
+
+
+def test_the_last_part_of_a_resumed_run_is_told_apart(tmp_path):
+    path = write_output(tmp_path / "out.parquet", [ok() for _ in range(10)])
+    status = {"timeline": [[0, 6, 0], [2, 10, 12]], "rows_resumed": 6, "completion_tokens": 12, "ok": 10}
+    (tmp_path / "out.parquet.status.json").write_text(json.dumps(status))
+    text = Page(render(path)).text
+    assert "10prompts10completions40prompt tokens30completion tokens" in text
+    assert "earlier parts did 6 of the prompts:4prompts12completion tokens6tokens/s2.0 srun time" in text
+
+
+def test_the_head_says_what_when_and_where(tmp_path):
+    path = write_output(tmp_path / "out.parquet", [ok()])
+    assert "model: m" in Page(render(path)).text
+    status = {"input": ["a.jsonl", "b.csv"], "started": "2026-03-01T22:00:05+00:00", "host": "night-1"}
+    (tmp_path / "out.parquet.status.json").write_text(json.dumps(status))
+    assert "input: a.jsonl, b.csv; model: m; 2026-03-01 22:00 UTC; on night-1" in Page(render(path)).text
+
+
+# ---- two outputs
+
+
+def test_two_outputs_are_compared_in_numbers_parameters_and_rows(tmp_path):
+    one = [ok(f"text {i}") for i in range(6)]
+    other = [ok(f"text {i}" if i != 3 else "<b>other") for i in range(6)]
+    a = write_output(tmp_path / "a.parquet", one)
+    b = write_output(tmp_path / "b.parquet", other, {"parameters": SamplingParams(temperature=0.5)})
+    seen = Page(render_comparison((a, b)))
+    assert "5 of 6 rows that both have are the same." in seen.text
+    assert "temperature0.00.5" in seen.text
+    assert "A: row 3, sample 0" in seen.text
+    assert "<b>other" in seen.text
+    assert seen.names() <= ELEMENTS
+
+
+def test_outputs_of_other_samples_are_compared_where_both_have_a_row(tmp_path):
+    a = write_output(tmp_path / "a.parquet", [ok("x", row=i // 2, sample=i % 2) for i in range(8)])
+    b = write_output(tmp_path / "b.parquet", [ok("x", row=i + 1) for i in range(5)])
+    common = compare_rows(a, b)
+    assert (common.rows, common.equal) == (3, 3)
+
+
+def test_outputs_of_other_inputs_are_not_compared_row_by_row(tmp_path):
+    a = write_output(tmp_path / "a.parquet", [ok()])
+    b = write_output(tmp_path / "b.parquet", [ok()], {"input": "1" * 64})
+    assert "The inputs differ" in Page(render_comparison((a, b))).text
 
 
 # ---- the plots
@@ -239,7 +310,7 @@ def test_a_run_ends_where_its_status_says(tmp_path):
     path = write_output(tmp_path / "out.parquet", [ok()])
     status = {"timeline": [[0, 0, 0], [60, 1, 600]], "seconds": 100, "rows_done": 1, "completion_tokens": 3000}
     (tmp_path / "out.parquet.status.json").write_text(json.dumps(status))
-    assert read_timeline(path, count_output(path))[-1] == (100.0, 1, 3000)
+    assert read_status(path, count_output(path)).timeline[-1] == (100.0, 1, 3000)
     assert "30tokens/s" in Page(render(path)).text
 
 
@@ -258,7 +329,7 @@ def test_a_run_ends_where_its_status_says(tmp_path):
 def test_a_status_file_without_a_timeline_counts_as_none(tmp_path, status):
     path = write_output(tmp_path / "out.parquet", [ok()])
     (tmp_path / "out.parquet.status.json").write_text(status, errors="surrogatepass")
-    assert read_timeline(path, count_output(path)) is None
+    assert read_status(path, count_output(path)).timeline is None
     assert "Not known" in Page(render(path)).text
 
 
@@ -267,7 +338,7 @@ def test_a_status_file_of_another_run_counts_as_none(tmp_path):
     for number, expected in [(1, True), (2, False)]:
         status = {"timeline": [[0, 0, 0], [1, 1, 3]], "ok": number, "rejected": 0}
         (tmp_path / "out.parquet.status.json").write_text(json.dumps(status))
-        assert bool(read_timeline(path, count_output(path))) is expected
+        assert bool(read_status(path, count_output(path)).timeline) is expected
 
 
 def test_the_error_without_the_plotting_library_says_how_to_install_it(real, tmp_path, monkeypatch):
@@ -440,8 +511,8 @@ def test_a_run_that_cannot_be_reported_on_does_not_begin(real, tmp_path):
     command = ["generate", str(real.parent / "p.jsonl"), "--model", str(real.parent / "m"), "--report"]
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out.jsonl")])
     assert "which JSON lines lack" in str(done.exception)
-    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out"), "--format", "dataset"])
-    assert "a report is about one output file" in str(done.exception)
+    done = CliRunner().invoke(app, [*command, "-o", "s3://out/x/"])
+    assert "a report is about a local output" in str(done.exception)
     (tmp_path / "out.html").mkdir()
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out.parquet")])
     assert "a directory" in str(done.exception)

@@ -34,6 +34,7 @@ from batchgen.run import run_job
 from batchgen.text.stopping import whole_characters
 from batchgen.types import Rejected, SamplingParams
 from batchgen.workers import pool
+from batchgen.workers.supply import Deadline
 from batchgen.workers.worker import WorkerSetup
 from tests.support.inputs import scan
 from tests.support.jobs import change_job, make_job
@@ -57,7 +58,7 @@ BAD_LINES = [
     b'{"prompt": "\xff"}',
     b'{"prompt": "\\ud800"}',
     b'{"prompt": "a", "prompt": "b"}',
-    b'{"prompt": "a", "x": NaN}',
+    b'{"prompt": "a", "id": NaN}',
     b'{"prompt": "a", "x": ' + b"9" * 5000 + b"}",
     b'{"prompt": "a"} {"prompt": "b"}',
     b'{"prompt": "a"',
@@ -422,7 +423,7 @@ def test_an_interrupted_run_resumes(job, undisturbed, monkeypatch, jobs, times):
         done += n
         assert not job.output.path.exists()
         assert len(list((work_directory(job.output.path) / "parts").iterdir())) == done
-        assert sorted(os.listdir(work_directory(job.output.path))) == ["lock", "parts", "plan.json"]
+        assert sorted(os.listdir(work_directory(job.output.path))) == ["lock", "overwrite", "parts", "plan.json"]
     summary = run_job(job)
     assert job.output.path.read_bytes() == undisturbed
     assert (summary.resumed > 0, summary.rows) == (True, 260)
@@ -493,7 +494,7 @@ def test_another_format_of_the_input_is_refused(job, tmp_path, monkeypatch):
         interrupt_at(patch, 1)
         with pytest.raises(Interrupted):
             run_job(job)
-    with pytest.raises(UsageError, match=r"had input_formats \('csv',\), and this has input_formats \('tsv',\)"):
+    with pytest.raises(UsageError, match="had --input-format csv, and this has --input-format tsv"):
         run_job(change_job(job, input_format="tsv"))
     assert run_job(job).resumed == 32
 
@@ -560,7 +561,7 @@ def test_an_error_in_a_worker_is_raised_as_it_is(job, monkeypatch, jobs):
     monkeypatch.setattr(pool, "run_chunk", no_room)
     with pytest.raises(OutputError, match="cannot be written: No space left on device"):
         run_job(change_job(job, jobs=jobs))
-    assert sorted(os.listdir(work_directory(job.output.path))) == ["lock", "parts", "plan.json"]
+    assert sorted(os.listdir(work_directory(job.output.path))) == ["lock", "overwrite", "parts", "plan.json"]
 
 
 def test_impossible_limits_are_refused_before_there_is_a_plan(job):
@@ -696,9 +697,9 @@ def test_at_the_time_limit_a_run_stops_with_75_and_the_next_resumes(job, undistu
         ) as error:
             run_job(this)
     assert error.value.exit_code == 75
-    slow = iter([0.0] * 3 + [600.0] * 100)
+    is_late = iter([False] * 3 + [True] * 100)
     with monkeypatch.context() as patch:
-        patch.setattr(pool.Pool, "longest", property(lambda self: next(slow), lambda self, value: None), raising=False)
+        patch.setattr(Deadline, "is_over", lambda self, margin: next(is_late))
         with pytest.raises(StoppedError, match=r"96 of 260 rows are done; run the same command again to resume"):
             run_job(this)
     status = json.loads(status_path(this.output.path).read_text())
@@ -750,7 +751,7 @@ def test_the_status_says_how_a_run_ended_badly(job, monkeypatch, error, state, c
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_progress_ends_at_the_last_row(job, jobs):
     seen: list[Progress] = []
-    summary = run_job(change_job(job, jobs=jobs), seen.append)
+    summary = run_job(change_job(job, jobs=jobs), on_progress=seen.append)
     assert [now.rows for now in seen] == sorted(now.rows for now in seen)
     last = seen[-1]
     assert (last.rows, last.rows_in_all) == (260, 260)
@@ -763,7 +764,7 @@ def test_progress_of_a_resumed_run_begins_with_its_committed_rows(job, monkeypat
         with pytest.raises(Interrupted):
             run_job(job)
     seen: list[Progress] = []
-    run_job(job, seen.append)
+    run_job(job, on_progress=seen.append)
     assert min(now.rows for now in seen) >= 96
     assert seen[-1].rows == 260
 
@@ -775,7 +776,7 @@ def test_progress_that_cannot_be_shown_does_not_end_the_run(job, undisturbed, ca
         calls.append(now)
         raise BrokenPipeError("the terminal is gone")
 
-    run_job(job, broken)
+    run_job(job, on_progress=broken)
     assert job.output.path.read_bytes() == undisturbed
     assert len(calls) == 1
     assert "progress is no longer shown" in caplog.text

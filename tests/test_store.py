@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def command(job: Job) -> subprocess.Popen[str]:
     """The same run as a command."""
     arguments = ["generate", *job.input.files, "-o", job.output.path, "--work-dir", work_dir(job), "--model", job.model]
     arguments += ["--max-tokens", 5, "--temperature", 0.8, "--jobs", 1, "--chunk-rows", 4, "--show", 0]
+    arguments += ["--overwrite"] * job.output.overwrite
     line = [sys.executable, "-m", "batchgen", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -128,6 +130,7 @@ def test_a_dataset_is_that_of_a_local_run_and_its_success_file_lists_it(job: Job
     ]
     assert all(part["sha256"].startswith(part["name"][9:25]) for part in success["parts"])
     assert store.puts("")[-1] == "_SUCCESS"
+    assert success["statuses"] == {"ok": summary.ok, "rejected": summary.rejected, "failed": 0}
     assert sorted(os.listdir(tmp_path)) == ["local"]
 
 
@@ -248,7 +251,8 @@ def test_a_signal_does_not_wait_for_the_store(job: Job, store: Proxy) -> None:
     assert reached.wait(60)
     run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=10)
-    assert (run.returncode, err.splitlines()[0]) == (143, "batchgen: terminated; run the same command again to resume")
+    assert run.returncode == 143
+    assert re.fullmatch(r"batchgen: terminated: .* rows are kept; run the same command again to resume\n", err)
     store.reset()
     assert run_job(job).resumed == N
 
@@ -342,8 +346,7 @@ def test_of_two_runs_the_second_is_refused_before_it_works(job: Job, store: Prox
     with pytest.raises(BusyError, match="resume that run, or, if it is gone for good, delete what is below"):
         run_job(other)
     run_job(job)
-    with pytest.raises(OutputError, match="a complete dataset is there, which is never replaced"):
-        run_job(other)
+    assert run_job(change(other, overwrite=False)).complete
     assert os.listdir(tmp_path / "other") == []
 
 
@@ -400,10 +403,9 @@ def test_a_store_without_conditions_is_listed_first(
     run_job(job)
     assert "this store has no conditional put: no other run may write there meanwhile" in caplog.text
     assert len(store.objects("april/")) == N // 4 + 1
-    other = change(job, work_dir=tmp_path / "other")
+    other = change(job, work_dir=tmp_path / "other", overwrite=False)
     (tmp_path / "other").mkdir()
-    with pytest.raises(OutputError, match="a complete dataset is there"):
-        run_job(other)
+    assert run_job(other).complete
 
 
 # ---- before the run
@@ -491,7 +493,11 @@ def test_options_of_local_files_are_refused(job: Job, store: Proxy) -> None:
         (["report", "s3://k:s@out/x.parquet"], 2, "s3://out/x.parquet: a report is of a local file; download it first"),
         (["verify", "s3://out/april/"], 2, "s3://out/april/: a verification is of a local file; download it first"),
         (["generate", "p.jsonl", "-o", "x.parquet", "--work-dir", "."], 2, "--work-dir: a local output keeps its work"),
-        (["generate", "p.jsonl", "-o", "s3://out/x.parquet", "--report"], 2, "--report: a report is about one output"),
+        (
+            ["generate", "p.jsonl", "-o", "s3://out/x.parquet", "--report"],
+            2,
+            "--report: a report is about a local output",
+        ),
     ],
 )
 def test_commands_for_local_files_refuse_an_address(

@@ -9,7 +9,8 @@ from batchgen.errors import OutputError
 from batchgen.input.prompts import Facts, Prompts
 from batchgen.output.ledger import Ledger, is_dataset
 from batchgen.output.place import check_folder, output_errors, refuse_input, refuse_link
-from batchgen.output.rows import Rows
+from batchgen.output.reading import read_stored
+from batchgen.output.rows import Rows, Stored
 from batchgen.output.schema import Columns, choose_columns
 from batchgen.plan import Plan
 from batchgen.types import SamplingParams
@@ -49,6 +50,9 @@ class Dataset:
                     what = f"the input {source} is in it, and would be replaced"
                     raise OutputError(f"{path}: {what}; choose another name")
         check_folder(path, inputs)
+
+    def stored(self) -> Stored | None:
+        return read_stored(self.path) if is_dataset(self.path) else None
 
     def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
         return choose_columns(self.prompts, facts, sampling, token_ids=self.token_ids)

@@ -5,6 +5,7 @@ ever written under the final name: only a file that was closed, counted and sync
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +17,18 @@ from batchgen.errors import OutputError, UsageError
 from batchgen.files import replacing
 from batchgen.input.prompts import Facts, Prompts
 from batchgen.options import say
+from batchgen.output.beside import read_beside, write_beside
 from batchgen.output.ledger import Ledger
-from batchgen.output.parts import GROUP_ROWS, open_writer, read_parts
-from batchgen.output.place import SUFFIXES, check_folder, output_errors, refuse_input, refuse_link
-from batchgen.output.rows import Rows
+from batchgen.output.parts import GROUP_ROWS, METADATA_KEY, open_writer, read_parts
+from batchgen.output.place import SUFFIXES, check_folder, is_json_lines, output_errors, refuse_input, refuse_link
+from batchgen.output.reading import read_stored
+from batchgen.output.rows import Rows, Stored
 from batchgen.output.schema import Columns, choose_columns
 from batchgen.plan import Plan
 from batchgen.types import SamplingParams
 
 GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
 GROUP_BATCHES = 512
-METADATA_KEY = "batchgen"  # in a Parquet file's own metadata: the plan
 
 WriteRows: TypeAlias = Callable[[Iterable[pa.RecordBatch], BinaryIO, pa.Schema, Plan], None]
 
@@ -60,13 +62,14 @@ def write_parquet(batches: Iterable[pa.RecordBatch], file: BinaryIO, schema: pa.
     write_groups(batches, file, schema.with_metadata(metadata))
 
 
-def count_rows(batches: Iterable[pa.RecordBatch], expected: int, path: Path) -> Iterator[pa.RecordBatch]:
-    """Yield the batches, and raise OutputError after the last unless they held the expected number of rows."""
-    rows = 0
+def count_rows(
+    batches: Iterable[pa.RecordBatch], expected: int, path: Path, statuses: Counter[str]
+) -> Iterator[pa.RecordBatch]:
+    """Yield the batches and count their rows; OutputError after the last unless they held the expected number."""
     for batch in batches:
-        rows += len(batch)
+        statuses.update(batch["status"].to_pylist())
         yield batch
-    if rows != expected:
+    if (rows := statuses.total()) != expected:
         remedy = f"run again with {say('restart', True)}"
         raise OutputError(f"{path}: the parts hold {rows} rows, not {expected}; {remedy}")
 
@@ -94,7 +97,7 @@ class FileOutput:
         path, inputs = self.path, self.prompts.local_paths
         if path.suffix.lower() not in SUFFIXES:
             what = f"the suffix {path.suffix!r} is not one of {', '.join(SUFFIXES)}"
-            raise UsageError(f"{path}: {what}; name the output so")
+            raise UsageError(f"{path}: {what}; name the output so, or {path}/ for a folder of parts")
         with output_errors(path):
             refuse_link(path)
             if path.is_dir():
@@ -104,6 +107,11 @@ class FileOutput:
                 raise OutputError(f"{path}: a pipe or device, which cannot be replaced at once; name a regular file")
             refuse_input(path, inputs)
         check_folder(path, inputs)
+
+    def stored(self) -> Stored | None:
+        if not self.path.exists() or not self.path.stat().st_size:  # nothing is lost with an empty file
+            return None
+        return read_beside(self.path) if is_json_lines(self.path) else read_stored(self.path)
 
     def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
         columns = choose_columns(self.prompts, facts, sampling, token_ids=self.token_ids)
@@ -123,5 +131,8 @@ class FileOutput:
 
     def replace_rows(self, batches: Iterable[pa.RecordBatch], plan: Plan, schema: pa.Schema, rows: int) -> None:
         """Make these batches the file; OutputError unless they hold `rows` rows and can be written."""
+        statuses: Counter[str] = Counter()
         with output_errors(self.path), replacing(self.path) as file:
-            self.write(count_rows(batches, rows, self.path), file, schema, plan)
+            self.write(count_rows(batches, rows, self.path, statuses), file, schema, plan)
+            if is_json_lines(self.path):
+                write_beside(self.path, file, Stored(plan, statuses))

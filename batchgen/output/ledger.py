@@ -7,6 +7,7 @@
         attempt-<uuid>/         workers write only here
         parts/00000042-<sha256[:16]>.parquet    one rename is the commit
         old/                    the dataset whose place parts/ has just taken
+        overwrite               empty: this run may replace what has the output's name
         destination             the address of an output in an object store
         sent.jsonl              parts that are in the store already
 
@@ -28,11 +29,15 @@ from batchgen.files import SUCCESS, WORK_SUFFIX, lock, parse_json, replace_file,
 from batchgen.options import say
 from batchgen.output.parts import part_name, read_receipt
 from batchgen.plan import Plan
-from batchgen.types import Receipt
+from batchgen.types import Reason, Receipt, add_reasons
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("input_rows", "rows", "ok", "rejected", "failed", "prompt_tokens", "completion_tokens", "space_ends")
+OF_A_STORE = ("run", "parts", "statuses")  # keys of a _SUCCESS in an object store; see upload.py
+COUNTS = (
+    *("input_rows", "rows", "ok", "rejected", "failed", "prompt_tokens", "completion_tokens"),
+    *("space_ends", "special_texts"),
+)
 
 
 # ---- files
@@ -55,12 +60,12 @@ def _remove_attempt(path: Path) -> None:
 
 
 def parse_plan(data: str | bytes) -> Plan:
-    """A plan that was stored as JSON; ValueError says what is wrong with it."""
+    """A plan that was stored as JSON, in a store with its parts; ValueError says what is wrong with it."""
     try:
         values = parse_json(data)
         if not isinstance(values, dict):
             raise ValueError("it is not an object")
-        return Plan.from_json(values)
+        return Plan.from_json({key: value for key, value in values.items() if key not in OF_A_STORE})
     except (TypeError, RecursionError, UsageError) as error:
         raise ValueError(str(error)) from error
 
@@ -98,14 +103,17 @@ def run_name(out: Path) -> str | None:
 class Ledger:
     """The work directory of one output, held by this process alone."""
 
-    def __init__(self, out: Path, descriptor: int) -> None:
+    def __init__(self, out: Path, descriptor: int = -1, *, overwrite: bool = False) -> None:
+        """descriptor is the locked file's; without one, this may only be asked what is there."""
         self.out = out
+        self.overwrite = overwrite  # what has the output's name may be replaced
         self.directory = work_directory(out)
         self.parts_directory = self.directory / "parts"
         self.attempt = self.directory / f"attempt-{uuid.uuid4().hex}"
         self.sent = self.directory / "sent.jsonl"
         self.committed: dict[int, str] = {}  # chunk -> start of its part's SHA-256
         self.counts: Counter[str] = Counter()  # COUNTS of the committed chunks
+        self.reasons: dict[str, Reason] = {}  # why rows of them have no completion
         self._plan = self.directory / "plan.json"
         self._lock = descriptor
 
@@ -117,18 +125,25 @@ class Ledger:
         automatic names the fields that nobody asked for: a resumed run keeps what it had. Raises UsageError naming
         what differs, and OutputError for a damaged plan.json.
         """
-        old = None if restart else self.read_plan()
-        if old is None or old.retry:  # a retry has few rows: it is never resumed, and in no other run's way
+        old = self.find_resumed(plan, automatic, restart)
+        if old is None:
             self._clear()
             self.parts_directory.mkdir()
             replace_file(self._plan, json.dumps(plan.to_json(), indent=1).encode())
         else:
-            remedy = f"run it as before, or pass {say('restart', True)} to discard what it has done"
-            refuse_conflict(str(self.directory), old, plan, automatic, remedy)
             self._resume(old)
             plan = old
+        if self.overwrite:
+            (self.directory / "overwrite").touch()
         self.attempt.mkdir()
         return plan
+
+    def find_resumed(self, plan: Plan, automatic: Iterable[str], restart: bool) -> Plan | None:
+        """The plan of the run that one with `plan` resumes, if there is one; UsageError if it is another job's."""
+        if old := None if restart else self.unfinished():
+            remedy = f"run it as before, or pass {say('restart', True)} to discard what it has done"
+            refuse_conflict(str(self.directory), old, plan, automatic, remedy)
+        return old
 
     def read_plan(self) -> Plan | None:
         """The plan of an interrupted run, if there is one."""
@@ -139,6 +154,19 @@ class Ledger:
         except ValueError as error:
             remedy = f"pass {say('restart', True)} to begin again"
             raise OutputError(f"{self._plan}: not a plan ({error}); {remedy}") from error
+
+    def unfinished(self) -> Plan | None:
+        """The plan of the run to resume; a retry has few rows: it is never resumed, and in no other run's way."""
+        plan = self.read_plan()
+        return None if plan is None or plan.retry else plan
+
+    def statuses(self) -> Counter[str]:
+        """Committed output rows by status."""
+        return Counter({status: self.counts[status] for status in ("ok", "rejected", "failed")})
+
+    def may_replace(self) -> bool:
+        """Whether this run, or the one that it resumes, was asked to replace the output."""
+        return self.overwrite or (self.directory / "overwrite").exists()
 
     def _resume(self, plan: Plan) -> None:
         """Count the committed parts. A part that is not whole is deleted and will be made again."""
@@ -177,6 +205,7 @@ class Ledger:
     def _count(self, receipt: Receipt) -> None:
         self.committed[receipt.chunk] = receipt.sha256[:16]
         self.counts.update({name: getattr(receipt, name) for name in COUNTS})
+        add_reasons(self.reasons, receipt.reasons)
 
     def publish_dataset(self, plan: Plan) -> None:
         """Make the folder of parts the output; its _SUCCESS, which holds the plan, comes last, then one rename."""
@@ -259,11 +288,23 @@ def _take_lock(directory: Path) -> int:
         os.close(descriptor)
 
 
+def is_held(out: Path) -> bool:
+    """Whether a run, which may be this process's, holds the output's work directory at this moment."""
+    try:
+        descriptor = os.open(work_directory(out) / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
-def open_ledger(out: Path) -> Iterator[Ledger]:
+def open_ledger(out: Path, *, overwrite: bool = False) -> Iterator[Ledger]:
     """Hold the output's work directory; BusyError if another run does. It is removed when the block ends well."""
     with _named_errors(work_directory(out)):
-        ledger = Ledger(out, _take_lock(work_directory(out)))
+        ledger = Ledger(out, _take_lock(work_directory(out)), overwrite=overwrite)
         try:
             yield ledger
         except BaseException:

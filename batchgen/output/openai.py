@@ -16,6 +16,7 @@ import pyarrow as pa
 from batchgen.output.file import WriteRows
 from batchgen.plan import Plan
 from batchgen.text.tokenizer import StreamDecoder, Tokenizer
+from batchgen.types import SamplingParams
 
 CREATED = 0  # a time would make each run's bytes its own
 
@@ -27,15 +28,17 @@ def _error(message: str) -> Json:
     return {"message": message, "type": "invalid_request_error", "param": None, "code": None}
 
 
-def _offsets(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[int]:
+def _offsets(ids: Sequence[int], tokenizer: Tokenizer, skip_special: bool) -> Iterator[int]:
     """The character of the text at which each token begins; for a part of a character, that character."""
-    decoder, characters = StreamDecoder(tokenizer), 0
+    decoder, characters = StreamDecoder(tokenizer, skip_special=skip_special), 0
     for token in ids:
         yield characters
         characters += len(decoder.push([token]))
 
 
-def _logprobs(sample: Row, tokenizer: Tokenizer) -> Json:
+def _logprobs(sample: Row, tokenizer: Tokenizer, params: SamplingParams) -> Json:
+    own = json.loads(sample.get("parameters") or "{}")
+    skip_special = own.get("skip_special_tokens", params.skip_special_tokens)
     ids, length = sample["completion_token_ids"], len(sample["completion"])
     tokens = [tokenizer.token_text(token) for token in ids]
     tops = [{top["token"]: top["logprob"] for top in tops} for tops in sample["top_logprobs"] or ()]
@@ -45,15 +48,15 @@ def _logprobs(sample: Row, tokenizer: Tokenizer) -> Json:
         "tokens": tokens,
         "token_logprobs": sample["logprobs"],
         "top_logprobs": tops or None,
-        "text_offset": [min(offset, length) for offset in _offsets(ids, tokenizer)],
+        "text_offset": [min(offset, length) for offset in _offsets(ids, tokenizer, skip_special)],
     }
 
 
-def _choice(sample: Row, tokenizer: Tokenizer) -> Json:
+def _choice(sample: Row, tokenizer: Tokenizer, params: SamplingParams) -> Json:
     return {
         "text": sample["completion"],
         "index": sample["sample"],
-        "logprobs": None if sample.get("logprobs") is None else _logprobs(sample, tokenizer),
+        "logprobs": None if sample.get("logprobs") is None else _logprobs(sample, tokenizer, params),
         "finish_reason": "length" if sample["finish_reason"] == "length" else "stop",  # OpenAI has no word for a loop
     }
 
@@ -66,18 +69,18 @@ def _usage(samples: Sequence[Row]) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _completion(samples: Sequence[Row], digest: str, model: str, tokenizer: Tokenizer) -> Json:
+def _completion(samples: Sequence[Row], digest: str, plan: Plan, tokenizer: Tokenizer) -> Json:
     return {
         "id": f"cmpl-{digest}",
         "object": "text_completion",
         "created": CREATED,
-        "model": model,
-        "choices": [_choice(sample, tokenizer) for sample in samples],
+        "model": plan.model,
+        "choices": [_choice(sample, tokenizer, plan.parameters) for sample in samples],
         "usage": _usage(samples),
     }
 
 
-def make_answer(samples: Sequence[Row], digest: str, model: str, tokenizer: Tokenizer) -> Json:
+def make_answer(samples: Sequence[Row], digest: str, plan: Plan, tokenizer: Tokenizer) -> Json:
     """The answer to one request, from its rows of the output; the digest makes its ids.
 
     The answer to a rejected request has status code 400, as the API's would; that to a failed one has no response.
@@ -87,7 +90,7 @@ def make_answer(samples: Sequence[Row], digest: str, model: str, tokenizer: Toke
     if first["status"] == "failed":
         return answer | {"error": {"code": "failed", "message": first["error"]}}
     if first["status"] == "ok":
-        code, body = 200, _completion(samples, digest, model, tokenizer)
+        code, body = 200, _completion(samples, digest, plan, tokenizer)
     else:
         code, body = 400, {"error": _error(first["error"])}
     return answer | {"response": {"status_code": code, "request_id": digest, "body": body}}
@@ -104,6 +107,6 @@ def answers_writer(load_tokenizer: Callable[[], Tokenizer]) -> WriteRows:
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, samples in groupby(rows, key=itemgetter("row")):
             digest = hashlib.sha256(f"{identity}:{number}".encode()).hexdigest()[:32]
-            file.write((encode(make_answer(list(samples), digest, plan.model, tokenizer)) + "\n").encode())
+            file.write((encode(make_answer(list(samples), digest, plan, tokenizer)) + "\n").encode())
 
     return write_answers

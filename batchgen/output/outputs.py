@@ -12,12 +12,12 @@ from batchgen.job import OutputOptions
 from batchgen.options import say
 from batchgen.output.dataset import Dataset
 from batchgen.output.file import FileOutput, write_parquet
-from batchgen.output.ledger import Ledger
+from batchgen.output.ledger import Ledger, is_dataset
 from batchgen.output.lines import write_json_lines
 from batchgen.output.openai import answers_writer
 from batchgen.output.place import is_json_lines
 from batchgen.output.retried import RetriedFile
-from batchgen.output.rows import Rows
+from batchgen.output.rows import Rows, Stored
 from batchgen.output.schema import Columns, check_keep
 from batchgen.output.store import is_address, open_store, parse_address
 from batchgen.output.upload import DatasetUpload, FileUpload
@@ -44,10 +44,13 @@ class Output(Protocol):
         """What the plan says: parquet, jsonl or dataset."""
 
     def check(self) -> None:
-        """Raise a BatchgenError for a place that cannot be written or must not be replaced; nothing stays changed."""
+        """Raise a BatchgenError for a place that cannot be written or must never be replaced; nothing stays changed."""
 
     def rows_to_do(self, facts: Facts) -> Rows:
         """The input rows to generate: all, or the failed ones of a finished output."""
+
+    def stored(self) -> Stored | None:
+        """What is there already, None if nothing; InputError if it is not a complete output of batchgen."""
 
     def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
         """The columns of every row, fixed before the first."""
@@ -65,6 +68,14 @@ class Output(Protocol):
 def work_folder(options: OutputOptions) -> Path:
     """The folder of the work directory: the output's own; for an address, work_dir or the current folder."""
     return (options.work_dir or Path()) if is_address(str(options.path)) else Path(options.path).parent
+
+
+def local_path(options: OutputOptions) -> Path:
+    """The output's path; for an address, its stand-in in work_dir."""
+    text = str(options.path)
+    if not is_address(text):
+        return Path(text)
+    return work_folder(options) / parse_address(text, dataset=options.format == "dataset").last
 
 
 def _make_file(path: Path, options: OutputOptions, prompts: Prompts, load_tokenizer: LoadTokenizer) -> FileOutput:
@@ -88,7 +99,7 @@ def _open_local(text: str, options: OutputOptions, prompts: Prompts, load_tokeni
         raise UsageError(f"{say('work_dir')}: a local output keeps its work beside it; {remedy}")
     if not path.name:
         raise UsageError(f"{say('output')} {text!r} is not a file name; name one, such as completions.parquet")
-    if options.format == "file":
+    if not (options.format == "dataset" or text.endswith("/") or is_dataset(path)):
         return _make_file(path, options, prompts, load_tokenizer)
     if options.retry_failed:
         what = "wants a finished .parquet file, and this is a dataset"
@@ -102,7 +113,7 @@ def _open_upload(text: str, options: OutputOptions, prompts: Prompts, load_token
         what = f"{say('retry_failed', True)} is for an output that is a local file"
         remedy = "download the file, retry its rows there, and upload it"
         raise UsageError(f"{address.where}: {what}; {remedy}")
-    path = work_folder(options) / address.last
+    path = local_path(options)
     store = open_store(address)
     if address.name:
         return FileUpload(_make_file(path, options, prompts, load_tokenizer), address, store)

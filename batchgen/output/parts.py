@@ -16,11 +16,12 @@ from batchgen.files import PART, sha256_of
 from batchgen.options import say
 from batchgen.output.place import output_errors
 from batchgen.output.schema import rows_to_table
-from batchgen.types import OutputRow, Receipt
+from batchgen.types import OutputRow, Reason, Receipt
 
 GROUP_ROWS = 65_536  # of a row group at most
 BATCH_ROWS = 8_192
 RECEIPT_KEY = "batchgen_receipt"
+METADATA_KEY = "batchgen"  # in the metadata of a file of all rows: the plan
 FEW_VALUES = ["finish_reason", "status", "error", "parameters"]  # worth a dictionary; other columns rarely repeat
 
 PARQUET_OPTIONS: dict[str, object] = {
@@ -94,7 +95,8 @@ def read_receipt(path: Path) -> Receipt | None:
     try:
         with open(path, "rb") as file:
             values = json.loads(pq.read_schema(file).metadata[RECEIPT_KEY.encode()])
-        receipt = Receipt(**values, path=path.name, sha256=sha256)
+        reasons = tuple(Reason(**reason) for reason in values.pop("reasons", ()))
+        receipt = Receipt(**values, path=path.name, sha256=sha256, reasons=reasons)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return None
     return receipt if receipt.chunk == int(match[1]) else None

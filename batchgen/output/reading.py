@@ -1,19 +1,21 @@
-"""A finished output, read again: the plan in its metadata, and its rows."""
+"""A finished output, a Parquet file or a dataset, read again: the plan in its metadata, and its rows."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
-from batchgen.files import parse_json
-from batchgen.output.file import METADATA_KEY
-from batchgen.output.ledger import parse_plan
-from batchgen.output.parts import BATCH_ROWS
+from batchgen.files import PART, SUCCESS, parse_json
+from batchgen.output.ledger import is_dataset, parse_plan
+from batchgen.output.parts import BATCH_ROWS, METADATA_KEY
 from batchgen.output.place import is_json_lines
+from batchgen.output.rows import Stored
 from batchgen.plan import Plan
 
 _NUMBERS = ("row", "sample", "prompt_tokens", "completion_tokens")
@@ -46,12 +48,26 @@ def open_output_file(path: Path) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _read_metadata(path: Path) -> tuple[bytes, pa.Schema]:
-    """What the file's metadata has under METADATA_KEY, and its columns."""
-    if is_json_lines(path):
+def output_files(path: Path) -> list[Path]:
+    """The Parquet files of an output: itself, or a complete dataset's parts in order."""
+    if not path.is_dir():
+        return [path]
+    if not is_dataset(path):
+        raise InputError(f"{path}: a folder without batchgen's {SUCCESS}, so not a complete dataset; check the name")
+    return sorted(file for file in path.iterdir() if PART.fullmatch(file.name))
+
+
+def _read_metadata(path: Path) -> tuple[bytes, pa.Schema | None]:
+    """What the output's metadata has under METADATA_KEY, or a dataset's _SUCCESS; and its columns, if it has a part."""
+    if is_json_lines(path) and not path.is_dir():
         raise InputError(f"{path}: JSON lines have no place for the run's metadata; write the output as .parquet")
-    with open_output_file(path) as file:
-        schema = file.schema_arrow
+    schema = None
+    for file_path in output_files(path)[:1]:
+        with open_output_file(file_path) as file:
+            schema = file.schema_arrow
+    if schema is None or path.is_dir():
+        with _file_errors(path):
+            return (path / SUCCESS).read_bytes(), schema
     text = (schema.metadata or {}).get(METADATA_KEY.encode())
     if text is None:
         raise InputError(
@@ -97,31 +113,55 @@ def read_plan(path: Path) -> Plan:
     except ValueError as error:
         what = f"the metadata under {METADATA_KEY!r} is not a plan of this version ({error})"
         raise InputError(f"{path}: {what}; it was changed, or {_name_writer(text)} wrote it") from error
-    _check_columns(path, schema)
+    if schema is not None:
+        _check_columns(path, schema)
     return plan
 
 
 def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield an output's record batches, of all or some columns, in order; InputError if the file is damaged."""
-    with open_output_file(path) as file:
-        yield from file.iter_batches(BATCH_ROWS, columns=columns and list(columns))
+    """Yield an output's record batches, of all or some columns, in order; InputError if a file is damaged."""
+    for file_path in output_files(path):
+        with open_output_file(file_path) as file:
+            yield from file.iter_batches(BATCH_ROWS, columns=columns and list(columns))
+
+
+def read_stored(path: Path) -> Stored:
+    """What is known of an output; InputError if it is none of batchgen's, or does not have the rows of its plan."""
+    plan = read_plan(path)
+    statuses: Counter[str] = Counter()
+    rows = 0
+    for batch in read_batches(path, ["sample", "status"]):
+        rows += pc.sum(pc.equal(batch["sample"], 0)).as_py() or 0
+        statuses.update(batch["status"].to_pylist())
+    check_rows(path, plan, rows)
+    return Stored(plan, statuses)
+
+
+def check_rows(path: Path, plan: Plan, rows: int) -> None:
+    """Raise InputError unless the output holds as many input rows as its plan has."""
+    if rows != plan.rows:
+        raise InputError(f"{path}: holds {rows} input rows, and its metadata says {plan.rows}; it was changed")
 
 
 def read_input_rows(path: Path, rows: Sequence[int]) -> pa.Table:
     """All output rows of some input rows, in order. Row groups without any of them are not read."""
-    with _file_errors(path), open(path, "rb") as raw:
-        return pq.read_table(raw, filters=[("row", "in", list(rows))])
+    tables = []
+    for file in output_files(path):
+        with _file_errors(file), open(file, "rb") as raw:
+            tables.append(pq.read_table(raw, filters=[("row", "in", list(rows))]))
+    return pa.concat_tables(tables)
 
 
 def read_rows_at(path: Path, positions: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
     """The output rows at some ascending positions from 0; row groups without any of them are not read."""
     rows: list[dict[str, Any]] = []
     first = 0
-    with open_output_file(path) as file:
-        for group in range(file.num_row_groups):
-            after = first + file.metadata.row_group(group).num_rows
-            within = [position - first for position in positions if first <= position < after]
-            if within:
-                rows += file.read_row_group(group, columns=list(columns), use_threads=False).take(within).to_pylist()
-            first = after
+    for file_path in output_files(path):
+        with open_output_file(file_path) as file:
+            for group in range(file.num_row_groups):
+                after = first + file.metadata.row_group(group).num_rows
+                if within := [position - first for position in positions if first <= position < after]:
+                    table = file.read_row_group(group, columns=list(columns), use_threads=False)
+                    rows += table.take(within).to_pylist()
+                first = after
     return rows

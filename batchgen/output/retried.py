@@ -8,26 +8,32 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.errors import OutputError, UsageError
+from batchgen.errors import BusyError, OutputError, UsageError
 from batchgen.input.prompts import Facts
 from batchgen.options import say
 from batchgen.output.file import FileOutput
-from batchgen.output.ledger import Ledger, refuse_conflict
+from batchgen.output.ledger import Ledger, refuse_conflict, work_directory
 from batchgen.output.parts import read_parts
 from batchgen.output.reading import open_output_file, read_batches, read_plan
 from batchgen.output.rows import Rows
 from batchgen.plan import Plan
+from batchgen.types import Reason, add_reasons
 
 
 def find_failed(path: Path) -> Rows:
     """The input rows of an output that failed, and the number of its other output rows by status."""
     failed: set[int] = set()
     staying: Counter[str] = Counter()
-    for batch in read_batches(path, ["row", "status"]):
+    reasons: dict[str, Reason] = {}
+    for batch in read_batches(path, ["row", "status", "error"]):
         is_failed = pc.field("status") == "failed"
         failed.update(batch.filter(is_failed)["row"].to_pylist())
         staying.update(batch.filter(~is_failed)["status"].to_pylist())
-    return Rows(len(failed), frozenset(failed), staying)
+        rejected = batch.filter(pc.field("status") == "rejected")
+        for row, error in zip(rejected["row"].to_pylist(), rejected["error"].to_pylist(), strict=True):
+            place, _, text = (error or "").partition(": ")
+            add_reasons(reasons, [Reason(1, row, place, text)])
+    return Rows(len(failed), frozenset(failed), staying, reasons.values())
 
 
 def replace_failed(path: Path, new: pa.Table) -> Iterator[pa.RecordBatch]:
@@ -56,6 +62,8 @@ class RetriedFile(FileOutput):
         if self.format != "parquet":
             what = "wants a finished .parquet file, which says how it was made"
             raise UsageError(f"{self.path}: {say('retry_failed', True)} {what}")
+        if not self.path.exists() and work_directory(self.path).exists():
+            raise BusyError(f"{self.path}: not finished yet; {say('retry_failed', True)} is for afterwards")
         if not self.path.exists():
             raise OutputError(f"{self.path}: no such file; run without {say('retry_failed', True)} first")
 
@@ -65,6 +73,9 @@ class RetriedFile(FileOutput):
 
     def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
         """Adopt the plan of this retry; UsageError unless the file's own plan makes the same rows."""
+        if not restart and ledger.unfinished():
+            remedy = f"resume it first (without {say('retry_failed', True)}), or discard it with {say('restart', True)}"
+            raise BusyError(f"{ledger.directory}: an unfinished run is to replace this file; {remedy}")
         remedy = "give the options that made it, with its batchgen, NumPy and BLAS"
         refuse_conflict(str(self.path), read_plan(self.path), plan, automatic, remedy)
         return ledger.adopt(replace(plan, retry=True), automatic, restart)

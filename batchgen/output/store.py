@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss")
 PIECE_BYTES = 8 * 2**20  # of an upload in several pieces; what is not larger goes in one request
 MAX_PIECES = 9_000  # S3 takes 10,000
+NOTE = "batchgen"  # key in an object's metadata
 MAX_RETRIES = 10  # of a request, after 0.1 s, 0.2 s, ... 15 s: about a minute
 CLIENT = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=5)}
 
@@ -180,10 +181,12 @@ class Store:
         self.api, self.place = _connect(address, retries)
         self.conditional = True  # until the store turns out to ignore conditions
 
-    def put(self, name: str, data: bytes | Path) -> str:
-        """Put an object, which is replaced at once or not at all; returns its tag."""
+    def put(self, name: str, data: bytes | Path, note: str = "") -> str:
+        """Put an object, with a note in its metadata, which is replaced at once or not at all; returns its tag."""
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        options = {"chunk_size": max(PIECE_BYTES, -(-size // MAX_PIECES)), "max_concurrency": 2}
+        options: dict[str, object] = {"chunk_size": max(PIECE_BYTES, -(-size // MAX_PIECES)), "max_concurrency": 2}
+        if note:
+            options["attributes"] = {NOTE: note}
         with self._named_errors():
             return _tag(self.api.put(self.place, name, data, **options))
 
@@ -221,6 +224,17 @@ class Store:
             if isinstance(error.__cause__, FileNotFoundError) and "NoSuchBucket" not in str(error.__cause__):
                 return None
             raise
+
+    def find_note(self, name: str) -> str | None:
+        """The note in an object's metadata, "" if it has none; None if there is no such object."""
+        try:
+            with self._named_errors():
+                found = in_thread(lambda: self.api.get(self.place, name, options={"head": True}))
+        except OutputError as error:
+            if isinstance(error.__cause__, FileNotFoundError) and "NoSuchBucket" not in str(error.__cause__):
+                return None
+            raise
+        return str(found.attributes.get(NOTE, ""))
 
     def list(self) -> dict[str, tuple[int, str]]:
         """Every object's size and tag."""

@@ -1,17 +1,18 @@
 """Outputs in an object store: a file or a dataset of this machine, sent there.
 
 A store has no renames. One object appears when its upload is completed, or not at all. A dataset is complete when
-_SUCCESS is there, which is put last, and only if there is none:
+_SUCCESS is there, which is put last, and only if there is none; a run that replaces a dataset deletes it before:
 
     PREFIX/
         _RUN                    put first, and only if there is none: whose prefix this is while a run writes to it
         00000042-<sha256[:16]>.parquet
-        _SUCCESS                the plan, and each part's name, rows, bytes and SHA-256
+        _SUCCESS                the plan, rows by status, and each part's name, rows, bytes and SHA-256
 """
 
 import json
 import logging
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,14 +21,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.errors import BusyError, OutputError, UsageError
+from batchgen.errors import BusyError, InputError, OutputError, UsageError
 from batchgen.files import PART, SUCCESS, parse_json, sha256_of
 from batchgen.input.prompts import Facts, Prompts
+from batchgen.output.beside import read_note, write_note
 from batchgen.output.dataset import Dataset
 from batchgen.output.file import FileOutput
-from batchgen.output.ledger import Ledger, run_name
+from batchgen.output.ledger import Ledger, parse_plan, run_name
 from batchgen.output.place import SUFFIXES, check_folder
-from batchgen.output.rows import Rows
+from batchgen.output.rows import Rows, Stored
 from batchgen.output.schema import Columns
 from batchgen.output.store import Address, Store, in_thread, in_threads, open_store
 from batchgen.plan import Plan
@@ -39,6 +41,7 @@ CLAIM = "_RUN"
 PROBE = "_batchgen-probe"
 THREADS = 8  # uploads at once
 CHECK_RETRIES = 2  # of a request before the run, when somebody waits for the answer
+COMPLETED = "another run has completed a dataset there first; choose another prefix"
 REMEDY = "run the same command again to resume"
 
 
@@ -62,20 +65,21 @@ def _refuse_claim(store: Store, data: bytes | None, run: str | None) -> None:
         raise BusyError(f"{store.where}: {who}; {remedy}")
 
 
-def _refuse_others(store: Store, run: str | None, plan: Plan | None) -> None:
-    """Raise if the prefix holds anything that the run of this name has not put there (None: it has put nothing)."""
+def _is_own(success: Mapping[str, object], run: str | None, plan: Plan) -> bool:
+    """Whether a dataset's _SUCCESS is this run's."""
+    return run is not None and success.get("run") == run and success == {**success, **plan.to_json()}
+
+
+def _refuse_others(store: Store, run: str | None) -> None:
+    """Raise for an incomplete dataset, or anything else, that the run of this name has not put there."""
     names = store.list().keys() - {PROBE}
     strange = sorted(name for name in names if name not in (CLAIM, SUCCESS) and not PART.fullmatch(name))
     if strange:
         what = f"something other than a dataset of batchgen is there ({strange[0]})"
         raise OutputError(f"{store.where}: {what}; choose another prefix")
-    if SUCCESS in names:
-        old = _read_object(store.get(SUCCESS))
-        same = plan is None or old == {**old, **plan.to_json()}
-        if run is None or old.get("run") != run or not same:
-            what = "a complete dataset is there, which is never replaced"
-            raise OutputError(f"{store.where}: {what}; choose another prefix, or delete it first")
-    elif CLAIM in names:
+    if SUCCESS in names:  # complete: find_finished decides
+        return
+    if CLAIM in names:
         _refuse_claim(store, store.get(CLAIM), run)
     elif names:
         what = f"{len(names):,} parts of a run that did not end are there"
@@ -98,7 +102,7 @@ def check_store(address: Address, run: str | None) -> None:
     """
     store = open_store(address, retries=CHECK_RETRIES)
     if not address.name:
-        _refuse_others(store, run, None)
+        _refuse_others(store, run)
     in_thread(lambda: store.put(PROBE, b""))
     store.delete([PROBE])
 
@@ -168,12 +172,43 @@ def _part_names(success: bytes) -> set[object]:
     return {part["name"] for part in parts} if isinstance(parts, list) else set()
 
 
-def claim_prefix(store: Store, run: str, directory: Path, plan: Plan) -> None:
+def read_dataset(store: Store) -> Stored | None:
+    """What is known of a complete dataset; InputError if it is not as its _SUCCESS says."""
+    if (data := store.get(SUCCESS)) is None:
+        return None
+    success = _read_object(data)
+    try:
+        plan = parse_plan(data)
+        stored = Stored(plan, Counter(success["statuses"]))  # type: ignore[call-overload]
+        parts = {part["name"]: part["bytes"] for part in success["parts"]}  # type: ignore[attr-defined]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{store.where}: {SUCCESS} is not that of this version ({error})") from error
+    there = store.list()
+    if wrong := [name for name, size in parts.items() if name not in there or there[name][0] != size]:
+        raise InputError(f"{store.where}: {len(wrong)} of its {len(parts)} parts are not as it says ({wrong[0]})")
+    return stored
+
+
+def _find_other(store: Store, ledger: Ledger, plan: Plan) -> Mapping[str, object] | None:
+    """The _SUCCESS of another run, which this one is to replace; OutputError if it may not."""
+    if (data := store.get(SUCCESS)) is None or _is_own(_read_object(data), ledger.run_name(), plan):
+        return None
+    if not ledger.may_replace():
+        raise OutputError(f"{store.where}: {COMPLETED}")
+    return _read_object(data)
+
+
+def claim_prefix(store: Store, ledger: Ledger, plan: Plan) -> None:
     """Make the prefix this run's own until its dataset is complete; BusyError if it is another run's."""
-    _refuse_others(store, run, plan)
-    if store.get(SUCCESS) is not None:  # a run was killed when it had only to clear up
+    run = ledger.run_name()
+    _refuse_others(store, run)
+    old = _find_other(store, ledger, plan)
+    if old is None and store.get(SUCCESS) is not None:  # it was killed when it had only to clear up
         return
-    claim = json.dumps({"run": run, "host": socket.gethostname(), "directory": str(directory.resolve())}).encode()
+    if old and _read_object(store.get(CLAIM)).get("run") == old.get("run"):
+        store.delete([CLAIM])  # what the complete dataset's run has left
+    directory = str(ledger.directory.resolve())
+    claim = json.dumps({"run": run, "host": socket.gethostname(), "directory": directory}).encode()
     _refuse_claim(store, store.create(CLAIM, claim), run)
     if store.conditional:
         store.conditional = not store.put_if_absent(CLAIM, claim)  # some stores accept the condition and ignore it
@@ -181,20 +216,23 @@ def claim_prefix(store: Store, run: str, directory: Path, plan: Plan) -> None:
         logger.warning("%s: this store has no conditional put: no other run may write there meanwhile", store.where)
 
 
-def publish_dataset(store: Store, parts: Sequence[Path], plan: Plan, run: str, record: Path) -> None:
+def publish_dataset(store: Store, ledger: Ledger, plan: Plan) -> None:
     """Upload the parts that are not there yet, and make them a dataset; the prefix is claimed.
 
-    record is a local file that lists uploaded parts, for the next run if this one does not end. Raises OutputError if
-    the store fails for good, or another run's _SUCCESS is there.
+    ledger.sent lists uploaded parts, for the next run if this one does not end. Raises OutputError if the store fails
+    for good, or another run's _SUCCESS is there that this one may not replace.
     """
+    if _find_other(store, ledger, plan) is not None:
+        store.delete([SUCCESS])  # before the first part changes: readers wait for the new one
     if store.get(SUCCESS) is None:
-        sent = send_parts(store, parts, record)
+        sent = send_parts(store, list(ledger.parts()), ledger.sent)
         listed = [{key: value for key, value in asdict(one).items() if key != "tag"} for one in sent]
-        success = json.dumps(plan.to_json() | {"run": run, "parts": listed}, sort_keys=True).encode()
+        more = {"run": ledger.run_name(), "statuses": ledger.statuses(), "parts": listed}
+        success = json.dumps(plan.to_json() | more, sort_keys=True).encode()
         there = store.create(SUCCESS, success)
         if there != success:
             store.delete([one.name for one in sent if one.name not in _part_names(there)])
-            raise OutputError(f"{store.where}: another run has completed a dataset there first; choose another prefix")
+            raise OutputError(f"{store.where}: {COMPLETED}")
     try:
         store.delete([CLAIM])
     except OutputError as error:  # the dataset is complete all the same
@@ -204,9 +242,9 @@ def publish_dataset(store: Store, parts: Sequence[Path], plan: Plan, run: str, r
 # ---- one object
 
 
-def publish_file(store: Store, path: Path) -> None:
+def publish_file(store: Store, path: Path, note: str = "") -> None:
     """Upload a file as the one object of the address, whose previous version stays until the upload is complete."""
-    in_thread(lambda: store.put(store.name, path))
+    in_thread(lambda: store.put(store.name, path, note))
 
 
 # ---- the outputs
@@ -265,11 +303,16 @@ class FileUpload(Upload):
 
     local: FileOutput
 
+    def stored(self) -> Stored | None:
+        note = self.store.find_note(self.store.name)
+        return None if note is None else read_note(note, self.where)
+
     def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
         merged = replace(self.local, path=ledger.attempt / self.path.name)
         merged.publish(ledger, plan, schema, rows)
+        stored = merged.stored()
         with add_remedy(ledger):
-            publish_file(self.store, merged.path)
+            publish_file(self.store, merged.path, write_note(stored) if stored else "")
 
 
 @dataclass(frozen=True)
@@ -278,11 +321,14 @@ class DatasetUpload(Upload):
 
     local: Dataset
 
+    def stored(self) -> Stored | None:
+        return read_dataset(self.store)
+
     def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
         plan = super().claim(ledger, plan, automatic, restart)
-        claim_prefix(self.store, ledger.run_name(), ledger.directory, plan)
+        claim_prefix(self.store, ledger, plan)
         return plan
 
     def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
         with add_remedy(ledger):
-            publish_dataset(self.store, list(ledger.parts()), plan, ledger.run_name(), ledger.sent)
+            publish_dataset(self.store, ledger, plan)

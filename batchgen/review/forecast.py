@@ -8,7 +8,6 @@ A decode step costs `step` for reading the weights, however many sequences it se
 """
 
 import math
-import re
 import tempfile
 import time
 from collections import Counter
@@ -19,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from joblib.externals.loky import get_reusable_executor
 
 from batchgen.engine.engine import kv_bytes_per_token
 from batchgen.engine.sequence import expand
@@ -30,6 +28,10 @@ from batchgen.input.validation import make_check
 from batchgen.job import Job
 from batchgen.models.model import Model
 from batchgen.options import say
+from batchgen.output.finished import find_finished
+from batchgen.output.ledger import Ledger
+from batchgen.output.outputs import Output, open_output
+from batchgen.output.rows import Rows
 from batchgen.output.schema import Columns
 from batchgen.plan import Plan
 from batchgen.planning import (
@@ -42,10 +44,11 @@ from batchgen.planning import (
     plan_chunks,
     probe_arithmetic,
 )
-from batchgen.types import Chunk, Rejected, TokenizedRequest
+from batchgen.text.tokenizer import Tokenizer
+from batchgen.types import Chunk, Reason, Rejected, RowParameters, TokenizedRequest
 from batchgen.workers.complete import to_prompts
-from batchgen.workers.pool import end_workers, exit_codes, no_interrupts_to_workers
-from batchgen.workers.worker import WorkerSetup, become_worker, load_engine
+from batchgen.workers.pool import end_workers, exit_codes, keep_executor, no_interrupts_to_workers, take_executor
+from batchgen.workers.worker import WorkerSetup, load_engine
 from batchgen.workers.workers import worker_setup
 
 SAMPLE_ROWS = 256  # evenly spread over the input
@@ -98,10 +101,20 @@ class Reject:
     places: list[str] = field(default_factory=list)  # the first ones
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One of the first prompts, as the model reads it."""
+
+    name: str  # its id, or `row 0`
+    tokens: int
+    text: str
+
+
 @dataclass(slots=True)
 class Forecast:
     """What `batchgen plan` prints."""
 
+    row_parameters: RowParameters = field(default_factory=RowParameters)
     rows: int = 0
     rejects: dict[str, Reject] = field(default_factory=dict)  # by reason, without what it quotes
     lengths: Counter[int] = field(default_factory=Counter)  # prompt tokens -> rows
@@ -117,27 +130,46 @@ class Forecast:
     completion_tokens: float = 0.0
     measured_in: float = 0.0
     invariant: bool = False
+    output_rows: int = 0
+    first: list[Shown] = field(default_factory=list)
+    is_complete: bool = False  # the output: a run has nothing to do
 
     @property
     def ok(self) -> int:
         return self.lengths.total()
 
+    @property
+    def exit_code(self) -> int:
+        """That of a run in which no row fails."""
+        if not self.rejects:
+            return 0
+        return 3 if self.ok else 4
 
-def forecast_job(job: Job, *, measure_time: bool = True) -> Forecast:
+
+def forecast_job(job: Job, *, measure_time: bool = True, show: int = 0) -> Forecast:
     """Read the whole input as a run would, and measure a few of its rows; writes nothing.
 
-    Raises the BatchgenError that a run would raise before its first row.
+    show is how many of the first prompts it keeps. Raises the BatchgenError that a run would raise before its first
+    row; without a job.output.path, nothing is checked of an output.
     """
     prompts = Prompts.open(job.input, spool=Path(tempfile.gettempdir()))
+    output = open_output(job.output, prompts, lambda: model.load_tokenizer()) if job.output.path else None
     model = Model.open(job.model)
     check_memory(model.name, model.config, model.bytes)
     facts = prompts.scan()
+    rows = output.rows_to_do(facts) if output else Rows(facts.rows)
     slots = fitting_jobs(job.work.kv_bytes or default_kv_bytes(model.config), model.bytes)
-    plan, _ = make_plan(job, facts, model, Setting(probe_arithmetic(model), facts.rows, slots, "parquet"))
-    forecast = Forecast(chunk_rows=plan.chunk_rows, invariant=plan.batch_invariant)
+    setting = Setting(probe_arithmetic(model), rows.count, slots, output.format if output else "parquet")
+    plan, automatic = make_plan(job, facts, model, setting)
+    forecast = Forecast(prompts.row_parameters, chunk_rows=plan.chunk_rows, invariant=plan.batch_invariant)
+    if output and not (job.output.retry_failed and rows.count):
+        forecast.is_complete = is_finished(output, job, plan, automatic)
     sample: list[TokenizedRequest] = []
-    check = make_check(model.load_tokenizer(), model.config.n_ctx, job.policy)
-    items = count_rows(map(check, prompts.requests(job.sampling)), forecast, sample, max(facts.rows // SAMPLE_ROWS, 1))
+    tokenizer = model.load_tokenizer()
+    check = make_check(tokenizer, model.config.n_ctx, job.policy)
+    asked = (one for one in prompts.requests(job.sampling) if rows.numbers is None or one.row in rows.numbers)
+    items = count_rows(map(check, asked), forecast, sample, max(rows.count // SAMPLE_ROWS, 1))
+    items = show_first(items, forecast, show, tokenizer)
     for chunk in plan_chunks(items, plan.chunk_rows):
         forecast.chunks.append(chunk_cost(chunk, forecast, share=plan.share_prefixes))
     add_memory(forecast, job, plan, model)
@@ -147,6 +179,15 @@ def forecast_job(job: Job, *, measure_time: bool = True) -> Forecast:
     return forecast
 
 
+def is_finished(output: Output, job: Job, plan: Plan, automatic: frozenset[str]) -> bool:
+    """Whether a run would find the output complete; the BatchgenError with which it would refuse another job's."""
+    ledger = Ledger(output.path, overwrite=job.output.overwrite and not job.output.retry_failed)
+    if find_finished(output, ledger, plan, automatic, job.work.restart) is not None:
+        return True
+    ledger.find_resumed(plan, automatic, job.work.restart)
+    return False
+
+
 def count_rows(
     items: Iterable[TokenizedRequest | Rejected], forecast: Forecast, sample: list[TokenizedRequest], every: int
 ) -> Iterator[TokenizedRequest | Rejected]:
@@ -154,16 +195,29 @@ def count_rows(
     for item in items:
         forecast.rows += 1
         if isinstance(item, Rejected):
-            reason = item.error.removeprefix(f"{item.place}: ")
-            kind = re.sub(r"'.*'|\".*\"|\d+", "...", reason)  # equal but for what they quote
-            places = forecast.rejects.setdefault(kind, Reject(reason))
+            reason = Reason.of(item)
+            places = forecast.rejects.setdefault(reason.kind, Reject(reason.text))
             places.rows += 1
             if len(places.places) < PLACES_SHOWN:
                 places.places.append(item.place)
+            forecast.output_rows += 1
         else:
+            forecast.output_rows += len(item.prompts) * item.params.n
             forecast.lengths[len(item.prompt_token_ids)] += 1
             if item.row % every == 0 and len(sample) < SAMPLE_ROWS:
                 sample.append(item)
+        yield item
+
+
+def show_first(
+    items: Iterable[TokenizedRequest | Rejected], forecast: Forecast, show: int, tokenizer: Tokenizer
+) -> Iterator[TokenizedRequest | Rejected]:
+    """Pass the rows on, and keep the text of the first prompts: of their tokens, so cut and trimmed as they are."""
+    for item in items:
+        if isinstance(item, TokenizedRequest) and len(forecast.first) < show:
+            name = f"row {item.row}" if item.id is None else item.id
+            ids = item.prompt_token_ids
+            forecast.first.append(Shown(name, len(ids), tokenizer.decode(ids)))
         yield item
 
 
@@ -224,13 +278,13 @@ def add_time(forecast: Forecast, setup: WorkerSetup, sample: list[TokenizedReque
 
 
 def measure_in_workers(forecast: Forecast, setup: WorkerSetup, sample: list[TokenizedRequest]) -> list[Pace]:
+    executor = take_executor(forecast.jobs)
     with no_interrupts_to_workers():
-        executor = get_reusable_executor(forecast.jobs, initializer=become_worker, initargs=(setup.parent,))
         in_flight = max(min(forecast.max_batch, max(c.samples for c in forecast.chunks), len(sample)), 1)
         futures = [executor.submit(measure, setup, sample[:in_flight]) for _ in range(forecast.jobs)]
     try:
         wait(futures)
-        return [future.result() for future in futures]
+        paces = [future.result() for future in futures]
     except BrokenProcessPool as error:
         end_workers(executor)
         remedy = f"if memory ran out, lower {say('jobs')}, or pass --no-time"
@@ -238,6 +292,8 @@ def measure_in_workers(forecast: Forecast, setup: WorkerSetup, sample: list[Toke
     except BaseException:
         end_workers(executor)
         raise
+    keep_executor(forecast.jobs, executor)
+    return paces
 
 
 def measure(setup: WorkerSetup, requests: list[TokenizedRequest]) -> Pace:

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from threadpoolctl import threadpool_limits
 
 from batchgen import __version__
+from batchgen.engine.probe import one_blas_thread
 from batchgen.errors import BatchgenError, InputError, ModelError, UsageError
 from batchgen.input.validation import make_check
 from batchgen.models.model import Model
 from batchgen.models.registry import list_models
 from batchgen.options import say
-from batchgen.output.reading import read_batches, read_input_rows, read_plan
+from batchgen.output.reading import check_rows, read_batches, read_input_rows, read_plan
 from batchgen.plan import Plan, read_parameters
 from batchgen.planning import check_memory, probe_arithmetic
 from batchgen.types import Chunk, OutputRow, Request, SamplingParams
@@ -117,8 +117,7 @@ def count_rows(path: Path, plan: Plan) -> tuple[int, npt.NDArray[np.int64]]:
         first = batch["sample"].to_numpy() == 0
         rows += int(first.sum())
         ok.append(numbers[first & pc.equal(batch["status"], "ok").to_numpy(zero_copy_only=False)])
-    if rows != plan.rows:
-        raise InputError(f"{path}: holds {rows} input rows, and its metadata says {plan.rows}; it was changed")
+    check_rows(path, plan, rows)
     found = np.concatenate(ok)
     if not len(found):
         raise BatchgenError(f"{path}: none of its {rows} rows is ok, so there is nothing to generate again")
@@ -201,7 +200,7 @@ def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dic
     """Every sample of the requests, generated as one chunk: (row, sample) -> what a run would write."""
     tokenizer = model.load_tokenizer()
     items = tuple(map(make_check(tokenizer, model.config.n_ctx, plan.policy()), requests))
-    with threadpool_limits(1, user_api="blas"):
+    with one_blas_thread:
         engine = map_engine(model, tokenizer)
         rows = complete_chunk(Chunk(0, items), plan.parameters, engine, tokenizer)
     return {(row.row, row.sample): row for row in rows}

@@ -30,8 +30,8 @@ def make_job(
     sampling: SamplingParams | None = None,
     **options: Any,
 ) -> Job:
-    """make_job("p.jsonl", "o.parquet", jobs=1, keep=("a",), output_format="dataset")"""
-    return change(Job(input, output, str(model), sampling or SamplingParams()), **options)
+    """make_job("p.jsonl", "o.parquet", jobs=1, keep=("a",), output_format="dataset"); by default it may replace."""
+    return change(Job(input, output, str(model), sampling or SamplingParams()), **{"overwrite": True} | options)
 
 
 def change_job(job: Job, **options: Any) -> Job:

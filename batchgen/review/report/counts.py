@@ -1,20 +1,21 @@
-"""The numbers of a report, counted in one pass over an output: memory does not grow with its rows."""
+"""The numbers of a report, counted in one pass over an output: 32 bytes for each completion."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.files import STATUS_SUFFIX
 from batchgen.output.reading import read_batches, read_rows_at
+from batchgen.progress import read_status as read_values
+from batchgen.progress import status_path
+from batchgen.types import MAX_REASON, Reason, add_reasons
 
 T = TypeVar("T")
 Row: TypeAlias = dict[str, object]  # an output row, by column
@@ -22,15 +23,15 @@ Timeline = list[tuple[float, int, int]]
 
 SHOWN_REJECTS = 50
 SHOWN_SAMPLES = 20
-COUNTED = ("row", "sample", "id", "prompt_tokens", "completion_tokens", "finish_reason", "status", "error")
-SAMPLED = ("row", "sample", "id", "prompt", "completion", "finish_reason")
-OTHER = "other reasons"
-_MOST_REASONS = 1_000  # counted apart; another program's file may have one for every row
-_LONGEST_REASON = 200
+SHOWN_EXTREMES = 5  # the shortest completions, the least likely, the most repeated
+LOGPROBS = "logprobs"  # a column that an output may lack
+COUNTED = (
+    *("row", "sample", "id", "completion", "prompt_tokens", "completion_tokens", "finish_reason", "status", "error"),
+    LOGPROBS,
+)
+SAMPLED = ("row", "sample", "id", "prompt", "completion", "completion_tokens", "finish_reason")
 _END = ("seconds", "rows_done", "completion_tokens")  # in the status file: the last point
-_PLACE = re.compile(r"\A.*?:(?:row )?\d+: ", re.DOTALL)  # p.jsonl:7, p.parquet:row 7
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
-_QUOTED = re.compile(r"'[^']{20,}'")
+_PLACE = re.compile(r"\A(.*?:(?:row )?\d+): ", re.DOTALL)  # p.jsonl:7, p.parquet:row 7
 
 
 @dataclass(slots=True)
@@ -39,12 +40,17 @@ class Counts:
 
     statuses: Counter[str] = field(default_factory=Counter)
     finish_reasons: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)  # why rows were rejected or failed
+    reasons: dict[str, Reason] = field(default_factory=dict)  # why rows were rejected or failed, by kind
     prompt_tokens: Counter[int] = field(default_factory=Counter)  # of ok rows' prompts, each counted once
     completion_tokens: Counter[int] = field(default_factory=Counter)  # of ok rows
     input_rows: int = 0
+    repeated: int = 0  # completions that an earlier row has too
+    mean_logprob: float | None = None  # of all tokens of ok rows, if the output has log-probabilities
     rejects: list[Row] = field(default_factory=list)  # the first ones
     samples: list[Row] = field(default_factory=list)  # some of the ok rows
+    shortest: list[Row] = field(default_factory=list)
+    least_likely: list[Row] = field(default_factory=list)  # by mean log-probability of a token
+    most_repeated: list[tuple[int, Row]] = field(default_factory=list)  # how often, and the first such row
 
     @property
     def rows(self) -> int:
@@ -52,27 +58,88 @@ class Counts:
 
 
 def count_output(path: Path) -> Counts:
-    """Count an output's rows, and pick rejects and samples to show. Raises InputError for a damaged file."""
-    counts, lottery = Counts(), _Lottery(SHOWN_SAMPLES)
+    """Count an output's rows, and pick rows to show. Raises InputError for a damaged file."""
+    counts, rng = Counts(), np.random.default_rng(0)  # the draw of samples is the same every time
+    drawn, shortest, least_likely = _Smallest(SHOWN_SAMPLES), _Smallest(SHOWN_EXTREMES), _Smallest(SHOWN_EXTREMES)
+    repeats, likelihood = _Repeats(), _Likelihood()
     start = 0
     for batch in read_batches(path, COUNTED):
-        lottery.enter(start + _count(batch, counts))
+        ok = _count(batch, counts)
+        completed, positions = batch.take(ok), start + ok
+        drawn.enter(rng.random(len(ok)), positions)
+        shortest.enter(completed["completion_tokens"].fill_null(0).to_numpy(zero_copy_only=False), positions)
+        repeats.enter(completed["completion"], positions)
+        if LOGPROBS in batch.schema.names:
+            least_likely.enter(likelihood.means(completed[LOGPROBS]), positions)
         start += len(batch)
-    counts.samples = read_rows_at(path, sorted(lottery.drawn.tolist()), SAMPLED)
+
+    def rows_at(chosen: _Smallest) -> list[Row]:
+        return _read_in_order(path, chosen.positions)
+
+    counts.samples = read_rows_at(path, sorted(drawn.positions.tolist()), SAMPLED)
+    counts.shortest, counts.least_likely = rows_at(shortest), rows_at(least_likely)
+    counts.repeated, often, first = repeats.result()
+    counts.most_repeated = list(zip(often.tolist(), _read_in_order(path, first), strict=True))
+    counts.mean_logprob = likelihood.mean
     return counts
 
 
-class _Lottery:
-    """Draws n of the positions that enter, each with the same chance; the draw is the same every time."""
+def _read_in_order(path: Path, positions: npt.NDArray[np.int64]) -> list[Row]:
+    """The rows at some positions, in the order of the positions given."""
+    rows = dict(zip(sorted(positions.tolist()), read_rows_at(path, sorted(positions.tolist()), SAMPLED), strict=True))
+    return [rows[position] for position in positions.tolist()]
+
+
+class _Smallest:
+    """The positions of the n smallest keys that enter, smallest first, the first of equal ones first."""
 
     def __init__(self, n: int) -> None:
-        self._n, self._rng = n, np.random.default_rng(0)
-        self.drawn, self._keys = np.zeros(0, np.int64), np.zeros(0)
+        self._n = n
+        self.positions, self._keys = np.zeros(0, np.int64), np.zeros(0)
 
-    def enter(self, positions: npt.NDArray[np.int64]) -> None:
-        keys = np.concatenate([self._keys, self._rng.random(len(positions))])
-        best = np.argsort(keys)[: self._n]
-        self.drawn, self._keys = np.concatenate([self.drawn, positions])[best], keys[best]
+    def enter(self, keys: npt.NDArray[np.float64], positions: npt.NDArray[np.int64]) -> None:
+        keys = np.concatenate([self._keys, keys])
+        best = np.argsort(keys, kind="stable")[: self._n]
+        self.positions, self._keys = np.concatenate([self.positions, positions])[best], keys[best]
+
+
+class _Repeats:
+    """Finds equal completions by their hashes."""
+
+    def __init__(self) -> None:
+        self._hashes: list[npt.NDArray[np.int64]] = []
+        self._positions: list[npt.NDArray[np.int64]] = []
+
+    def enter(self, completions: pa.Array, positions: npt.NDArray[np.int64]) -> None:
+        self._hashes.append(np.fromiter(map(hash, completions.to_pylist()), np.int64, len(completions)))
+        self._positions.append(positions)
+
+    def result(self) -> tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """How many completions are repetitions; of the most repeated: how often each is there, and where first."""
+        hashes = np.concatenate([np.zeros(0, np.int64), *self._hashes])
+        positions = np.concatenate([np.zeros(0, np.int64), *self._positions])
+        _, first, often = np.unique(hashes, return_index=True, return_counts=True)
+        most = [i for i in np.lexsort((first, -often))[:SHOWN_EXTREMES] if often[i] > 1]
+        return len(hashes) - len(often), often[most], positions[first[most]]
+
+
+class _Likelihood:
+    """Mean log-probabilities of tokens: of each completion, and of all."""
+
+    def __init__(self) -> None:
+        self._sum, self._tokens = 0.0, 0
+
+    @property
+    def mean(self) -> float | None:
+        return self._sum / self._tokens if self._tokens else None
+
+    def means(self, logprobs: pa.Array) -> npt.NDArray[np.float64]:
+        """[n_rows] from a list of each token's; infinity for a row without, so that it is never among the smallest."""
+        lengths = pc.list_value_length(logprobs).fill_null(0).to_numpy(zero_copy_only=False)
+        values = pc.list_flatten(logprobs).to_numpy(zero_copy_only=False).astype(np.float64)
+        self._sum, self._tokens = self._sum + float(values.sum()), self._tokens + len(values)
+        sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), values, len(lengths))
+        return np.where(lengths > 0, sums / np.maximum(lengths, 1), np.inf)
 
 
 def _count(batch: pa.RecordBatch, counts: Counts) -> npt.NDArray[np.int64]:
@@ -90,9 +157,11 @@ def _count(batch: pa.RecordBatch, counts: Counts) -> npt.NDArray[np.int64]:
 
 
 def _count_rejects(batch: pa.RecordBatch, counts: Counts) -> None:
-    for error in batch["error"].to_pylist():
-        reason = reason_of(error or "no reason is given")
-        counts.reasons[reason if reason in counts.reasons or len(counts.reasons) < _MOST_REASONS else OTHER] += 1
+    for row in batch.select(["row", "error"]).to_pylist():
+        error = row["error"] or "no reason is given"
+        place = _PLACE.match(error)
+        text = error[place.end() if place else 0 :][:MAX_REASON]
+        add_reasons(counts.reasons, [Reason(1, row["row"], place[1] if place else f"row {row['row']}", text)])
     room = SHOWN_REJECTS - len(counts.rejects)
     counts.rejects += batch.slice(0, room).to_pylist()
 
@@ -102,28 +171,48 @@ def _tally(counter: Counter[T], values: pa.Array) -> None:
         counter[pair["values"].as_py()] += pair["counts"].as_py()
 
 
-def reason_of(error: str) -> str:
-    """The kind of an error: its text without the place, numbers, long quotations and the remedy.
-
-    "p.jsonl:7: 200 prompt tokens + 12 max_tokens exceed n_ctx 128; lower max_tokens" ->
-    "N prompt tokens + N max_tokens exceed n_ctx N"
-    """
-    reason = _PLACE.sub("", error[: 4 * _LONGEST_REASON], count=1).split(";")[0]
-    return _NUMBER.sub("N", _QUOTED.sub("'...'", reason))[:_LONGEST_REASON]
+def percentile(counter: Counter[int], percent: float) -> int:
+    """The smallest number that at least so many percent of what was counted do not exceed."""
+    numbers = sorted(counter)
+    below = np.cumsum([counter[number] for number in numbers])
+    return numbers[int(np.searchsorted(below, percent / 100 * below[-1]))]
 
 
-def read_timeline(path: Path, counts: Counts) -> Timeline | None:
-    """[seconds since the start, rows, completion tokens] so far, from the status file beside the output.
+# ---- the status file
 
-    None if there is no such file, if it has no timeline, or if its counts are not those of this output.
-    """
-    try:
-        status = json.loads(path.with_name(path.name + STATUS_SUFFIX).read_bytes())
-        end = [tuple(status[key] for key in _END)] if all(key in status for key in _END) else []
-        points = [(float(seconds), int(rows), int(tokens)) for seconds, rows, tokens in [*status["timeline"], *end]]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, OverflowError):
-        return None
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """What the status file beside an output says of the run: of its last part, if it was interrupted and resumed."""
+
+    timeline: Timeline | None = None  # [seconds since the start, rows, completion tokens] so far
+    resumed: int = 0  # input rows that earlier parts of the run had done
+    input: tuple[str, ...] = ()
+    started: str = ""
+    host: str = ""
+
+
+def read_status(path: Path, counts: Counts) -> RunStatus:
+    """Read the status file; what it lacks, or all of it if its counts are not those of this output, is absent."""
+    status = read_values(status_path(path))
     if any(status.get(name, counts.statuses[name]) != counts.statuses[name] for name in ("ok", "rejected", "failed")):
+        return RunStatus()
+    files = status.get("input", [])
+    resumed = status.get("rows_resumed", 0)
+    return RunStatus(
+        _timeline(status),
+        resumed if isinstance(resumed, int) and 0 <= resumed <= counts.input_rows else 0,
+        tuple(str(file) for file in files) if isinstance(files, list) else (),
+        *(str(status.get(name, "")) for name in ("started", "host")),
+    )
+
+
+def _timeline(status: dict[str, Any]) -> Timeline | None:
+    """The timeline and the end of the run; None if it is not one."""
+    try:
+        end = [[status[key] for key in _END]] if all(key in status for key in _END) else []
+        points = [(float(seconds), int(rows), int(tokens)) for seconds, rows, tokens in [*status["timeline"], *end]]
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
     limit = 2**53
     rising = all(a[0] <= b[0] and a[2] <= b[2] for a, b in pairwise(points))

@@ -2,15 +2,23 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from batchgen.errors import OutputError, UsageError
 from batchgen.files import replace_file
-from batchgen.output.reading import read_plan
+from batchgen.output.reading import check_rows, read_plan
 from batchgen.plan import Plan
 from batchgen.review.report import plots
-from batchgen.review.report.counts import SHOWN_REJECTS, Counts, Row, Timeline, count_output, read_timeline
+from batchgen.review.report.counts import (
+    SHOWN_REJECTS,
+    Counts,
+    Row,
+    RunStatus,
+    count_output,
+    percentile,
+    read_status,
+)
 from batchgen.review.report.markup import Markup, element, join, visible
 
 MOST_ID, MOST_PROMPT, MOST_COMPLETION, MOST_ERROR = 100, 600, 2_000, 400  # characters that are shown
@@ -28,19 +36,22 @@ def write_report(path: Path, out: Path) -> Path:
     if the plotting library is not installed.
     """
     check_page(path, out)
-    page = render(path)
+    write_page(out, render(path))
+    return out
+
+
+def write_page(out: Path, page: str) -> None:
     try:
         replace_file(out, page.encode("utf-8"))
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f"{out}: cannot be written: {reason}; make room or choose another path") from error
-    return out
 
 
 def check_page(path: Path, out: Path) -> None:
     """Refuse, before any work, a page that cannot be drawn or must not be written to this path."""
     plots.check_plotting()
-    if path.suffix.lower() == ".jsonl":
+    if path.suffix.lower() == ".jsonl" and not path.is_dir():
         raise UsageError(f"{path}: a report needs metadata, which JSON lines lack; write the output as .parquet")
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"{out}: the suffix {out.suffix!r} is not .html; name the page so")
@@ -54,11 +65,27 @@ def check_page(path: Path, out: Path) -> None:
 
 
 def render(path: Path) -> str:
-    """The whole page."""
+    """The whole page about one output."""
     plan = read_plan(path)
     counts = count_output(path)
-    timeline = read_timeline(path, counts)
-    title = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in path.name)
+    if path.is_dir():
+        check_rows(path, plan, counts.input_rows)  # a part may be missing
+    status = read_status(path, counts)
+    return document(
+        path.name,
+        element("p", visible(origin(plan, status)), class_="soft"),
+        *overview(counts, status),
+        element("div", *figures(counts, status), class_="grid"),
+        *rejects(counts),
+        *samples(counts),
+        *facts(plan),
+        *reproduce(plan, path),
+    )
+
+
+def document(name: str, *content: Markup) -> str:
+    """A page of this name."""
+    title = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     head = element(
         "head",
         _VOID,
@@ -66,36 +93,47 @@ def render(path: Path) -> str:
         element("title", title),
         element("style", Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8"))),
     )
-    body = element(
-        "body",
-        element("h1", visible(path.name)),
-        *overview(counts, timeline),
-        element("div", *figures(counts, timeline), class_="grid"),
-        *rejects(counts),
-        *samples(counts),
-        *facts(plan),
-        *reproduce(plan, path),
-    )
+    body = element("body", element("h1", visible(name)), *content)
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
-def overview(counts: Counts, timeline: Timeline | None) -> Iterator[Markup]:
-    """The outcome of the run, in a line and a few numbers."""
+def origin(plan: Plan, status: RunStatus) -> str:
+    """What was completed, by which model, when and where."""
+    files = ", ".join(status.input[:3]) + (f" and {len(status.input) - 3} more" if len(status.input) > 3 else "")
+    when = f"{status.started[:16].replace('T', ' ')} UTC" if status.started else ""
+    known = (f"input: {files}" if files else "", f"model: {plan.model}", when, status.host and f"on {status.host}")
+    return "; ".join(part for part in known if part)
+
+
+def overview(counts: Counts, status: RunStatus) -> Iterator[Markup]:
+    """The outcome of the run, in a line and a few numbers; those of its last part apart."""
     parts = [f"{counts.statuses[status]:,} {status}" for status in ("ok", "rejected", "failed")]
     line = f"{counts.rows:,} rows from {counts.input_rows:,} prompts: {', '.join(parts)}."
     yield element("p", line, class_="good" if counts.rows == counts.statuses["ok"] else "bad")
-    numbers = {
+    whole = {
         "prompts": f"{counts.input_rows:,}",
         "completions": f"{counts.statuses['ok']:,}",
         "prompt tokens": f"{_total(counts.prompt_tokens):,}",
         "completion tokens": f"{_total(counts.completion_tokens):,}",
     }
-    if timeline:
-        seconds, _, tokens = timeline[-1]
-        numbers["tokens/s"] = f"{tokens / seconds:,.0f}"
-        numbers["run time"] = duration(seconds)
+    if counts.mean_logprob is not None:
+        whole["mean log-probability"] = f"{counts.mean_logprob:.3f}"
+    last = {}
+    if status.timeline:
+        seconds, _, tokens = status.timeline[-1]
+        last = {"tokens/s": f"{tokens / seconds:,.0f}", "run time": duration(seconds)}
+    if not status.resumed:
+        whole, last = whole | last, {}
+    yield _cards(whole)
+    if last:
+        rest = f"The last part of the run, which resumed it; earlier parts did {status.resumed:,} of the prompts:"
+        yield element("p", rest, class_="soft")
+        yield _cards({"prompts": f"{counts.input_rows - status.resumed:,}", "completion tokens": f"{tokens:,}"} | last)
+
+
+def _cards(numbers: dict[str, str]) -> Markup:
     cells = [element("div", element("b", number), name, class_="card soft") for name, number in numbers.items()]
-    yield element("div", *cells, class_="numbers")
+    return element("div", *cells, class_="numbers")
 
 
 def _total(counter: Counter[int]) -> int:
@@ -110,19 +148,29 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def figures(counts: Counts, timeline: Timeline | None) -> Iterator[Markup]:
+def figures(counts: Counts, status: RunStatus) -> Iterator[Markup]:
     """The plots, each with a heading; a sentence instead of a plot without data."""
     nothing = element("p", "No row is ok, so there is nothing to count.", class_="soft")
     for name, unit, tokens in (
         ("Prompt length", "prompts", counts.prompt_tokens),
         ("Completion length", "completions", counts.completion_tokens),
     ):
-        yield figure(name, plots.token_histogram(tokens, name, unit) if tokens else nothing)
+        yield figure(name, join(plots.token_histogram(tokens, name, unit), spread(tokens)) if tokens else nothing)
     absent = "Not known: the run's status file (OUTPUT.status.json, beside the output) is missing or has no timeline."
-    note = element("p", "A completion's tokens are counted when it ends.", class_="soft")
-    yield figure("Speed", join(plots.speed(timeline), note) if timeline else element("p", absent, class_="soft"))
+    which = "Of the last part of the run. " if status.resumed else ""
+    note = element("p", f"{which}A completion's tokens are counted when it ends.", class_="soft")
+    plot = join(plots.speed(status.timeline), note) if status.timeline else element("p", absent, class_="soft")
+    yield figure("Speed", plot)
     reasons = tally(counts.finish_reasons, "why", "completions") if counts.finish_reasons else nothing
     yield figure("How completions ended", reasons)
+
+
+def spread(tokens: Counter[int]) -> Markup:
+    """Mean and percentiles of counted numbers of tokens."""
+    named = ((5, "5 %"), (25, "25 %"), (50, "median"), (75, "75 %"), (95, "95 %"), (99, "99 %"))
+    values = ", ".join(f"{name} {percentile(tokens, percent):,}" for percent, name in named)
+    text = f"mean {_total(tokens) / tokens.total():,.1f}; {min(tokens):,} to {max(tokens):,}; {values}"
+    return element("p", text, class_="soft")
 
 
 def figure(name: str, content: Markup) -> Markup:
@@ -153,9 +201,10 @@ def rejects(counts: Counts) -> Iterator[Markup]:
     """Why rows have no completion, and the first such rows."""
     if not counts.reasons:
         return
-    total = counts.reasons.total()
+    reasons = Counter({f"{reason.place}: {reason.text}": reason.rows for reason in counts.reasons.values()})
+    total = reasons.total()
     yield element("h2", f"Rows without a completion: {total:,}")
-    yield element("div", tally(counts.reasons, "why", "rows"), class_="card")
+    yield element("div", tally(reasons, "why: the first of each kind", "rows"), class_="card")
     header = element("tr", element("th", "row", class_="n"), element("th", "id"), element("th", "why"))
     listed = element("table", header, *map(reject, counts.rejects))
     which = f"The first {SHOWN_REJECTS} of them" if total > SHOWN_REJECTS else "All of them"
@@ -173,23 +222,33 @@ def reject(row: Row) -> Markup:
 
 
 def samples(counts: Counts) -> Iterator[Markup]:
-    """Some completions, drawn from all, each after the end of its prompt."""
+    """Some completions, drawn from all, each after the end of its prompt; then those that are unlike the others."""
     if not counts.samples:
         return
     yield element("h2", f"{len(counts.samples)} completions, drawn from all")
     yield element("div", *map(sample, counts.samples), class_="samples")
+    yield from _folded("The shortest completions", map(sample, counts.shortest))
+    if counts.least_likely:
+        yield from _folded("The least likely completions, by mean log-probability", map(sample, counts.least_likely))
+    if counts.repeated:
+        share = f"{100 * counts.repeated / counts.statuses['ok']:.1f} %"
+        name = f"Repeated completions: {counts.repeated:,} ({share}) equal one of an earlier row; the most frequent"
+        yield from _folded(name, (sample(row, f"{often:,} times: ") for often, row in counts.most_repeated))
 
 
-def sample(row: Row) -> Markup:
-    name = f"row {row['row']}, sample {row['sample']}, {row['finish_reason']}"
+def _folded(name: str, cards: Iterable[Markup]) -> Iterator[Markup]:
+    yield element("details", element("summary", name, class_="soft"), element("div", *cards, class_="samples"))
+
+
+def sample(row: Row, before: str = "") -> Markup:
+    name = f"row {row['row']}, sample {row['sample']}, {row['completion_tokens']} tokens, {row['finish_reason']}"
     if row["id"] is not None:
         name = f"{short(str(row['id']), MOST_ID)}: {name}"
     completion = str(row["completion"] or "")
     shown = visible(short(completion, MOST_COMPLETION)) if completion else element("i", "(empty)", class_="soft")
     prompt = element("span", visible(short_left(str(row["prompt"] or ""), MOST_PROMPT)), class_="prompt")
-    return element(
-        "div", element("div", visible(name), class_="soft"), element("p", prompt, shown, class_="text"), class_="card"
-    )
+    head = element("div", visible(before + name), class_="soft")
+    return element("div", head, element("p", prompt, shown, class_="text"), class_="card")
 
 
 def short(text: str, limit: int) -> str:
@@ -206,13 +265,15 @@ def facts(plan: Plan) -> Iterator[Markup]:
     values |= values.pop("parameters")
     yield element("h2", "How it was made")
     rows = [
-        element("tr", element("th", visible(short(key, 100))), element("td", visible(short(_value(value), MOST_ERROR))))
+        element(
+            "tr", element("th", visible(short(key, 100))), element("td", visible(short(value_text(value), MOST_ERROR)))
+        )
         for key, value in sorted(values.items())
     ]
     yield element("div", element("table", *rows), class_="card facts")
 
 
-def _value(value: object) -> str:
+def value_text(value: object) -> str:
     words = {True: "yes", False: "no", None: "none"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
