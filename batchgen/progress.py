@@ -14,14 +14,16 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from batchgen.files import STATUS_SUFFIX, replace_file
+from batchgen.files import STATUS_SUFFIX, parse_json, replace_file
+from batchgen.options import say
+from batchgen.types import Reason, RowParameters
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,7 @@ class Progress:
     seconds: float
     resumed_rows: int = 0  # of rows, those of earlier attempts
     workers: tuple[WorkerState, ...] = ()
-
-    @property
-    def eta_seconds(self) -> float | None:
-        """Seconds left at this attempt's pace."""
-        new = self.rows - self.resumed_rows
-        return (self.rows_in_all - self.rows) * self.seconds / new if new else None
+    eta_seconds: float | None = None  # left, at this attempt's pace; see workers/outlook.py
 
 
 OnProgress = Callable[[Progress], None]
@@ -90,7 +87,10 @@ class Sighting(Protocol):
 def add_progress(
     done: Counter[str], resumed: Counter[str], sightings: Sequence[Sighting], committed: Container[int], rows: int
 ) -> Progress:
-    """What is committed (`done`, of it `resumed` by earlier attempts) and what workers report of other chunks."""
+    """What is committed (`done`, of it `resumed` by earlier attempts) and what workers report of other chunks.
+
+    Without the times.
+    """
     now = [sighting for sighting in sightings if sighting.chunk not in committed]
     new = done - resumed
     return Progress(
@@ -120,6 +120,17 @@ class Summary:
     jobs: int
     blas: str
     space_ends: int = 0  # input rows whose prompt ends in a space
+    special_texts: int = 0  # and whose prompt holds a special token, read as text
+    reasons: tuple[Reason, ...] = ()  # why input rows are rejected or failed, most frequent first
+    row_parameters: RowParameters = field(default_factory=RowParameters)
+    complete: bool = False  # the output was complete before this run, which has changed nothing
+
+    @classmethod
+    def of_complete(cls, output: Path | str, input_rows: int, statuses: Counter[str]) -> "Summary":
+        """Of a run that had nothing to do."""
+        counts = {status: statuses[status] for status in ("ok", "rejected", "failed")}
+        work = {"prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0, "jobs": 0, "blas": ""}
+        return cls(output, input_rows, **counts, resumed=statuses.total(), **work, complete=True)  # type: ignore[arg-type]
 
     @property
     def rows(self) -> int:
@@ -131,7 +142,10 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.rows == self.ok else 3
+        """0: every row is ok; 3: some are not; 4: there are rows, and none is ok."""
+        if self.rows == self.ok:
+            return 0
+        return 3 if self.ok else 4
 
 
 # ---- the status file
@@ -145,12 +159,35 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _replace_status(path: Path, values: Mapping[str, object]) -> None:
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
+    replace_file(path, f"{{\n{lines}\n}}\n".encode(), durable=False)
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What a status file says; nothing if it is missing or damaged."""
+    try:
+        status = parse_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def correct_status(path: Path, **values: object) -> None:
+    """Change what an earlier run's status file says, for a run that has nothing to watch."""
+    if old := read_status(path):
+        with suppress(OSError):
+            _replace_status(path, old | values | {"eta_seconds": None, "updated": _now()})
+
+
 @dataclass(slots=True)
 class StatusFile:
     """Writes one run's status. If it cannot be written, that is logged once and the run goes on."""
 
     path: Path | None  # None: nowhere
     output: str
+    input: tuple[str, ...] = ()  # as it was named
+    reasons: Mapping[str, Reason] = field(default_factory=dict)  # the ledger's, which grows
     started: str = field(default_factory=_now)
     timeline: list[tuple[float, int, int]] = field(default_factory=list)  # seconds, rows, completion tokens
     _step: float = INTERVAL_SECONDS  # between the timeline's points
@@ -177,9 +214,8 @@ class StatusFile:
         if self.path is None:
             return
         values = {"state": state, "exit_code": exit_code, "error": error, **self._values(state, counts)}
-        lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
         try:
-            replace_file(self.path, f"{{\n{lines}\n}}\n".encode(), durable=False)
+            _replace_status(self.path, values)
         except OSError as reason:
             level = logging.INFO if reason.errno in DISK_TROUBLE else logging.WARNING
             logger.log(level, "%s: the status is no longer written: %s", self.path, reason.strerror or reason)
@@ -190,11 +226,13 @@ class StatusFile:
         now = self._last
         eta = now.eta_seconds if state == "running" else None
         return {
+            "input": self.input,
             "output": self.output,
             "rows_done": now.rows,
             "rows": now.rows_in_all,
             "rows_resumed": now.resumed_rows,
             **{status: counts[status] for status in ("ok", "rejected", "failed")},
+            "reasons": [{"rows": one.rows, "first": one.place, "reason": one.text} for one in sort(self.reasons)],
             "prompt_tokens": now.prompt_tokens,
             "completion_tokens": now.completion_tokens,
             "seconds": round(now.seconds, 3),
@@ -208,11 +246,43 @@ class StatusFile:
         }
 
 
+def sort(reasons: Mapping[str, Reason]) -> tuple[Reason, ...]:
+    """Most frequent first, then in the order of the input."""
+    return tuple(sorted(list(reasons.values()), key=lambda reason: (-reason.rows, reason.row)))
+
+
+SIGNALS = {130: "interrupted", 143: "terminated"}  # by exit code: 128 + the signal's number
+watched: "list[Reporter]" = []  # in this process; a run that ended in an error stays until the next
+
+
+def words_of_stop(code: int) -> str:
+    """The line of a command that ends by a signal, and how many rows are kept if it is a run."""
+    if watched and watched[-1].is_retry:
+        return f"{SIGNALS[code]}: the output is as it was; run the same command again, which begins the retry anew"
+    kept = f": {watched[-1].kept}" if watched else ""
+    return f"{SIGNALS[code]}{kept}; run the same command again to resume"
+
+
+def words_of(error: BaseException) -> str:
+    """The line of a command that ends with this exception."""
+    if isinstance(error, MemoryError):
+        smaller = f"lower {say('jobs')}, or lower {say('kv_bytes')} or {say('batch_size')} with {say('restart', True)}"
+        return f"out of memory: {error}; {smaller}"
+    if (code := exit_code_of(error)) in SIGNALS:
+        return words_of_stop(code)
+    return str(error) or type(error).__name__
+
+
 def exit_code_of(error: BaseException) -> int:
     """The exit code of a command that ends with this exception."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+
+
+def state_of(error: BaseException) -> State:
+    """The state in which this exception leaves a run."""
+    return "stopped" if exit_code_of(error) in (75, *SIGNALS) else "failed"
 
 
 # ---- reporting
@@ -222,20 +292,28 @@ def exit_code_of(error: BaseException) -> int:
 class Reporter:
     """Looks at a run from a thread and hands what it sees to the status file and to on_progress.
 
-    look returns the progress so far, but for the seconds; counts is the ledger's counter of what is committed.
+    look returns the progress after so many seconds of the attempt; counts is the ledger's counter of what is committed.
     """
 
-    look: Callable[[], Progress]
+    look: Callable[[float], Progress]
     counts: Counter[str]
     resumed: Counter[str]  # of counts, those of earlier attempts
     status: StatusFile
     on_progress: OnProgress | None = None
+    row_parameters: RowParameters = field(default_factory=RowParameters)
+    is_retry: bool = False  # which is never resumed
     started: float = field(default_factory=time.monotonic)
     _last: Progress | None = None
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
+
+    @property
+    def kept(self) -> str:
+        """What a run that ends now leaves for the next."""
+        rows = f" of {self._last.rows_in_all:,}" if self._last else ""
+        return f"{self.counts['input_rows']:,}{rows} rows are kept"
 
     def summarise(self, output: Path | str, input_rows: int, staying: Counter[str], jobs: int, blas: str) -> Summary:
         """The summary, when all is committed; `staying` counts by status the output rows that a retry leaves."""
@@ -253,6 +331,9 @@ class Reporter:
             jobs=jobs,
             blas=blas,
             space_ends=counts["space_ends"],
+            special_texts=counts["special_texts"],
+            reasons=sort(self.status.reasons),
+            row_parameters=self.row_parameters,
         )
 
     def finish(self, summary: Summary) -> None:
@@ -261,7 +342,7 @@ class Reporter:
 
     def report(self) -> None:
         """Look once. An exception in on_progress is logged, and it is not called again: the run goes on."""
-        now = replace(self.look(), seconds=self.seconds)
+        now = self.look(self.seconds)
         if last := self._last:
             # A worker that has begun its next chunk no longer counts the one that is about to be committed.
             rows, tokens = max(now.rows, last.rows), max(now.completion_tokens, last.completion_tokens)
@@ -288,6 +369,7 @@ def reporting(reporter: Reporter) -> Iterator[Reporter]:
     """Report while the block runs and once at its end; if it ends badly, the status file has the error."""
     over = threading.Event()
     watcher = threading.Thread(target=reporter.watch, args=(over,), daemon=True)
+    watched[:] = [reporter]
     try:
         watcher.start()
         try:
@@ -297,7 +379,6 @@ def reporting(reporter: Reporter) -> Iterator[Reporter]:
             watcher.join()
             reporter.report()
     except BaseException as error:
-        code = exit_code_of(error)
-        text = str(error) if isinstance(error, Exception) else type(error).__name__
-        reporter.status.finish("stopped" if code in (75, 130, 143) else "failed", reporter.counts, code, text)
+        reporter.status.finish(state_of(error), reporter.counts, exit_code_of(error), words_of(error))
         raise
+    watched.clear()

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from batchgen.engine.engine import LARGEST_BATCH
+from batchgen.engine.sequence import Work
 from batchgen.workers.marker import Marker, read_sightings
 
 
@@ -59,3 +60,21 @@ def test_an_abandoned_chunk_counts_for_nothing(tmp_path):
     assert (sighting.rows, sighting.completion_tokens, sighting.suspects, sighting.running) == (1, 2, (7,), (8,))
     [seen] = read_sightings(tmp_path)
     assert (seen.working, seen.chunk, seen.rows, seen.completion_tokens, seen.in_flight) == (False, 4, 0, 0, ())
+
+
+def test_a_marker_shows_the_work_of_the_engine_and_the_rows_of_chunks_from_their_first_step_on(tmp_path):
+    work = Work(sequences=3, max_tokens=30, prompt_tokens=12)
+    marker = Marker.open(tmp_path, 4)
+    marker.begin(5, work)
+    assert read_sightings(tmp_path)[0].rows_begun == 0
+    marker.on_step([7], [])
+    work.read, work.started, work.generated = 4, 1, 1
+    marker.on_step([8], [7])
+    [seen] = read_sightings(tmp_path)
+    assert (seen.chunk_rows, seen.rows_begun, seen.work) == (5, 5, work)
+    marker.finish()
+    marker = Marker.open(tmp_path, 5)
+    marker.begin(2, work)
+    assert (read_sightings(tmp_path)[0].chunk_rows, read_sightings(tmp_path)[0].rows_begun) == (0, 5)
+    marker.on_step([9], [])
+    assert (read_sightings(tmp_path)[0].chunk_rows, read_sightings(tmp_path)[0].rows_begun) == (2, 7)

@@ -15,11 +15,12 @@ import pytest
 
 from batchgen.errors import BatchgenError, OutputError
 from batchgen.job import Job
-from batchgen.output.ledger import work_directory
+from batchgen.output.ledger import Ledger, work_directory
 from batchgen.run import run_job
 from batchgen.types import SamplingParams
 from batchgen.workers import pool
 from batchgen.workers.marker import read_sightings
+from batchgen.workers.supply import Deadline
 from tests.support import poison
 from tests.support.jobs import change, make_job
 from tests.support.models import write_byte_model
@@ -32,6 +33,11 @@ PARAMS = SamplingParams(max_tokens=10, temperature=0.8, ignore_eos=True)
 @pytest.fixture
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("pool")
+
+
+def end_idle_workers() -> None:
+    for _, executor in pool._idle.pop(os.getpid(), []):
+        pool.end_workers(executor)
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def job(folder, monkeypatch):
 
     (folder / "out").mkdir()
     yield make
-    pool.get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+    end_idle_workers()
 
 
 def deaths(folder: Path) -> Counter[str]:
@@ -192,7 +198,7 @@ def cannot_write(*_: object) -> None:
 
 def cure(monkeypatch) -> None:
     """No poison from here on: end the workers that have it."""
-    pool.get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+    end_idle_workers()
     monkeypatch.setattr(pool, "run_chunk", pool_run_chunk)
 
 
@@ -202,7 +208,7 @@ def test_retry_failed_tries_only_the_failed_rows_and_changes_no_other(job, folde
     before = rows_of(this)
     cure(monkeypatch)
     seen = []
-    summary = run_job(change(this, retry_failed=True), seen.append)
+    summary = run_job(change(this, retry_failed=True), on_progress=seen.append)
     after = rows_of(this)
     assert [row["row"] for row in after if row != before[row["row"]]] == [17, 40, 41]
     assert {row["status"] for row in after} == {"ok"}
@@ -263,7 +269,7 @@ def test_an_interrupted_retry_does_not_block_another_run(job, monkeypatch):
     [
         (
             {"params": SamplingParams(max_tokens=11)},
-            "had --max-tokens .* --max-tokens 11; give the options that made it",
+            "had --max-tokens .* --max-tokens 11, .*; give the options that made it",
         ),
         ({"output": Path("other.jsonl")}, "--retry-failed wants a finished .parquet file"),
         ({"output": Path("missing.parquet")}, "no such file; run without --retry-failed first"),
@@ -297,3 +303,22 @@ def test_the_log_names_the_lost_chunk_and_the_failed_row(job, caplog):
         run_job(job({17: "kill-first"}))
     assert "chunk 1: its worker died (SIGKILL(-9)); it is done again, after" in caplog.text
     assert "prompts.jsonl:18: its worker died" in caplog.text
+
+
+# ---- chunks given out
+
+
+def test_no_chunk_waits_for_a_worker_before_one_is_done(job, monkeypatch):
+    """How long a chunk takes is not known then: at a time limit the run would end two chunks later, not one."""
+    taken: list[int] = []
+    at_commit: list[int] = []
+    commit = Ledger.commit
+    monkeypatch.setattr(Ledger, "commit", lambda *args: (at_commit.append(len(taken)), commit(*args))[1])
+    limit = Deadline.limit
+
+    def count(deadline, chunks, longest):
+        return ((taken.append(chunk.index), chunk)[1] for chunk in limit(deadline, chunks, longest))
+
+    monkeypatch.setattr(Deadline, "limit", count)
+    assert run_job(job({}, time_limit=1000.0)).ok == 60
+    assert (at_commit[0], taken) == (2, [0, 1, 2, 3])

@@ -11,6 +11,7 @@ from batchgen import progress
 from batchgen.errors import OutputError, StoppedError
 from batchgen.progress import (
     MAX_POINTS,
+    SIGNALS,
     Progress,
     Reporter,
     StatusFile,
@@ -19,10 +20,12 @@ from batchgen.progress import (
     exit_code_of,
     reporting,
     status_path,
+    words_of,
 )
 from batchgen.workers.marker import Sighting
+from batchgen.workers.supply import Deadline
 
-COUNTS = Counter(ok=5, rejected=2, failed=1)
+COUNTS = Counter(input_rows=30, ok=5, rejected=2, failed=1)
 
 
 # ---- adding up
@@ -49,12 +52,14 @@ def test_progress_counts_no_row_twice():
 def test_a_summary_adds_the_rows_that_a_retry_leaves():
     counts = Counter(rows=6, ok=4, rejected=0, failed=2, prompt_tokens=90, completion_tokens=60, space_ends=1)
     resumed = Counter(rows=2, prompt_tokens=30, completion_tokens=20)
-    reporter = Reporter(lambda: Progress(0, 0, 0, 0, 0.0), counts, resumed, StatusFile(None, "o"))
+    reporter = Reporter(lambda _: Progress(0, 0, 0, 0, 0.0), counts, resumed, StatusFile(None, "o"))
     summary = reporter.summarise("o", 16, Counter(ok=9, rejected=1), jobs=1, blas="")
     assert (summary.statuses, summary.rows) == ({"ok": 13, "rejected": 1, "failed": 2}, 16)
     assert (summary.resumed, summary.prompt_tokens, summary.completion_tokens, summary.space_ends) == (12, 60, 40, 1)
     assert summary.exit_code == 3
     assert replace(summary, rejected=0, failed=0).exit_code == 0
+    assert replace(summary, ok=0).exit_code == 4
+    assert replace(summary, ok=0, rejected=0, failed=0).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -91,12 +96,12 @@ def test_the_status_file_is_beside_the_output():
 
 
 def test_a_running_job_says_how_far_it_is_and_how_long_it_will_take(status):
-    status.update(Progress(30, 90, 600, 300, 10.0, resumed_rows=10), COUNTS)
+    status.update(Progress(30, 90, 600, 300, 10.0, resumed_rows=10, eta_seconds=30.0), COUNTS)
     now = read(status)
     assert (now["state"], now["exit_code"], now["error"]) == ("running", None, None)
     assert (now["rows_done"], now["rows"], now["rows_resumed"]) == (30, 90, 10)
     assert (now["ok"], now["rejected"], now["failed"]) == (5, 2, 1)
-    assert (now["tokens_per_second"], now["eta_seconds"]) == (30.0, 30.0)  # 20 rows in 10 s, 60 to go
+    assert (now["tokens_per_second"], now["eta_seconds"]) == (30.0, 30.0)
 
 
 def test_before_the_first_row_there_is_no_estimate(status):
@@ -157,7 +162,7 @@ def test_reports_never_go_back_and_a_broken_listener_is_called_once(status, capl
         calls.append(now)
         raise BrokenPipeError("the terminal is gone")
 
-    reporter = Reporter(lambda: next(looks), COUNTS, Counter(), status, broken)
+    reporter = Reporter(lambda _: next(looks), COUNTS, Counter(), status, broken)
     seen = []
     for _ in range(3):
         reporter.report()
@@ -169,12 +174,33 @@ def test_reports_never_go_back_and_a_broken_listener_is_called_once(status, capl
 
 @pytest.mark.parametrize(
     ("error", "state", "code"),
-    [(StoppedError("time"), "stopped", 75), (OutputError("no room"), "failed", 1), (SystemExit(143), "stopped", 143)],
+    [
+        (StoppedError("time"), "stopped", 75),
+        (OutputError("no room"), "failed", 1),
+        (SystemExit(143), "stopped", 143),
+        (KeyboardInterrupt(), "stopped", 130),
+        (MemoryError("8 GB"), "failed", 1),
+        (ValueError(), "failed", 1),
+    ],
 )
-def test_a_block_that_ends_badly_leaves_its_error_in_the_status(status, error, state, code):
-    reporter = Reporter(lambda: Progress(32, 90, 0, 640, 0.0), COUNTS, Counter(), status)
+def test_the_status_has_the_words_of_standard_error(status, error, state, code):
+    reporter = Reporter(lambda _: Progress(32, 90, 0, 640, 0.0), COUNTS, Counter(), status)
     with pytest.raises(type(error)), reporting(reporter):
         raise error
     end = read(status)
     assert (end["state"], end["exit_code"], end["rows_done"]) == (state, code, 32)
-    assert end["error"]
+    assert end["error"] == words_of(error)
+    if code in SIGNALS:
+        assert end["error"] == f"{SIGNALS[code]}: 30 of 90 rows are kept; run the same command again to resume"
+
+
+def test_a_retry_that_is_stopped_does_not_say_that_it_resumes(status):
+    """The next one begins anew: see Ledger.unfinished."""
+    reporter = Reporter(lambda _: Progress(32, 90, 0, 640, 0.0), COUNTS, Counter(), status, is_retry=True)
+    with pytest.raises(KeyboardInterrupt), reporting(reporter):
+        raise KeyboardInterrupt
+    assert read(status)["error"] == (
+        "interrupted: the output is as it was; run the same command again, which begins the retry anew"
+    )
+    with pytest.raises(StoppedError, match="30 of 90 rows are done; a retry begins anew each time: raise it"):
+        Deadline(1.0).check_complete(reporter, 90)

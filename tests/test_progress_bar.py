@@ -7,6 +7,7 @@ import re
 import select
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 from typer.testing import CliRunner
 
@@ -19,7 +20,8 @@ from tests.support.models import write_byte_model
 
 def now(rows: int, seconds: float, workers: int = 0) -> Progress:
     busy = [WorkerState(100 + i, 7 if i else None, 5, 3) for i in range(workers)]
-    return Progress(rows, 1000, 10 * rows, 20 * rows, seconds, workers=tuple(busy))
+    left = (1000 - rows) * seconds / rows if rows else None
+    return Progress(rows, 1000, 10 * rows, 20 * rows, seconds, workers=tuple(busy), eta_seconds=left)
 
 
 @contextmanager
@@ -80,7 +82,7 @@ def test_no_color_means_no_colors(monkeypatch):
 
 def test_lines_come_every_ten_seconds(capsys, monkeypatch):
     clock = iter([0.0, 1.0, 9.9, 10.1, 12.0, 25.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 25.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock, 25.0)))
     with showing_progress("plain") as show:
         for rows in (0, 50, 100, 150, 200):
             show(now(rows, rows / 10))

@@ -23,11 +23,17 @@ def map_engine(
     max_batch: int = MAX_BATCH,
     share_prefixes: bool = True,
 ) -> Engine:
-    """An engine over the model's shards, mapped and not read yet; kv_bytes None is automatic."""
+    """An engine over the model's shards, mapped and not read yet; kv_bytes None is automatic.
+
+    A model may have more rows of wte than tokens, or holes in its ids; such an id is never generated.
+    """
+    params, absent_ids = model.load_params(), tokenizer.absent_ids(model.config.n_vocab)
+    if absent_ids:
+        params["absent_ids"] = np.array(absent_ids)
     return Engine(
-        model.load_params(),
+        params,
         model.config,
-        eos_id=tokenizer.eos_id,
+        eos_ids=tokenizer.end_ids,
         kv_bytes=default_kv_bytes(model.config) if kv_bytes is None else kv_bytes,
         max_batch=max_batch,
         share_prefixes=share_prefixes,
@@ -126,6 +132,7 @@ def complete_chunk(
     requests = {item.row: item for item in chunk.items if isinstance(item, TokenizedRequest)}
     rows = {(item.row, 0): unfinished_row(item) for item in chunk.items if isinstance(item, Rejected)}
     marker.add(len(rows), 0)
+    marker.begin(len(chunk.items), engine.work)
     prompts = [prompt for request in requests.values() for prompt in to_prompts(request, tokenizer)]
     seeds = {(p.row, sample): seed for p in prompts for sample, seed in enumerate(p.seeds, p.first_sample)}
     stop_strings = StopStrings(tokenizer) if any(prompt.params.stop for prompt in prompts) else None

@@ -7,13 +7,14 @@ that ended a worker.
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from batchgen.engine.engine import LARGEST_BATCH
+from batchgen.engine.sequence import Work
 
 MAX_ROWS = 2 * LARGEST_BATCH
 
@@ -28,6 +29,8 @@ RECORD = np.dtype(
         ("n_suspects", np.int64),
         ("n_running", np.int64),
         ("in_flight", np.int64, MAX_ROWS),  # [n_suspects + n_running] rows, the suspects first
+        ("begun", np.int64, 2),  # rows of this chunk, and of all chunks of the worker, from the first step on
+        ("work", np.int64, len(Work().counts())),
     ]
 )
 COUNTS = ("rows", "prompt_tokens", "completion_tokens")
@@ -50,6 +53,9 @@ class Sighting:
     completion_tokens: int
     suspects: tuple[int, ...]
     running: tuple[int, ...]
+    chunk_rows: int = 0  # all rows of the chunk, from its first step on
+    rows_begun: int = 0  # in all chunks of this worker
+    work: Work = field(default_factory=Work)  # in all chunks of this worker
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -63,6 +69,10 @@ class Marker:
         """record [1]: of type RECORD, mapped (see `open`) or in memory."""
         self._record: np.void = record[0]  # a view
         self._in_flight: npt.NDArray[np.int64] = self._record["in_flight"]
+        self._begun: npt.NDArray[np.int64] = self._record["begun"]
+        self._work: npt.NDArray[np.int64] = self._record["work"]
+        self._engine_work, self._rows = Work(), 0
+        self._begun[0] = 0
         self._record["chunk"] = chunk
         for name in (*COUNTS, "n_suspects", "n_running"):
             self._record[name] = 0
@@ -76,6 +86,10 @@ class Marker:
         if not path.exists():
             path.write_bytes(bytes(RECORD.itemsize))  # not a hole: it could not be filled on a full disk
         return cls(np.memmap(path, RECORD, "r+"), chunk)
+
+    def begin(self, rows: int, work: Work) -> None:
+        """The chunk has these rows; work is the engine's, and is read at each step."""
+        self._rows, self._engine_work = rows, work
 
     def add(self, rows: int, prompt_tokens: int, completion_tokens: int = 0) -> None:
         """Count what is done."""
@@ -93,6 +107,10 @@ class Marker:
 
     def on_step(self, starting: Sequence[int], running: Sequence[int]) -> None:
         """Called by the engine before each step; each row of the step gets a token."""
+        if self._rows:
+            self._begun[:] = self._rows, self._begun[1] + self._rows
+            self._rows = 0
+        self._work[:] = self._engine_work.counts()
         self.set_in_flight(starting, running)
         self._record["completion_tokens"] += len(starting) + len(running)
 
@@ -102,6 +120,7 @@ class Marker:
 
     def finish(self) -> None:
         """The chunk is done; its counts stay until the next chunk."""
+        self._work[:] = self._engine_work.counts()
         self.set_in_flight(())
         self._record["working"] = 0
 
@@ -118,8 +137,16 @@ def _sighting(pid: int, record: np.void) -> Sighting:
     n_suspects, n_running = int(record["n_suspects"]), int(record["n_running"])
     in_flight = tuple(record["in_flight"][: n_suspects + n_running].tolist())
     numbers = {name: int(record[name]) for name in ("pulse", "chunk", *COUNTS)}
-    suspects, running = in_flight[:n_suspects], in_flight[n_suspects:]
-    return Sighting(pid=pid, working=bool(record["working"]), suspects=suspects, running=running, **numbers)
+    return Sighting(
+        pid=pid,
+        working=bool(record["working"]),
+        suspects=in_flight[:n_suspects],
+        running=in_flight[n_suspects:],
+        chunk_rows=int(record["begun"][0]),
+        rows_begun=int(record["begun"][1]),
+        work=Work(*record["work"].tolist()),
+        **numbers,
+    )
 
 
 def read_sightings(directory: Path) -> list[Sighting]:

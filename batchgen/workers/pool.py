@@ -8,7 +8,10 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +21,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TypeAlias
 
-from joblib.externals.loky import ProcessPoolExecutor, get_reusable_executor
+from joblib.externals.loky import ProcessPoolExecutor
+from joblib.externals.loky.backend.resource_tracker import _resource_tracker as loky_tracker
 from joblib.externals.loky.process_executor import ShutdownExecutorError
 
 from batchgen.errors import BatchgenError
@@ -47,15 +51,71 @@ IDLE_SECONDS = 10  # a worker without work ends after this
 ChunkFuture: TypeAlias = "Future[Receipt]"
 
 
+def _start_trackers() -> None:
+    """Start the processes that clear up after a killed run; they would warn that they do."""
+    sys.warnoptions.append("ignore:resource_tracker")  # passed to new processes
+    try:
+        resource_tracker.ensure_running()
+        loky_tracker.ensure_running()
+    finally:
+        sys.warnoptions.pop()
+
+
 @contextmanager
 def no_interrupts_to_workers() -> Iterator[None]:
-    """Processes started in this block inherit a mask: Ctrl-C reaches this process alone, which ends its workers."""
-    resource_tracker.ensure_running()  # its start would lift the mask
+    """Processes started in this block inherit a mask: Ctrl-C reaches this process alone, which ends its workers.
+
+    And no file of the current folder is taken for a library of its name (random.py).
+    """
+    safe_path = os.environ.get("PYTHONSAFEPATH", "")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    _start_trackers()  # their start would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.environ["PYTHONSAFEPATH"] = safe_path  # empty is as good as unset
+
+
+def start_failure() -> str:
+    """Why a new process cannot be a worker: the last line of its error and the file; empty if it can."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; import batchgen.workers.worker"
+    try:
+        with no_interrupts_to_workers():
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace")
+    except OSError as error:
+        return str(error)
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    files = [line for line in lines if line.startswith("File ")]
+    return f"{lines[-1]} ({files[-1] if files else sys.executable})" if done.returncode and lines else ""
+
+
+# By process, as a fork may not touch its parent's: the executors that are between two runs, and their jobs. loky's own
+# reusable executor is joblib's too, which fails on one that it did not make, and it is one for all threads.
+_idle: defaultdict[int, list[tuple[int, ProcessPoolExecutor]]] = defaultdict(list)
+
+
+def take_executor(jobs: int) -> ProcessPoolExecutor:
+    """An executor of `jobs` workers for one run: that of the last run, if it has as many, or a new one."""
+    idle = _idle[os.getpid()]
+    while idle:
+        with suppress(IndexError):  # another thread took it
+            found, executor = idle.pop()
+            if found == jobs and not is_over(executor):
+                return executor
+            end_workers(executor)
+    with no_interrupts_to_workers():
+        return ProcessPoolExecutor(jobs, timeout=IDLE_SECONDS, initializer=become_worker, initargs=(os.getpid(),))
+
+
+def keep_executor(jobs: int, executor: ProcessPoolExecutor) -> None:
+    """Its run is over: the next one may take it."""
+    _idle[os.getpid()].append((jobs, executor))
+
+
+def is_over(executor: ProcessPoolExecutor) -> bool:
+    return bool(executor._flags.broken or executor._flags.shutdown)
 
 
 def end_workers(executor: ProcessPoolExecutor) -> None:
@@ -81,11 +141,11 @@ class Pool:
         self.markers = Path(setup.markers) if setup.markers else self.attempt
         self.row_timeout = row_timeout or STALL_SECONDS
         self.longest = 0.0  # seconds of a chunk
+        self._has_done_one = False
         self._history = History()
         self._hung: set[int] = set()  # process ids that were killed because they hung
         self._dead: set[int] = set()  # process ids that were gone when the pool was found broken
         self._executor: ProcessPoolExecutor | None = None
-        self._start = {"initializer": become_worker, "initargs": (setup.parent,)}
 
     def receipts(self, chunks: Iterator[Chunk]) -> Generator[Receipt, None, None]:
         """Do the chunks; yields their receipts as they come. Kills the workers if it is closed before its end.
@@ -106,6 +166,7 @@ class Pool:
                 for future in [f for f in finished if f.exception() is None]:
                     del futures[future]
                     self._history.add_progress()
+                    self._has_done_one = True
                     self.longest = max(self.longest, future.result().seconds)
                     yield future.result()
                 if lost := [(futures.pop(future), future) for future in finished if future in futures]:
@@ -113,19 +174,28 @@ class Pool:
         except BaseException:
             self._end_workers()
             raise
+        if self._executor:
+            keep_executor(self.jobs, self._executor)
         if supply.failure:
             raise supply.failure
 
     def _room(self) -> int:
-        """Chunks to give out: one more than there are workers, so that no worker waits for its next."""
-        return 1 if self._history.is_short_of_memory else self.jobs + 1
+        """Chunks to give out: one more than there are workers, so that no worker waits for its next.
+
+        Not before a chunk is done: how long one takes is not known then, and it may be all of a time limit.
+        """
+        return 1 if self._history.is_short_of_memory else self.jobs + self._has_done_one
 
     def _submit(self, chunk: Chunk) -> ChunkFuture:
         while True:
-            with no_interrupts_to_workers():
-                self._executor = get_reusable_executor(self.jobs, timeout=IDLE_SECONDS, **self._start)
-            with suppress(BrokenProcessPool, ShutdownExecutorError):  # it broke just now; the next one is new
-                return self._submit_to(self._executor, chunk, self.setup)
+            try:
+                if self._executor is None or is_over(self._executor):
+                    self._executor = take_executor(self.jobs)
+                with suppress(BrokenProcessPool, ShutdownExecutorError):  # it broke just now; the next one is new
+                    return self._submit_to(self._executor, chunk, self.setup)
+            except OSError as error:
+                remedy = f"lower {say('jobs')}, or raise the limit on processes, open files or shared memory"
+                raise BatchgenError(f"a worker process cannot be started: {error}; {remedy}") from error
 
     def _submit_to(self, executor: ProcessPoolExecutor, chunk: Chunk, setup: WorkerSetup) -> ChunkFuture:
         with no_interrupts_to_workers():
@@ -160,6 +230,8 @@ class Pool:
 
     def _after_loss(self, lost: Sequence[tuple[Chunk, ChunkFuture]]) -> list[Chunk]:
         """The chunks to do again, without the rows that end their worker."""
+        if not read_sightings(self.markers) and (failure := start_failure()):
+            raise BatchgenError(f"a worker process cannot start: {failure}; correct that and run again")
         losses = [_loss(chunk, future) for chunk, future in lost]
         culprits = {loss.chunk: loss for loss in self._culprits(losses)}
         self._history.losses += 1
@@ -202,8 +274,7 @@ class Pool:
         """Complete rows of a chunk one by one in a worker of their own; None if it lives."""
         tried = tuple(item.with_max_tokens(1) if trial.is_first_step else item for item in items)
         part = replace(chunk, items=tried, kept=None)
-        with no_interrupts_to_workers():
-            executor = ProcessPoolExecutor(1, **self._start)
+        executor = take_executor(1)
         try:
             future = self._submit_to(executor, part, replace(self.setup, max_batch=1, share_prefixes=False))
             self._wait([future], StallDetector(self.row_timeout), lambda: end_workers(executor))

@@ -4,6 +4,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from batchgen.errors import BatchgenError, StoppedError
+from batchgen.options import say
+from batchgen.progress import Reporter
 from batchgen.types import Chunk
 
 
@@ -31,6 +34,7 @@ class Deadline:
 
     def __init__(self, seconds: float | None) -> None:
         """seconds from now; None: never."""
+        self.seconds = seconds
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def is_over(self, margin: float = 0.0) -> bool:
@@ -46,3 +50,16 @@ class Deadline:
             if self.is_over(2 * longest()):
                 return
             yield chunk
+
+    def check_complete(self, run: Reporter, rows: int) -> None:
+        """Raise StoppedError if rows are missing because time was over, and BatchgenError if they are for no reason."""
+        done = run.counts["input_rows"]
+        if done == rows:
+            return
+        if self.seconds is not None and done < rows:
+            new = done > run.resumed["input_rows"]
+            remedy = "run the same command again to resume" if new else "nothing was done: raise it"
+            remedy = "a retry begins anew each time: raise it" if run.is_retry else remedy
+            raise StoppedError(f"{say('time_limit')} {self.seconds:g} s: {done:,} of {rows:,} rows are done; {remedy}")
+        remedy = f"if the input was changed meanwhile, run again with {say('restart', True)}"
+        raise BatchgenError(f"input: {rows} rows were counted and {done} were done; {remedy}")

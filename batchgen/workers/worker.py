@@ -25,7 +25,7 @@ from batchgen.models.shards import load_manifest
 from batchgen.output.parts import with_receipt, write_part
 from batchgen.output.schema import Columns
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import Chunk, OutputRow, Receipt, Rejected, SamplingParams, TokenizedRequest
+from batchgen.types import Chunk, OutputRow, Reason, Receipt, Rejected, SamplingParams, TokenizedRequest, add_reasons
 from batchgen.workers.complete import complete_chunk, map_engine
 from batchgen.workers.marker import Marker, Sighting
 
@@ -90,6 +90,8 @@ def load_engine(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
 def make_receipt(chunk: Chunk, rows: Sequence[OutputRow], path: Path) -> Receipt:
     """The counts of a chunk's rows; the part at `path` is not written yet."""
     generated = [row for row in rows if row.status == "ok"]
+    reasons: dict[str, Reason] = {}
+    add_reasons(reasons, (Reason.of(item) for item in chunk.items if isinstance(item, Rejected)))
     return Receipt(
         chunk=chunk.index,
         path=str(path),
@@ -102,6 +104,8 @@ def make_receipt(chunk: Chunk, rows: Sequence[OutputRow], path: Path) -> Receipt
         prompt_tokens=sum(row.prompt_tokens or 0 for row in generated),
         completion_tokens=sum(row.completion_tokens or 0 for row in generated),
         space_ends=sum(map(_has_space_end, chunk.items)),
+        special_texts=sum(isinstance(item, TokenizedRequest) and item.has_special_text for item in chunk.items),
+        reasons=tuple(reasons.values()),
     )
 
 

@@ -166,7 +166,7 @@ class Bench:
     ) -> list[str | Path]:
         """A command line; options in `more` replace the usual ones. A driver is a function of drivers.py."""
         start = ["-c", f"from tests.faults import drivers; drivers.{driver}()"] if driver else ["-m", "batchgen"]
-        usual = [*OPTIONS, "--model", self.model, "--jobs", str(jobs)]
+        usual = [*OPTIONS, "--model", self.model, "--jobs", str(jobs), "--overwrite"]
         return [sys.executable, *start, "generate", prompts or self.prompts, "-o", out, *usual, *more]
 
     def start(

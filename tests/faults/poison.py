@@ -74,7 +74,7 @@ def hang_rows(bench: Bench) -> str:
     prompts = _prompts(bench, 100)
     undisturbed, out, poison = bench.new_output(), bench.new_output(), Poison(bench, rows)
     assert bench.start(undisturbed, prompts=prompts).finish() == 0
-    timeout = ["--row-timeout", str(ROW_TIMEOUT)]
+    timeout = ["--row-timeout", f"{ROW_TIMEOUT}s"]
     run = bench.start(out, *timeout, prompts=prompts, driver="run_poisoned", environment=poison.environment)
     assert run.finish(2 * 60) == 3, run.said
     _assert_failed(bench, out, undisturbed, set(rows))

@@ -162,7 +162,7 @@ def _take_turns(job: Job, model: Model, bare: Clock, whole: Clock, first: int) -
     setup = worker_setup(model, plan, columns)
     engine, tokenizer = load_engine(setup)
     check = make_check(tokenizer, model.config.n_ctx, job.policy)
-    reporter = make_reporter(job, output, ledger, rows, lambda _: None)
+    reporter = make_reporter(job, prompts, output, ledger, rows, lambda _: None)
     schema, done = columns.schema(facts.kept), []
 
     def do_as_a_run(chunk: Chunk) -> None:

@@ -15,7 +15,15 @@ from typing import IO
 
 from batchgen.errors import BatchgenError, StoppedError, UsageError
 from batchgen.options import say
-from batchgen.workers.cluster.messages import CONNECT_SECONDS, Event, Order, receive, send
+from batchgen.workers.cluster.messages import (
+    CONNECT_SECONDS,
+    IMPORT_SECONDS,
+    Event,
+    Order,
+    environment_of_python,
+    receive,
+    send,
+)
 from batchgen.workers.pool import no_interrupts_to_workers
 
 SILENCE_SECONDS = 20.0  # a scheduler that sends nothing for so long is lost
@@ -49,7 +57,13 @@ class Connection:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # open as long as the driver writes to it
         command = [sys.executable, "-m", "batchgen.workers.cluster.driver", backend, address]
         with no_interrupts_to_workers():
-            self._driver = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
+            self._driver = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env=environment_of_python(),
+            )
             self._listener = threading.Thread(target=self._listen, daemon=True)
             self._listener.start()
             threading.Thread(target=self._speak, daemon=True).start()
@@ -105,9 +119,9 @@ class Connection:
     def wait_for_answer(self) -> None:
         """Wait until the scheduler answers; BatchgenError, with the reason, if it does not."""
         try:
-            event = self._events.get(timeout=2 * CONNECT_SECONDS)
+            event = self._events.get(timeout=IMPORT_SECONDS + CONNECT_SECONDS)
         except Empty:
-            event = Event(error=f"no answer within {2 * CONNECT_SECONDS:.0f} s")
+            event = Event(error=f"its client did not start within {IMPORT_SECONDS:.0f} s")
         if event.error:
             engine = ENGINES[self.backend]
             raise BatchgenError(
@@ -136,7 +150,7 @@ def connect(backend: str, address: str) -> Iterator[Connection]:
     not 75: a script that repeats a command after 75 would try a mistyped address for ever.
     """
     if find_spec(ENGINES[backend].module) is None:
-        remedy = f"pip install 'batchgen[{backend}]'"
+        remedy = f"install it with: pip install {ENGINES[backend].module}"
         raise UsageError(f"{say('backend', backend)}: {backend} is not installed here; {remedy}")
     connection = Connection(backend, address)
     try:

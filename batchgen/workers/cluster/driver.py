@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -157,9 +158,18 @@ def main() -> None:
         with lock:
             send(events, pickle.dumps(event))
 
+    def give_up() -> None:
+        """Ray would go on for half a minute."""
+        emit(Event(error=f"no answer within {CONNECT_SECONDS:.0f} s"))
+        os._exit(1)
+
     try:
+        import_module("distributed" if backend == "dask" else "ray")
+        patience = threading.Timer(CONNECT_SECONDS, give_up)
+        patience.start()
         engine = ENGINES[backend](address)
         emit(Event(slots=engine.slots()))
+        patience.cancel()
     except Exception as error:
         emit(Event(error=last_line(error)))
         os._exit(1)

@@ -11,7 +11,8 @@ from batchgen.errors import BatchgenError
 from batchgen.types import Receipt
 from batchgen.workers.worker import WorkerSetup
 
-CONNECT_SECONDS = 20.0  # for an engine to answer
+IMPORT_SECONDS = 40.0  # for an engine's client to be loaded
+CONNECT_SECONDS = 8.0  # for the engine to answer
 _LENGTH = struct.Struct("!Q")
 
 
@@ -67,6 +68,12 @@ class Event:
     lost: str = ""
     error: str = ""
     slots: int = 0
+
+
+def environment_of_python() -> dict[str, str]:
+    """For a process that finds modules where this one does, and not first in its current folder."""
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
 
 
 def send(stream: IO[bytes], data: bytes) -> None:

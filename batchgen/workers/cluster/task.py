@@ -13,7 +13,7 @@ import threading
 from collections import defaultdict
 from contextlib import suppress
 
-from batchgen.workers.cluster.messages import Reply, receive, send
+from batchgen.workers.cluster.messages import Reply, environment_of_python, receive, send
 
 _lock = threading.Lock()
 _idle: dict[str, list["_NodeProcess"]] = defaultdict(list)  # by attempt
@@ -24,7 +24,8 @@ class _NodeProcess:
 
     def __init__(self, version: str, setup: bytes) -> None:
         command = [sys.executable, "-m", "batchgen.workers.cluster.node", version, str(os.getpid())]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        environment = environment_of_python()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.setup: bytes | None = setup  # None: sent
 
     def ask(self, chunk: bytes) -> bytes:
