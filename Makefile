@@ -2,9 +2,14 @@
 
 PYTHON ?= python3
 INPUT  ?= data/prompts/sample.jsonl
-OUTPUT ?= $(basename $(patsubst %.zst,%,$(patsubst %.gz,%,$(notdir $(INPUT:%/=%))))).completions.parquet
+OUTPUT ?= $(or $(filter-out .,$(NAME)),prompts).completions.parquet
 MODEL  ?= tales
 ARGS   ?=
+
+# The output has the name of its input: data/a.jsonl.gz -> a; of a glob, the folder before it: data/*.jsonl -> data
+IS_GLOB = $(findstring *,$(INPUT))$(findstring ?,$(INPUT))$(findstring [,$(INPUT))
+FOLDER  = $(dir $(firstword $(subst [, ,$(subst ?, ,$(subst *, ,$(INPUT))))))
+NAME    = $(if $(IS_GLOB),$(notdir $(FOLDER:%/=%)),$(basename $(patsubst %.zst,%,$(patsubst %.gz,%,$(notdir $(INPUT:%/=%))))))
 
 # The sample prompts are sampled: with greedy decoding the small model tales repeats itself.
 RUN_ARGS := $(if $(ARGS)$(filter-out file,$(origin INPUT)),$(ARGS),--temperature 0.8 --top-p 0.95 --show 5)
@@ -23,7 +28,8 @@ run: .venv/run  ## Complete prompts: make run [INPUT=prompts.jsonl] [OUTPUT=...]
 ifeq ($(origin INPUT)-$(origin MODEL),file-file)
 	@echo "Sample prompts on the embedded model tales. Your own on GPT-2: make run INPUT=prompts.jsonl MODEL=124M (README: Getting GPT-2)"
 endif
-	@$(BIN)/batchgen generate "$(INPUT)" --output "$(OUTPUT)" --model "$(MODEL)" $(RUN_ARGS)
+	@$(BIN)/batchgen generate "$(INPUT)" --output "$(OUTPUT)" --model "$(MODEL)" $(RUN_ARGS) || { code=$$?; \
+		test $$code -eq 3 || exit $$code; echo "Some rows are rejected or failed; the output says why." >&2; }
 
 .PHONY: test
 test: lint  ## Run lint and all tests.

@@ -5,36 +5,52 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from batchgen.errors import (
+        BatchgenError,
+        BusyError,
+        InputError,
+        ModelError,
+        OutputError,
+        StoppedError,
+        UsageError,
+    )
     from batchgen.generator import Generator
     from batchgen.job import InputOptions, Job, OutputOptions, Policy, WorkOptions
-    from batchgen.progress import Summary
+    from batchgen.progress import Progress, Summary
     from batchgen.run import run_job
-    from batchgen.types import SamplingParams
+    from batchgen.types import OutputRow, SamplingParams
 
 __all__ = [
+    "BatchgenError",
+    "BusyError",
     "Generator",
+    "InputError",
     "InputOptions",
     "Job",
+    "ModelError",
+    "OutputError",
     "OutputOptions",
+    "OutputRow",
     "Policy",
+    "Progress",
     "SamplingParams",
+    "StoppedError",
     "Summary",
+    "UsageError",
     "WorkOptions",
     "__version__",
     "run_job",
 ]
 
-_MODULES = {
-    "Generator": "batchgen.generator",
-    "InputOptions": "batchgen.job",
-    "Job": "batchgen.job",
-    "OutputOptions": "batchgen.job",
-    "Policy": "batchgen.job",
-    "SamplingParams": "batchgen.types",
-    "Summary": "batchgen.progress",
-    "WorkOptions": "batchgen.job",
-    "run_job": "batchgen.run",
+_NAMES = {
+    "batchgen.errors": "BatchgenError BusyError InputError ModelError OutputError StoppedError UsageError",
+    "batchgen.generator": "Generator",
+    "batchgen.job": "InputOptions Job OutputOptions Policy WorkOptions",
+    "batchgen.progress": "Progress Summary",
+    "batchgen.run": "run_job",
+    "batchgen.types": "OutputRow SamplingParams",
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:

@@ -3,29 +3,41 @@
 For a file of prompts, and for anything that should survive the process, there is run_job.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from threadpoolctl import threadpool_limits
+import numpy as np
 
-from batchgen.engine.engine import MAX_BATCH
-from batchgen.errors import UsageError
+from batchgen.engine.engine import MAX_BATCH, Engine, Step
+from batchgen.engine.probe import one_blas_thread
+from batchgen.errors import ModelError, UsageError
 from batchgen.input.validation import make_check
 from batchgen.job import DEFAULT_MODEL, Policy
 from batchgen.models.model import Model
+from batchgen.options import known_keywords, shown, split_keywords
 from batchgen.planning import plan_chunks
 from batchgen.text.stopping import StopStrings, completed_text
 from batchgen.text.tokenizer import StreamDecoder
 from batchgen.types import OutputRow, Rejected, Request, SamplingParams, TokenizedRequest
 from batchgen.workers.complete import complete_chunk, map_engine, to_prompts
+from batchgen.workers.marker import RECORD, Marker
 
 CHUNK_PROMPTS = 512  # memory for keys and values is taken as it is needed; this bounds the prompts that wait for it
 
+OnPrompts = Callable[[int, int], object]  # prompts done, prompts in all
 
+
+@known_keywords
 class Generator:
-    """A GPT-2 with its buffers, mapped once, on one core; its rows are those of a job with the same parameters.
+    """A GPT-2 with its buffers, mapped once, one core for each call; its rows are those of a job with equal parameters.
+
+    Threads may share it, streams may be open at the same time, and a forked process may go on with it: calls at the
+    same time have their own buffers (up to kv_bytes each). Do not fork while another thread is in a call: the BLAS of
+    the new process may wait for that thread for ever. Pickled, it is the model's name, for joblib and the like.
 
     >>> from batchgen import Generator
     >>> generator = Generator("tales")
@@ -43,28 +55,36 @@ class Generator:
         self.config = opened.config
         self.tokenizer = opened.load_tokenizer()
         self._engine = map_engine(opened, self.tokenizer, kv_bytes=kv_bytes or None, max_batch=batch_size)
+        self._idle = [self._engine]  # engines that no call uses
+        is_folder = opened.directory == Path(model).expanduser()
+        self._pickled = str(opened.directory.absolute()) if is_folder else str(model), kv_bytes, batch_size, opened.hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_again, self._pickled
 
     def generate(
         self,
         prompts: Iterable[str],
         params: SamplingParams | None = None,
         policy: Policy | None = None,
+        *,
+        progress: OnPrompts | None = None,
         **options: object,
     ) -> list[OutputRow]:
         """Complete the prompts: a row for every sample of every prompt, in order.
 
         options are fields of SamplingParams (max_tokens=40, temperature=0.8, ...) and of Policy (on_too_long, ...),
-        instead of params and policy. Raises UsageError, naming the prompt, for one that a job would reject, before
-        anything is generated.
+        instead of params and policy. progress is called with the prompts done and their number. Raises UsageError,
+        naming the prompt, for one that a job would reject, before anything is generated.
         """
-        if isinstance(prompts, str):
-            raise UsageError(f"prompts is one string ({prompts[:20]!r}); give a list of them: [prompt]")
         asked, policy = _read_options(params, policy, options)
-        requests = (Request(row, f"prompts[{row}]", None, prompt, asked) for row, prompt in enumerate(prompts))
-        items = [self._check(request, policy) for request in requests]
-        with threadpool_limits(1, user_api="blas"):  # as in a worker: with two threads bits differ
-            chunks = plan_chunks(items, CHUNK_PROMPTS)
-            return [row for chunk in chunks for row in complete_chunk(chunk, asked, self._engine, self.tokenizer)]
+        items = [self._check(request, policy) for request in _requests(prompts, asked)]
+        marker = _Progress(len(items), progress) if progress else None
+        rows: list[OutputRow] = []
+        with self._free_engine() as engine, one_blas_thread:  # as in a worker
+            for chunk in plan_chunks(items, CHUNK_PROMPTS):
+                rows += complete_chunk(chunk, asked, engine, self.tokenizer, marker)
+        return rows
 
     def stream(
         self, prompt: str, params: SamplingParams | None = None, policy: Policy | None = None, **options: object
@@ -74,17 +94,17 @@ class Generator:
         Joined, the pieces are what a job writes for row 0, sample 0. Raises UsageError as `generate` does.
         """
         asked, policy = _read_options(params, policy, options)
+        _check_text("PROMPT", prompt)
         request = self._check(Request(0, "PROMPT", None, prompt, replace(asked, n=1, logprobs=None)), policy)
-        with threadpool_limits(1, user_api="blas"):
-            yield from self._stream(request)
+        return self._stream(request)
 
     def _stream(self, request: TokenizedRequest) -> Iterator[str]:
-        decoder, params = StreamDecoder(self.tokenizer), request.params
+        params = request.params
+        decoder = StreamDecoder(self.tokenizer, skip_special=params.skip_special_tokens)
         unsure = max(map(len, params.stop), default=1) - 1  # last characters that may yet begin a stop string
         text, done, shown = "", 0, 0
         yield request.prompt if params.echo else ""
-        steps = self._engine.steps(to_prompts(request, self.tokenizer), should_stop=StopStrings(self.tokenizer))
-        for finished, sampled in steps:
+        for finished, sampled in self._steps(request):
             for sequence, _ in sampled:
                 text += decoder.push(sequence.token_ids[done:])
                 done = len(sequence.token_ids)
@@ -94,6 +114,28 @@ class Generator:
             yield text[shown:certain]
             shown = certain
 
+    def _steps(self, request: TokenizedRequest) -> Iterator[Step]:
+        """The engine's steps; between two of them the caller's code has its own number of BLAS threads."""
+        prompts = to_prompts(request, self.tokenizer)
+        with self._free_engine() as engine:
+            steps = engine.steps(prompts, should_stop=StopStrings(self.tokenizer))
+            while True:
+                with one_blas_thread:
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
+
+    @contextmanager
+    def _free_engine(self) -> Iterator[Engine]:
+        """An engine that no other call uses; after an error or an abandoned stream it is not used again."""
+        try:
+            engine = self._idle.pop()
+        except IndexError:
+            engine = self._engine.twin()
+        yield engine
+        self._idle.append(engine)
+
     def _check(self, request: Request, policy: Policy) -> TokenizedRequest:
         item = make_check(self.tokenizer, self.config.n_ctx, policy)(request)
         if isinstance(item, Rejected):
@@ -101,20 +143,54 @@ class Generator:
         return item
 
 
+@lru_cache(maxsize=1)  # a pool's process is sent the same one with every task
+def _open_again(model: str, kv_bytes: int | None, batch_size: int, model_hash: str) -> Generator:
+    """A Generator that was pickled; ModelError if the model's name means another one now, or on this machine."""
+    if (found := Model.open(model).hash) != model_hash:
+        raise ModelError(f"model {model} is {found[:12]} here, and {model_hash[:12]} was pickled; copy it here")
+    return Generator(model, kv_bytes=kv_bytes, batch_size=batch_size)
+
+
+class _Progress(Marker):
+    """Reports each prompt that is done."""
+
+    def __init__(self, prompts: int, report: OnPrompts) -> None:
+        super().__init__(np.zeros(1, RECORD))
+        self._prompts, self._done, self._report = prompts, 0, report
+
+    def add(self, rows: int, prompt_tokens: int, completion_tokens: int = 0) -> None:
+        if rows:
+            self._done += rows
+            self._report(self._done, self._prompts)
+
+
+def _requests(prompts: Iterable[str], params: SamplingParams) -> Iterator[Request]:
+    """Raises UsageError for what is no list of strings: its elements would be characters, keys or columns."""
+    if isinstance(prompts, str):
+        raise UsageError(f"prompts is one string ({prompts[:20]!r}); give a list of them: [prompt]")
+    if isinstance(prompts, Mapping) or hasattr(prompts, "columns"):
+        raise UsageError(f"prompts is a {type(prompts).__name__}; give one column of it: prompts['prompt']")
+    if not isinstance(prompts, Iterable):
+        raise UsageError(f"prompts is {shown(prompts)}; give a list of strings")
+    for row, prompt in enumerate(prompts):
+        _check_text(f"prompts[{row}]", prompt)
+        yield Request(row, f"prompts[{row}]", None, prompt, params)
+
+
+def _check_text(place: str, prompt: object) -> None:
+    if not isinstance(prompt, str):
+        kind = type(prompt).__name__
+        raise UsageError(f"{place}: {shown(prompt)} ({kind}) is not a string; leave it out, or give a text")
+
+
 def _read_options(
     params: SamplingParams | None, policy: Policy | None, options: dict[str, object]
 ) -> tuple[SamplingParams, Policy]:
     """The two records, or what keywords make of them; UsageError for both and for a keyword that is neither's."""
-    sampling = {field.name for field in fields(SamplingParams)}
-    policies = {field.name for field in fields(Policy)}
-    for name in options:
-        if name not in sampling | policies:
-            near = get_close_matches(name, sampling | policies, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else "see SamplingParams and Policy"
-            raise UsageError(f"{name!r} is not an option; {remedy}")
-    for record, names, given in (("params", sampling, params), ("policy", policies, policy)):
-        if given is not None and (both := [name for name in options if name in names]):
-            raise UsageError(f"{record} and {', '.join(both)} were given; give the one or the others")
-    own = {name: value for name, value in options.items() if name in sampling}
-    rules = {name: value for name, value in options.items() if name in policies}
+    own, rules = split_keywords(options, SamplingParams, Policy)
+    for name, kind, given, keywords in (("params", SamplingParams, params, own), ("policy", Policy, policy, rules)):
+        if not isinstance(given, kind | None):
+            raise UsageError(f"{name} is {shown(given)}; give a {kind.__name__}, or its fields as keywords")
+        if given is not None and keywords:
+            raise UsageError(f"{name} and {', '.join(keywords)} were given; give the one or the others")
     return params or SamplingParams(**own), policy or Policy(**rules)  # type: ignore[arg-type]

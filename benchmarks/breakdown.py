@@ -205,7 +205,7 @@ def main() -> None:
     unset_variables()
     with threadpool_limits(1, user_api="blas"):
         params = nest(random_tensors(SIZE_124M), SIZE_124M.n_layer)
-        engine = Engine(params, SIZE_124M, eos_id=None, kv_bytes=KV_BYTES)
+        engine = Engine(params, SIZE_124M, eos_ids=(), kv_bytes=KV_BYTES)
         print(f"{blas_info()}, NumPy {np.__version__}\n")
         for make in (lambda: decode_case(engine, 96), lambda: decode_case(engine, 256), lambda: prefill_case(engine)):
             case = make()

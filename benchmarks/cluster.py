@@ -121,7 +121,7 @@ def run(folder: Path, backend: str, workers: int, *arguments: object) -> Timing:
     """One batchgen generate in a process of its own."""
     out = folder / f"out-{backend}.parquet"
     start = [sys.executable, "-m", "batchgen", "generate"]
-    command = [*start, *arguments, "-o", out, "--jobs", workers, "--quiet"]
+    command = [*start, *arguments, "-o", out, "--jobs", workers, "--quiet", "--overwrite"]
     started = time.monotonic()
     process = subprocess.Popen(
         [str(word) for word in command],

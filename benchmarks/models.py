@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from batchgen.gpt2.config import LAYER_NORM_EPS, GPT2Config
+from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import Array, random_tensors
 from batchgen.models.shards import TOKENIZER_FILES, Description, write_model
 from tests.support.vocabulary import gpt2_vocabulary_dir
@@ -54,7 +54,7 @@ def huggingface_config(config: GPT2Config) -> dict[str, object]:
         "resid_pdrop": 0.0,
         "bos_token_id": END_OF_TEXT,
         "eos_token_id": END_OF_TEXT,
-        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
         "n_ctx": config.n_ctx,
         "n_positions": config.n_ctx,
         "n_embd": config.n_embd,

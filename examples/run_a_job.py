@@ -5,14 +5,12 @@ Interrupt it and run it again: it resumes from the finished chunks.
 
 import sys
 
-from batchgen import Job, SamplingParams, run_job
-from batchgen.errors import BatchgenError
+from batchgen import BatchgenError, run_job
 
 
 def main(prompts: str, output: str) -> int:
-    job = Job(prompts, output, sampling=SamplingParams(max_tokens=16))
     try:
-        summary = run_job(job)
+        summary = run_job(prompts, output, max_tokens=16)
     except BatchgenError as error:  # its text is one line, for the user
         print(error, file=sys.stderr)
         return error.exit_code

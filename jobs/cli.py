@@ -20,15 +20,14 @@ from batchgen.jobs.generate import generate
 from batchgen.jobs.html_report import report
 from batchgen.jobs.logs import is_json, log_for_people
 from batchgen.jobs.models import models
-from batchgen.jobs.panels import panel_of
+from batchgen.jobs.panels import Command, panel_of
 from batchgen.jobs.plan import plan
 from batchgen.jobs.report import discard_stdout, one_line
 from batchgen.jobs.verify import verify
 from batchgen.options import use_flags
+from batchgen.progress import SIGNALS, exit_code_of, words_of, words_of_stop
 
 logger = logging.getLogger(__name__)
-
-STOPPED = {130: "interrupted", 143: "terminated"}  # 128 + the signal's number
 
 app = typer.Typer(
     name="batchgen",
@@ -39,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (plan, generate, complete, report, verify, fetch, convert, models, doctor):
-    app.command(rich_help_panel=panel_of(command.__name__))(command)
+    app.command(cls=Command, rich_help_panel=panel_of(command.__name__))(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -65,20 +64,17 @@ def main() -> None:
     _handle_signals()
     try:
         app(prog_name="batchgen")
-    except BatchgenError as error:
-        _say(str(error))
-        sys.exit(error.exit_code)
-    except MemoryError as error:
-        _say(f"out of memory: {error}; lower --jobs, or lower --kv-memory or --batch-size with --restart")
-        sys.exit(1)
+    except (BatchgenError, MemoryError) as error:
+        _say(words_of(error))
+        sys.exit(exit_code_of(error))
     except OSError as error:
-        _say(str(error))
+        _say(words_of(error))
         discard_stdout()  # it may be the file that cannot be written
         sys.exit(1)
     except KeyboardInterrupt:
         _stop(130)
     except SystemExit as end:
-        if end.code in STOPPED:  # Typer makes 130 of a KeyboardInterrupt
+        if end.code in SIGNALS:  # Typer makes 130 of a KeyboardInterrupt
             _stop(end.code)
         raise
 
@@ -121,7 +117,7 @@ def _say(text: str) -> None:
 def _stop(code: int) -> NoReturn:
     """Exit immediately: a normal exit would wait for the workers, which die with this process."""
     try:
-        _say(f"{STOPPED[code]}; run the same command again to resume")
+        _say(words_of_stop(code))
     finally:
         os._exit(code)
 

@@ -8,7 +8,7 @@ import typer
 from batchgen.generator import Generator
 from batchgen.job import DEFAULT_MODEL, Policy
 from batchgen.jobs import options, report
-from batchgen.jobs.flatten import flatten
+from batchgen.jobs.flatten import flatten, note_escapes
 from batchgen.types import SamplingParams
 
 
@@ -23,6 +23,7 @@ def complete(
 
     Example: batchgen complete "Once upon a time" --max-tokens 60 --temperature 0.8
     """
+    note_escapes("PROMPT", prompt)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     shown = report.harmless if sys.stdout.isatty() else str
     for text in Generator(model, batch_size=1).stream(prompt, sampling, policy):

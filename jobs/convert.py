@@ -7,7 +7,9 @@ import typer
 
 from batchgen.jobs.fetch import convert_progress
 from batchgen.jobs.progress import ProgressStyle
+from batchgen.jobs.report import one_line
 from batchgen.models.convert import convert_checkpoint
+from batchgen.models.model import Model
 from batchgen.models.registry import model_destination
 
 
@@ -30,4 +32,13 @@ def convert(
     directory = model_destination(dst)
     with convert_progress(directory.name, progress) as show:
         convert_checkpoint(src, directory, name=directory.name, replace=replace, on_progress=show)
+    tokenizer = Model.load(directory).load_tokenizer()
+    for what, word, ids in (
+        ("every prompt begins with", "and", tokenizer.begin_ids),
+        ("completions end at", "or", tokenizer.end_ids),
+    ):
+        if tokens := [f"{one_line(tokenizer.token_text(token))} (id {token})" for token in ids]:
+            typer.echo(f"{what} {f' {word} '.join(tokens)}")
+    if not tokenizer.end_ids:
+        typer.echo("completions end at no token: only at max_tokens, a stop string or a stop token")
     typer.echo(f"{directory}: converted; use it with --model {dst}")

@@ -8,6 +8,7 @@ has the options --max-tokens, --temperature, ..., --on-too-long, ..., and is cal
 
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -17,9 +18,15 @@ import typer
 
 from batchgen.errors import UsageError
 from batchgen.job import GROUPS
-from batchgen.options import Option, flag_of, off_flag_of
+from batchgen.jobs.panels import HELP_ALL
+from batchgen.options import Option, find_escape, flag_of, off_flag_of
+
+logger = logging.getLogger(__name__)
 
 Command = Callable[..., None]
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+_ESCAPED = {"n": "line feed", "t": "tab", "r": "carriage return", "x": "byte", "u": "character"}
 
 
 def flatten(*leave_out: str) -> Callable[[Command], Command]:
@@ -32,16 +39,18 @@ def flatten(*leave_out: str) -> Callable[[Command], Command]:
 
 def _flattened(command: Command, leave_out: frozenset[str]) -> Command:
     own = inspect.signature(command, eval_str=True).parameters
-    records = {name: one.annotation for name, one in own.items() if dataclasses.is_dataclass(one.annotation)}
-    flat = {name: list(_parameters(record, leave_out)) for name, record in records.items()}
+    records = {name: one for name, one in own.items() if dataclasses.is_dataclass(one.annotation)}
+    flat = {name: list(_parameters(one.annotation, leave_out, one.default)) for name, one in records.items()}
 
     @wraps(command)
     def run(**values: Any) -> None:
-        built = {name: _build(record, values, leave_out) for name, record in records.items()}
+        values.pop("help_all")
+        built = {name: _build(one.annotation, values, leave_out, one.default) for name, one in records.items()}
         command(**built, **values)
 
     parameters = [one for name, parameter in own.items() for one in flat.get(name, [parameter])]
-    parameters = sorted((one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters), key=_position)
+    parameters.append(inspect.Parameter("help_all", _KEYWORD, default=False, annotation=Annotated[bool, HELP_ALL]))
+    parameters = sorted((one.replace(kind=_KEYWORD) for one in parameters), key=_position)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     return run
@@ -62,14 +71,18 @@ def _fields(record: Any, leave_out: frozenset[str]) -> Iterator[tuple[Any, Optio
             yield field, declared, flag_of(field.name, declared)[2:].replace("-", "_")
 
 
-def _parameters(record: Any, leave_out: frozenset[str]) -> Iterator[inspect.Parameter]:
+def _parameters(record: Any, leave_out: frozenset[str], instead: Any) -> Iterator[inspect.Parameter]:
+    """`instead` is a record that gives what no option gives; without one, fields without a default are required."""
     kinds = get_type_hints(record)
     for field, declared, name in _fields(record, leave_out):
         kind = _kind(kinds[field.name], declared)
-        required = field.default is dataclasses.MISSING
-        default = inspect.Parameter.empty if required else _default(field.default, declared)
+        if field.default is dataclasses.MISSING:
+            default = inspect.Parameter.empty if instead is inspect.Parameter.empty else None
+        else:
+            default = _default(field.default, declared)
+        kind = kind | None if default is None and field.default is dataclasses.MISSING else kind
         annotation = Annotated[kind, _typer_parameter(field.name, declared, kind)]  # type: ignore[valid-type]
-        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        yield inspect.Parameter(name, _KEYWORD, default=default, annotation=annotation)
 
 
 def _kind(kind: Any, declared: Option) -> Any:
@@ -98,15 +111,29 @@ def _typer_parameter(name: str, declared: Option, kind: Any) -> Any:
     return typer.Option(*flags, metavar=declared.metavar, help=declared.help, rich_help_panel=declared.panel or None)
 
 
-def _build(record: Any, values: dict[str, Any], leave_out: frozenset[str]) -> Any:
+def _build(record: Any, values: dict[str, Any], leave_out: frozenset[str], instead: Any) -> Any:
     """The record, from the values of its options, which are taken out of `values`."""
     given = {}
     for field, declared, name in _fields(record, leave_out):
         value = values.pop(name)
         if declared.parse is not None:
             value = _parse(flag_of(field.name, declared), declared, value)
+        if value is None and field.default is dataclasses.MISSING:
+            value = getattr(instead, field.name)
+        for text in value if isinstance(value, list) else ():
+            note_escapes(flag_of(field.name, declared), text)
         given[field.name] = () if value is None and field.default == () else value
     return record(**given)
+
+
+def note_escapes(what: str, text: str) -> None:
+    r"""Say that `--stop '\n'` is a backslash and an n: a shell leaves them as they are, and so does batchgen."""
+    if escape := find_escape(text):
+        name = _ESCAPED[escape[1]]
+        quoted = text.replace("'", "\\'") if text.isprintable() and len(text) <= 60 else "..."
+        logger.warning(
+            "note: %s: %s is a backslash and a letter; for a %s write %s $'%s'", what, escape, name, what, quoted
+        )
 
 
 def _parse(flag: str, declared: Option, text: str | None) -> Any:

@@ -5,24 +5,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from batchgen.errors import UsageError
-from batchgen.job import DEFAULT_MODEL, RUN, InputOptions, Job, OutputOptions, Policy, WorkOptions
+from batchgen.job import DEFAULT_MODEL, InputOptions, Job, OutputOptions, Policy, WorkOptions
 from batchgen.jobs import options, report
 from batchgen.jobs.fetch import fetch_shown, is_to_be_fetched
 from batchgen.jobs.flatten import flatten
 from batchgen.jobs.html_report import page_beside
-from batchgen.jobs.logs import log_as_json
 from batchgen.jobs.progress import ProgressStyle, showing_progress
 from batchgen.models.model import Model
 from batchgen.output.store import is_address
 from batchgen.progress import Summary
 from batchgen.review.report.page import check_page, write_report
 from batchgen.run import run_job
-from batchgen.types import IO, SamplingParams
+from batchgen.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +33,18 @@ def generate(
     policy: Policy,
     work: WorkOptions,
     model: options.Model = DEFAULT_MODEL,
-    fetch: Annotated[
-        bool, typer.Option(help="Fetch one of OpenAI's models if it is not here yet.", rich_help_panel=IO)
-    ] = True,
-    html_report: Annotated[
-        bool,
-        typer.Option("--report", help="Write a report too, beside the output as .html.", rich_help_panel=IO),
-    ] = False,
-    progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.", rich_help_panel=RUN)] = "auto",
-    log_json: Annotated[
-        bool,
-        typer.Option(
-            "--log-json", callback=log_as_json, help="Messages as JSON, one object a line.", rich_help_panel=RUN
-        ),
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=RUN)
-    ] = False,
-    show: Annotated[int, typer.Option(min=0, help="Completions to show at the end.", rich_help_panel=RUN)] = 3,
+    fetch: options.Fetch = True,
+    html_report: options.Report = False,
+    progress: options.Progress = "auto",
+    log_json: options.LogJson = False,
+    quiet: options.Quiet = False,
+    show: options.Show = 3,
 ) -> None:
     """Complete every prompt of INPUT; the output has a row for every row of INPUT, in input order.
 
-    To resume an interrupted run, run the same command again. Exit code 0: every row ok; 3: some rows were rejected
-    or failed, the output says why; 1: the job could not run; 2: usage; 75: run again later.
+    To resume an interrupted run, run the same command again; over its own finished output, it says that it is complete.
+    What another job made is only replaced with --overwrite. Exit code 0: every row ok; 3: some rows were rejected or
+    failed, the output says why; 4: all of them were; 1: the job could not run; 2: usage; 75: run again later.
 
     Example: batchgen generate prompts.jsonl -o completions.parquet --max-tokens 64 --temperature 0.8
     """
@@ -66,7 +53,7 @@ def generate(
     page = report_page(job) if html_report else None
     style = "none" if quiet else progress
     with report.destination(job) as written, showing_progress(style) as on_progress:
-        summary = run_job(written, on_progress, open_or_fetch(style) if fetch else Model.open)
+        summary = run_job(written, on_progress=on_progress, open_model=open_or_fetch(style) if fetch else Model.open)
     if report.is_stdout(job):
         summary = replace(summary, output=report.STDOUT)
     if page:
@@ -89,8 +76,8 @@ def check_standard_output(job: Job) -> None:
 def report_page(job: Job) -> Path:
     """Where the report of a job goes; refuses a job that can have none."""
     path = str(job.output.path)
-    if job.output.format == "dataset" or is_address(path) or report.is_stdout(job):
-        raise UsageError("--report: a report is about one output file; leave it out, or name a .parquet file")
+    if is_address(path) or report.is_stdout(job):
+        raise UsageError("--report: a report is about a local output; leave it out, or name a .parquet file")
     page = page_beside(Path(path))
     check_page(Path(path), page)
     return page

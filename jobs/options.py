@@ -4,6 +4,9 @@ from typing import Annotated
 
 import typer
 
+from batchgen.job import RUN
+from batchgen.jobs.logs import log_as_json
+from batchgen.jobs.progress import ProgressStyle
 from batchgen.models.registry import list_models
 from batchgen.types import IO
 
@@ -23,3 +26,15 @@ Model = Annotated[
         rich_help_panel=IO,
     ),
 ]
+
+Fetch = Annotated[bool, typer.Option(help="Fetch one of OpenAI's models if it is not here yet.", rich_help_panel=IO)]
+Report = Annotated[
+    bool, typer.Option("--report", help="Write a report too, beside the output as .html.", rich_help_panel=IO)
+]
+LogJson = Annotated[
+    bool,
+    typer.Option("--log-json", callback=log_as_json, help="Messages as JSON, one object a line.", rich_help_panel=RUN),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=RUN)]
+Progress = Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.", rich_help_panel=RUN)]
+Show = Annotated[int, typer.Option(min=0, help="Completions to show at the end (plan: prompts).", rich_help_panel=RUN)]

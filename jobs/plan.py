@@ -2,52 +2,81 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from batchgen.job import DEFAULT_MODEL, WORK, InputOptions, Job, Policy, WorkOptions
+from batchgen.job import DEFAULT_MODEL, WORK, InputOptions, Job, OutputOptions, Policy, WorkOptions
 from batchgen.jobs import options, report
 from batchgen.jobs.flatten import flatten
+from batchgen.jobs.generate import check_standard_output, report_page
+from batchgen.options import say
 from batchgen.review.forecast import Forecast, forecast_job
 from batchgen.types import SamplingParams
 
 BINS = 12
 BAR = 40  # characters of the longest
+SHOWN_END = 150  # characters of a prompt's beginning and of its end
+
+NO_OUTPUT = OutputOptions("")
 
 
 @flatten()
 def plan(
+    *,
     input: InputOptions,
+    output: OutputOptions = NO_OUTPUT,
     sampling: SamplingParams,
     policy: Policy,
     work: WorkOptions,
     model: options.Model = DEFAULT_MODEL,
+    fetch: options.Fetch = True,
+    html_report: options.Report = False,
     time: Annotated[
         bool,
         typer.Option(help="Measure the work for some seconds to forecast the time.", rich_help_panel=WORK),
     ] = True,
+    progress: options.Progress = "auto",
+    log_json: options.LogJson = False,
+    quiet: options.Quiet = False,
+    show: options.Show = 3,
 ) -> None:
     """Say what generate would do with INPUT: rows, rejects, lengths, chunks, memory, time. Writes nothing.
 
-    Exit code 0: every row can be generated; 3: some would be rejected.
+    It takes every option of generate; an --output is checked too. The last lines are the first prompts, as the model
+    reads them. Exit code 0: every row can be generated; 3: some would be rejected; 4: all would be rejected.
 
     Example: batchgen plan prompts.jsonl --model 124M --max-tokens 64
     """
-    forecast = forecast_job(Job(input, "completions.parquet", model, sampling, policy, work), measure_time=time)
-    with report.to_whoever_reads():
-        for line in lines(forecast):
-            typer.echo(report.one_line(line))
-    raise typer.Exit(3 if forecast.rejects else 0)
+    job = Job(input, output, model, sampling, policy, work)
+    if output.path:
+        check_standard_output(job)
+    if output.path and html_report:
+        report_page(job)
+    if report.is_stdout(job):
+        job = replace(job, output=NO_OUTPUT)
+    forecast = forecast_job(job, measure_time=time, show=show)
+    if not quiet:
+        with report.to_whoever_reads():
+            for line in lines(forecast):
+                typer.echo(report.one_line(line))
+    raise typer.Exit(forecast.exit_code)
 
 
 def lines(forecast: Forecast) -> Iterator[str]:
     """The forecast, line by line."""
+    if forecast.is_complete:
+        yield f"complete: generate has nothing to do; {say('overwrite', True)} makes the output again, as follows"
     rejected = forecast.rows - forecast.ok
-    yield f"rows: {forecast.rows:,}: {forecast.ok:,} to generate, {rejected:,} to be rejected"
+    yield (
+        f"rows: {forecast.rows:,}: {forecast.ok:,} to generate, {rejected:,} to be rejected; "
+        f"{counted(forecast.output_rows, 'output row')}"
+    )
     for reject in sorted(forecast.rejects.values(), key=lambda reject: -reject.rows):
         more = ", ..." if reject.rows > len(reject.places) else ""
         yield f"  {reject.rows:>6,}  {reject.example}  [{', '.join(reject.places)}{more}]"
+    yield from report.parameter_lines(forecast.row_parameters)
     if forecast.ok:
         yield from length_lines(forecast.lengths)
     if forecast.shared_tokens or forecast.duplicates:
@@ -67,6 +96,15 @@ def lines(forecast: Forecast) -> Iterator[str]:
             f"time: about {duration(forecast.seconds)} for {forecast.completion_tokens:,.0f} tokens "
             f"({rate:,.0f} tokens/s), as measured here in {forecast.measured_in:.0f} s"
         )
+    if forecast.first:
+        yield ""
+    for shown in forecast.first:
+        yield f"[{shown.name}] {counted(shown.tokens, 'token')}: {both_ends(shown.text)}"
+
+
+def both_ends(text: str) -> str:
+    """Quoted, so that spaces show; of a long prompt, its beginning, and the end that a completion continues."""
+    return repr(text) if len(text) <= 2 * SHOWN_END else f"{text[:SHOWN_END]!r} ... {text[-SHOWN_END:]!r}"
 
 
 def counted(n: int, noun: str) -> str:

@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 from batchgen.errors import OutputError
 from batchgen.job import Job
 from batchgen.progress import Summary
+from batchgen.types import RowParameters
 
 STDOUT = Path("-")
+REASONS_SHOWN = 8
 
 
 @contextmanager
@@ -83,6 +85,15 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         f"{summary.rows:,} rows{samples}: {summary.ok:,} ok, {summary.rejected:,} rejected, "
         f"{summary.failed:,} failed{resumed}"
     )
+    for reason in summary.reasons[:REASONS_SHOWN]:
+        more = ", ..." if reason.rows > 1 else ""
+        yield one_line(f"  {reason.rows:>6,}  {reason.text}  [{reason.place}{more}]")
+    if left := sum(reason.rows for reason in summary.reasons[REASONS_SHOWN:]):
+        yield f"  {left:>6,}  for other reasons: the column error has them"
+    if summary.complete:
+        yield "complete: there was nothing to do, and nothing was changed; --overwrite makes it again"
+        yield f"output: {one_line(str(summary.output))}"
+        return
     speed = f"{summary.completion_tokens / max(summary.seconds, 1e-9):,.0f} tokens/s"
     jobs = f"{summary.jobs} job{'s' if summary.jobs > 1 else ''}"
     yield (
@@ -92,7 +103,29 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     if summary.space_ends:
         what = "1 prompt ends" if summary.space_ends == 1 else f"{summary.space_ends:,} prompts end"
         yield f"note: {what} in a space, from which GPT-2 continues badly; --trim removes it"
+    if summary.special_texts:
+        what = "1 prompt has" if summary.special_texts == 1 else f"{summary.special_texts:,} prompts have"
+        yield f"note: {what} special tokens, such as <|endoftext|>, as text; --special-tokens parse makes them tokens"
+    yield from parameter_lines(summary.row_parameters)
     yield f"output: {one_line(str(summary.output))}"
+
+
+def parameter_lines(found: RowParameters) -> Iterator[str]:
+    """Which columns of the input are parameters, and which are not although they have the names of some."""
+    if names := ", ".join(sorted(found.taken)):
+        what = (
+            f"columns {names} are taken as parameters"
+            if len(found.taken) > 1
+            else f"column {names} is taken as a parameter"
+        )
+        yield f"note: {what}; --no-row-params ignores {'them' if len(found.taken) > 1 else 'it'}"
+    for escape, rows in found.escaped.items():
+        where = "1 row" if rows == 1 else f"{rows:,} rows"
+        yield f"note: {escape} in the stop strings of {where} is a backslash and a letter; write the character itself"
+    for folder in found.folders[:3]:
+        yield f"note: the folder {folder} is no parameter here; for that, name a folder above it or quote the pattern"
+    if names := ", ".join(found.results):
+        yield f"note: the input is an output of batchgen, with its results in {names}: they are not taken as parameters"
 
 
 def sample_lines(output: Path, n: int) -> Iterator[str]:

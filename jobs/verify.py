@@ -10,6 +10,7 @@ import typer
 from batchgen.jobs import report
 from batchgen.models.model import Model
 from batchgen.models.verify import record_verified, verify_model
+from batchgen.output.ledger import is_dataset
 from batchgen.output.place import SUFFIXES
 from batchgen.output.store import refuse_address
 from batchgen.review.replay import CLOSE, Replay, replay
@@ -19,7 +20,7 @@ SHOWN = 20  # differences
 
 def verify(
     target: Annotated[
-        str, typer.Argument(metavar="OUTPUT|MODEL", help="A Parquet output, or a model's name or directory.")
+        str, typer.Argument(metavar="OUTPUT|MODEL", help="A Parquet file or dataset, or a model's name or directory.")
     ],
     rows: Annotated[int, typer.Option(min=1, max=10_000, help="Of an output: input rows to generate again.")] = 10,
     seed: Annotated[
@@ -40,7 +41,7 @@ def verify(
     Example: batchgen verify 124M
     """
     refuse_address(target, "a verification")
-    if os.path.isfile(target) or Path(target).suffix.lower() in SUFFIXES:
+    if os.path.isfile(target) or Path(target).suffix.lower() in SUFFIXES or is_dataset(Path(target)):
         done = replay(Path(target), rows, seed, model)
         with report.to_whoever_reads():
             _print_replay(done)

@@ -433,7 +433,7 @@ ERRORS = {
     "error-wrong-prompt-column": job(PLAIN, "in/rows.jsonl --prompt-column text"),
     "error-wrong-keep": job(PLAIN, "in/rows.jsonl --keep label"),
     "error-unknown-output-suffix": job(PLAIN, "in/rows.jsonl", "out.txt"),
-    "error-unknown-input-suffix": job(write("rows.txt", b"Once\n"), "in/rows.txt"),
+    "error-unknown-input-suffix": job(write("rows.md", b"Once\n"), "in/rows.md"),
     "error-output-is-directory": job(PLAIN, "in/rows.jsonl", directory_there=True),
     "error-truncated-gzip": job(
         write("rows.jsonl.gz", gzipped(json_lines(plain_rows(10)))[:-30]), "in/rows.jsonl.gz --max-tokens 8"
@@ -505,7 +505,7 @@ def kill_midway(job: Job, folder: Path) -> None:
 
 def record(job: Job, folder: Path, exit_code: int, stdout: bytes, stderr: bytes) -> dict[str, Any]:
     outcome: dict[str, Any] = {"exit_code": exit_code}
-    if exit_code not in (0, 3):
+    if exit_code not in (0, 3, 4):
         outcome["stderr_lines"] = len(stderr.splitlines())
     output = folder / job.output
     if job.output == "-":

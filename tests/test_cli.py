@@ -25,6 +25,7 @@ from batchgen.types import SamplingParams
 from tests.support.models import write_byte_model
 
 ROOT = Path(__file__).parents[1]
+CASES = ROOT / "tests" / "cases"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,66 @@ def test_a_rejected_row_is_exit_code_3_and_is_shown(here, batchgen):
     assert (code, err) == (3, "")
     assert out.startswith("2 rows: 1 ok, 1 rejected, 0 failed\n")
     assert "[row 1] rejected: p.jsonl:2: not JSON" in out
+
+
+def test_the_summary_and_the_status_list_the_reasons_with_counts_and_the_first_places(here, batchgen):
+    (here / "p.jsonl").write_text('{"prompt": "Once"}\n{"prompt": "a", "n": 0}\nno\n{"prompt": "a", "n": -12}\n')
+    code, out, _ = batchgen("generate", "p.jsonl", "-o", "out.parquet", "--show", 0, "--max-tokens", 5)
+    assert code == 3
+    assert out.splitlines()[1:3] == [
+        "       2  n 0 is out of range (1 to 1024)  [p.jsonl:2, ...]",
+        '       1  not JSON: Expecting value at column 1; write {"prompt": "Once upon a time"}  [p.jsonl:3]',
+    ]
+    assert json.loads((here / "out.parquet.status.json").read_text())["reasons"][0] == {
+        "rows": 2,
+        "first": "p.jsonl:2",
+        "reason": "n 0 is out of range (1 to 1024)",
+    }
+
+
+def test_a_run_without_an_ok_row_is_exit_code_4(here, batchgen):
+    (here / "p.jsonl").write_text('{"prompt": ""}\n')
+    assert batchgen("generate", "p.jsonl", "-o", "out.parquet", "--show", 0)[0] == 4
+    assert batchgen("plan", "p.jsonl", "--no-time")[0] == 4
+
+
+def test_nested_parameters(here, batchgen):
+    code, out, _ = batchgen("generate", CASES / "nested_parameters.jsonl", "-o", "out.jsonl", "--show", 0)
+    assert code == 3
+    assert (
+        "note: columns max_tokens, parameters, sampling_params are taken as parameters; --no-row-params ignores" in out
+    )
+    rows = [json.loads(line) for line in (here / "out.jsonl").read_text().splitlines()]
+    assert [row["completion_tokens"] and row["completion_tokens"] <= 3 for row in rows] == [True, True, True, None]
+    assert rows[3]["error"].endswith("'max_new_tokens' is not a parameter; did you mean 'max_tokens'? rename it")
+
+
+@pytest.mark.parametrize("command", ["plan", "generate"])
+def test_own_columns_as_parameters(here, batchgen, command):
+    """An output as an input, and a column of counts: what is taken as a parameter, and what is not, is said."""
+    batchgen("generate", "p.jsonl", "-o", "first.parquet", "--temperature", 1, "--max-tokens", 4)
+    options = ["-o", "second.parquet", "--show", 0] if command == "generate" else ["--no-time"]
+    note = "note: the input is an output of batchgen, with its results in seed, parameters: they are not taken as"
+    assert note in batchgen(command, "first.parquet", *options)[1]
+    (here / "counts.csv").write_text("prompt,n\na,3\nb,2\n")
+    note = "note: column n is taken as a parameter; --no-row-params ignores it"
+    options = ["-o", "third.parquet", "--show", 0] if command == "generate" else ["--no-time"]
+    assert note in batchgen(command, "counts.csv", *options)[1]
+
+
+@pytest.mark.parametrize("words", [["plan", "p.jsonl", "--no-time", "--stop"], ["complete"]])
+def test_shell_escapes(here, batchgen, caplog, words):
+    batchgen(*words, r"it's\nover")
+    assert [r.getMessage() for r in caplog.records] == [
+        f"note: {words[-1] if len(words) > 1 else 'PROMPT'}: \\n is a backslash and a letter; for a line feed write "
+        f"{words[-1] if len(words) > 1 else 'PROMPT'} $'it\\'s\\nover'"
+    ]
+
+
+def test_shell_escapes_in_a_file(here, batchgen):
+    (here / "stops.csv").write_text('prompt,stop\na,\\n\nb,"\n"\nc,x\nd,\\nUser\n')
+    out = batchgen("plan", "stops.csv", "--no-time")[1]
+    assert "note: \\n in the stop strings of 2 rows is a backslash and a letter; write the character itself\n" in out
 
 
 def test_samples_and_prompts_are_counted_apart(here, batchgen):
@@ -229,7 +290,7 @@ def test_a_run_over_standard_input_is_resumed_with_the_same_bytes(here, batchgen
         assert batchgen(*arguments)[0] == 130
     give(prompts + b"\n")
     code, _, err = batchgen(*arguments)
-    assert (code, "had input" in err) == (2, True)
+    assert (code, "is not the input that it had" in err) == (2, True)
     give(prompts)
     code, out, _ = batchgen(*arguments)
     assert (code, out.splitlines()[0]) == (0, "2 rows: 2 ok, 0 rejected, 0 failed (2 of them by an earlier run)")
@@ -307,7 +368,7 @@ def make_inputs(here: Path) -> None:
     (here / "column.jsonl").write_text('{"text": "a", "id": 1}\n')
     pq.write_table(pa.table({"prompt": [1, 2]}), here / "numbers.parquet")
     pq.write_table(pa.table({"text": ["a"], "Prompt": ["b"]}), here / "column.parquet")
-    (here / "text.txt").write_text("Once\n")
+    (here / "text.md").write_text("Once\n")
     (here / "truncated.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
     (here / "folder").mkdir()
     (here / "full").mkdir()
@@ -334,7 +395,7 @@ MISTAKES = [
     (["q.jsonl", "-o", "o.parquet"], 1, "q.jsonl: no such file; did you mean p.jsonl?"),
     (["folder", "-o", "o.parquet"], 1, "folder: no file in this directory"),
     (["binary.jsonl", "-o", "o.parquet"], 1, "binary.jsonl: none of the first .* invalid UTF-8"),
-    (["text.txt", "-o", "o.parquet"], 1, "text.txt: unknown format; use .parquet, .jsonl, .*--input-format"),
+    (["text.md", "-o", "o.parquet"], 1, "text.md: unknown format; use .parquet, .jsonl, .*--input-format"),
     (["truncated.jsonl.gz", "-o", "o.parquet"], 1, "truncated.jsonl.gz: not a gzip file, or a damaged one"),
     (["column.jsonl", "-o", "o.parquet"], 1, "no key 'prompt'; the keys are 'text', 'id'; .*--prompt-column"),
     (["column.parquet", "-o", "o.parquet"], 1, "the columns are 'text', 'Prompt'; did you mean 'Prompt'"),
@@ -362,7 +423,7 @@ MISTAKES = [
     (["p.jsonl", "-o", "o.parquet", "--n", "1025"], 2, "n 1025 is out of range"),
     (["p.jsonl", "-o", "o.parquet", "--seed", "-1"], 2, "seed -1 is out of range"),
     (["p.jsonl", "-o", "o.parquet", "--logprobs", "101"], 2, "logprobs 101 is out of range"),
-    (["p.jsonl", "-o", "o.parquet", *["--stop", "x"] * 9], 2, "stop has 9 strings"),
+    (["p.jsonl", "-o", "o.parquet", *["--stop", "x"] * 65], 2, "stop has 65 strings"),
     (["p.jsonl", "-o", "o.parquet", "--stop", ""], 2, "stop '' is out of range"),
     (["p.jsonl", "-o", "o.parquet", "--bad-words", ""], 2, "bad_words '' is out of range"),
     (["p.jsonl", "-o", "o.parquet", "--logit-bias", "5"], 2, "--logit-bias '5': write it as a token id and a number"),
@@ -532,7 +593,7 @@ def test_messages_can_be_json_lines(here, model):
 def test_the_status_file_is_beside_the_output_unless_no_status_is_given(here, batchgen):
     assert batchgen("generate", "p.jsonl", "-o", "o.parquet", "--no-status")[0] == 0
     assert sorted(os.listdir(here)) == ["o.parquet", "p.jsonl"]
-    assert batchgen("generate", "p.jsonl", "-o", "o.parquet")[0] == 0
+    assert batchgen("generate", "p.jsonl", "-o", "o.parquet", "--overwrite")[0] == 0
     assert json.loads((here / "o.parquet.status.json").read_text())["state"] == "finished"
 
 

@@ -23,7 +23,12 @@ def commands() -> dict[str, Any]:
 
 def reference() -> str:
     """The page of every command and option, from the commands themselves."""
-    lines = ["# Commands", "", "`batchgen COMMAND --help` says the same. Written by `python -m tests.test_docs`.", ""]
+    lines = [
+        "# Commands",
+        "",
+        "`batchgen COMMAND --help-all` (or `--help`) says the same. Written by `python -m tests.test_docs`.",
+        "",
+    ]
     for name, command in commands().items():
         lines += [f"## batchgen {name}", "", *_paragraphs(command.help or ""), ""]
         arguments = [p for p in command.params if p.param_type_name == "argument"]

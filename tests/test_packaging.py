@@ -1,6 +1,7 @@
 """What an installation has: one package, with the commands and the embedded model inside, though both are links."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,31 @@ def names(folder: Path, pattern: str) -> set[str]:
 
 
 def test_a_wheel_has_the_package_batchgen_and_no_other(installed: Path) -> None:
-    assert {path.name.partition("-")[0] for path in installed.iterdir()} == {"batchgen"}
+    assert {path.name.partition("-")[0] for path in installed.iterdir()} == {"batchgen", "batchgen_gpt2"}
+    assert (next(installed.glob("*.dist-info")) / "entry_points.txt").read_text().count("batchgen = ") == 1
+
+
+def advised(text: str) -> list[str]:
+    """The words after `pip install` and the like that are the distribution `batchgen`, with or without extras."""
+    lines = re.findall(r"\b(?:pip3?|pipx|uvx?|conda|poetry)\b[^\n`#]*?\b(?:install|add)\b([^\n`#&;]*)", text)
+    words = [word.strip("'\"),.:") for line in lines for word in line.split()]
+    return [word for word in words if re.fullmatch(r"batchgen(\[.*)?([=<>~!]=.*)?", word)]
+
+
+def test_no_page_or_message_advises_the_strangers_package() -> None:
+    """On the public index, `batchgen` is an empty package of somebody else."""
+    name = "batch" + "gen"  # or this file would advise it
+    for wrong in (f"pip install '{name}[ray]'", f"uv add {name}", f"`pip install {name}`", f"pip install -U {name}==1"):
+        assert advised(wrong), wrong
+    for right in (f"pip install '.[ray]' && {name} models", f"pip install '{name}-gpt2[ray] @ file:///x.whl'"):
+        assert not advised(right), right
+    suffixes = {".md", ".py", ".toml", ".yml", ".example", ".service", ""}
+    pages = [
+        path for path in ROOT.rglob("*") if path.suffix in suffixes and path.is_file() and path.stat().st_size < 1e6
+    ]
+    mine = [page for page in pages if not any(part.startswith(".") for part in page.relative_to(ROOT).parts[:1])]
+    assert len(mine) > 100
+    assert [(page, word) for page in mine for word in advised(page.read_text(encoding="utf-8", errors="replace"))] == []
 
 
 def test_a_wheel_has_every_command_and_the_whole_model(installed: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from batchgen.job import GROUPS
 from batchgen.jobs import panels
@@ -24,7 +25,7 @@ MANY_OPTIONS = ("plan", "generate", "complete")
 
 def groups(command: str) -> dict[str, str | None]:
     """The group of every option of a command."""
-    options = [one for one in COMMANDS[command].params if one.param_type_name == "option" and one.name != "help"]
+    options = [one for one in COMMANDS[command].params if one.param_type_name == "option" and "help" not in one.name]
     return {one.name: one.rich_help_panel for one in options}
 
 
@@ -61,6 +62,34 @@ def test_every_command_has_an_example_that_it_accepts(command):
         program, name, *arguments = shlex.split(example)
         assert (program, name) == ("batchgen", command)
         COMMANDS[command].make_context(name, arguments)
+
+
+@pytest.mark.parametrize("asked", ["--help", "--help-all"])
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_fits_80_columns_and_cuts_no_flag_and_no_word(command, asked):
+    if asked == "--help-all" and command not in MANY_OPTIONS:
+        pytest.skip("one help is enough")
+    done = CliRunner().invoke(app, [command, asked], env={"COLUMNS": "80"})
+    assert done.exit_code == 0
+    assert max(map(len, done.output.splitlines())) <= 80
+    assert "\u2026" not in done.output
+    words = re.findall(r"--[a-z-]+", done.output)
+    flags = {flag for one in COMMANDS[command].params for flag in one.opts if flag.startswith("--")}
+    assert flags <= set(words)
+    assert not [word for word in words if word.endswith("-")]
+
+
+def test_a_short_help_explains_the_options_that_people_use_and_names_the_others():
+    short = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "80"}).output
+    explained, named = short.split("More options, explained by --help-all:")
+    assert 10 <= len(re.findall(r"^  -", explained, re.MULTILINE)) <= 18
+    for flag, part in (("--max-tokens", explained), ("--output", explained), ("--kv-memory", named)):
+        assert flag in part
+
+
+def test_every_option_of_generate_is_one_of_plan():
+    flags = {name: {flag for one in COMMANDS[name].params for flag in one.opts} for name in ("generate", "plan")}
+    assert flags["generate"] <= flags["plan"]
 
 
 def completed(*words: str, **environment: str) -> list[str]:

@@ -1,6 +1,7 @@
 """jobs/plan.py: what `batchgen plan` prints."""
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -27,9 +28,9 @@ def run(model: Path, *arguments: object) -> tuple[int, list[str]]:
 def test_a_plan_shows_rows_rejects_lengths_work_memory_and_time(model, tmp_path):
     lines = [json.dumps({"prompt": "ab" * (1 + row % 30)}) for row in range(90)] + ["nonsense", "[1]", "[2]"]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    code, out = run(model, tmp_path / "p.jsonl", "--max-tokens", 4, "--chunk-rows", 20, "--jobs", 2)
+    code, out = run(model, tmp_path / "p.jsonl", "--max-tokens", 4, "--chunk-rows", 20, "--jobs", 2, "--show", 0)
     assert code == 3
-    assert out[0] == "rows: 93: 90 to generate, 3 to be rejected"
+    assert out[0] == "rows: 93: 90 to generate, 3 to be rejected; 93 output rows"
     assert out[1].split()[0] == "2"
     assert "the line is an array" in out[1]
     assert out[1].endswith("[p.jsonl:92, p.jsonl:93]")
@@ -46,6 +47,35 @@ def test_a_plan_of_good_rows_is_exit_code_0_and_no_time_leaves_out_the_forecast(
     code, out = run(model, tmp_path / "p.jsonl", "--no-time")
     assert code == 0
     assert not [line for line in out if line.startswith("time")]
+
+
+def test_a_plan_is_the_command_generate_with_one_word_changed(model, tmp_path, monkeypatch):
+    (tmp_path / "p.jsonl").write_text('{"id": "x", "prompt": "a b  "}\n{"prompt": "' + "c" * 500 + '"}\n')
+    options = ["-o", tmp_path / "o.parquet", "--format", "file", "-n", 2, "--temperature", 1, "--trim", "--no-fetch"]
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # --log-json changes those that are there
+    more = ["--report", "--no-status", "--log-json", "--progress", "none", "--time-limit", "1h", "--no-time"]
+    code, out = run(model, tmp_path / "p.jsonl", *options, *more, "--on-too-long", "truncate-left")
+    assert code == 0
+    assert out[0] == "rows: 2: 2 to generate, 0 to be rejected; 4 output rows"
+    assert out[-2:] == ["[x] 3 tokens: 'a b'", "[row 1] 88 tokens: '" + "c" * 88 + "'"]
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+    assert run(model, tmp_path / "p.jsonl", *options, "--no-time", "--quiet") == (3, [])
+    assert run(model, tmp_path / "p.jsonl", "-o", "-", "--no-time")[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "out.txt"], "the suffix '.txt' is not one of .parquet, .jsonl"),
+        (["-o", "no/such/folder/o.parquet"], "is no such folder"),
+        (["-o", "-", "--format", "dataset"], "a dataset is a folder"),
+        (["-o", "-", "--report"], "--report: a report is about"),
+    ],
+)
+def test_a_plan_checks_the_output_that_a_run_would_refuse(model, tmp_path, options, message):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    done = CliRunner().invoke(app, ["plan", str(tmp_path / "p.jsonl"), *options, "--model", str(model), "--no-time"])
+    assert message in str(done.exception)
 
 
 def test_an_input_that_cannot_run_cannot_be_planned(model, tmp_path):

@@ -27,8 +27,10 @@ MAX_ROOMS = 20
 MAX_PARAMETERS = 6
 MAX_FUNCTION_LINES = 40
 MAX_ANY_LINES = 79
-MAX_LINES = 14_600
-MAX_CODE_LINES = 9_100  # without imports, docstrings, comments and blank lines
+# A quarter more than before the package read what people really have: other tokenizers, CSV dialects, JSON layouts,
+# tables, parameters under any library's names; and before finished outputs were kept and the time left was told.
+MAX_LINES = 18_300
+MAX_CODE_LINES = 11_600  # without imports, docstrings, comments and blank lines
 MAX_INPUT_OPENS = 3
 
 PLAN_WORDS = {"plan", "run", "manifest", "metadata"}
