@@ -56,10 +56,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values: lists for tuples, an object for the parameters."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.compare}
-        for field in fields(self):
-            if field.compare and values[field.name] == field.default:
-                del values[field.name]
+        pairs = ((field, getattr(self, field.name)) for field in fields(self) if field.compare)
+        values = {field.name: value for field, value in pairs if value != field.default}
         plain: dict[str, Any] = json.loads(json.dumps(values | {"parameters": self.parameters.as_dict()}))
         return plain
 

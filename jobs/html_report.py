@@ -27,11 +27,12 @@ def report(
 
     Example: batchgen report completions.parquet -o report.html
     """
-    paths = [Path(text) for text in (output, other) if text is not None]
-    for path, text in zip(paths, (output, other), strict=False):
-        refuse_address(str(text), "a report")
-        if not path.name:
+    texts = [output] if other is None else [output, other]
+    for text in texts:
+        refuse_address(text, "a report")
+        if not Path(text).name:
             raise UsageError(f"{text!r} is not a file name; name a Parquet file or a dataset that batchgen wrote")
+    paths = [Path(text) for text in texts]
     if other is None:
         page = page or page_beside(paths[0])
         write_report(paths[0], page)

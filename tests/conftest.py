@@ -1,6 +1,8 @@
 """What holds for all tests: one BLAS thread, as batchgen's workers have, and models from nowhere but the test."""
 
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -58,3 +60,14 @@ def _no_models_of_the_user(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("BATCHGEN_MIRROR", "http://127.0.0.1:9")  # where nobody answers
     monkeypatch.setenv("BATCHGEN_MODELS", str(tmp_path_factory.getbasetemp() / "models"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def store_server() -> Iterator[Any]:
+    """A local S3, with what a test sees and does in tests/support/store_server.py."""
+    pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install '.[dev]')")
+    pytest.importorskip("obstore", reason="obstore is not installed (pip install '.[store]')")
+    from tests.support.store_server import serving
+
+    with serving() as proxy:
+        yield proxy

@@ -1,7 +1,6 @@
 """finished.py: a finished output is not lost by a slip, whatever kind it is of."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +32,8 @@ ALL = [*LOCAL, *STORES]
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[Any]:
-    pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install '.[dev]')")
-    pytest.importorskip("obstore", reason="obstore is not installed (pip install '.[store]')")
-    from tests.support.store_server import serving
-
-    with serving() as proxy:
-        yield proxy
+def store(store_server: Any) -> Any:
+    return store_server
 
 
 @pytest.fixture(scope="module")

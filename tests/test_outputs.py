@@ -43,20 +43,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model.open(str(write_byte_model(tmp_path_factory.mktemp("outputs") / "bytes")))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install '.[dev]')")
-    pytest.importorskip("obstore", reason="obstore is not installed (pip install '.[store]')")
-    from tests.support.store_server import serving
-
-    with serving() as proxy:
-        yield proxy
-
-
 @pytest.fixture
-def store(server: Any) -> Iterator[Any]:
-    yield server
-    server.clear()
+def store(store_server: Any) -> Iterator[Any]:
+    yield store_server
+    store_server.clear()
 
 
 def opened(name: str, folder: Path, model: Model, prompts: Prompts | None = None, **changes: Any) -> Output:

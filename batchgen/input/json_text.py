@@ -22,7 +22,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _NUMBER = ".eE+-0123456789"  # what may follow within a number; "" is in it too
 _BLANKS = re.compile(r"[ \t\r\n]*")
-# Finds where a value ends and accepts what only its row is to blame for: line ends in strings, numbers of any length.
+# Finds where a value ends. It accepts what later rejects only the row: line ends in strings, numbers of any length.
 _SPLITTER = json.JSONDecoder(strict=False, parse_int=str, parse_float=str)
 
 

@@ -190,7 +190,7 @@ def _check_kept(options: InputOptions, sources: Sequence[Source], found: Sequenc
 def _with_rows(
     sources: Sequence[Source], scanned: Sequence[Scanned]
 ) -> tuple[list[Source], list[Mapping[str, Column]]]:
-    """The files and the kept columns of each, of those that have rows, if any has: others have no types."""
+    """The files that have rows, and their kept columns; all files if none has rows. Without rows there are no types."""
     pairs = [(source, one.columns) for source, one in zip(sources, scanned, strict=True) if one.rows]
     pairs = pairs or [(source, one.columns) for source, one in zip(sources, scanned, strict=True)]
     return [source for source, _ in pairs], [columns for _, columns in pairs]

@@ -292,7 +292,7 @@ def _add_named(files: _Files, config: Values) -> None:
 
 
 def _check_config(files: _Files, config: Values, has_tokenizer: bool) -> None:
-    """Heed or refuse the options of tokenizer_config.json that change ids."""
+    """Apply the options of tokenizer_config.json that change ids, or refuse the model."""
     path = files.src / TOKENIZER_CONFIG
     for name in ("auto_map", "do_lower_case", "add_eos_token"):
         if config.get(name):

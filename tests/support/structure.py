@@ -27,8 +27,8 @@ MAX_ROOMS = 20
 MAX_PARAMETERS = 6
 MAX_FUNCTION_LINES = 40
 MAX_ANY_LINES = 79
-# A quarter more than before the package read what people really have: other tokenizers, CSV dialects, JSON layouts,
-# tables, parameters under any library's names; and before finished outputs were kept and the time left was told.
+# Raised by a quarter for other tokenizers, CSV dialects, JSON layouts, tables, parameters under the names of other
+# libraries, the protection of finished outputs, and the estimate of the time left.
 MAX_LINES = 18_300
 MAX_CODE_LINES = 11_600  # without imports, docstrings, comments and blank lines
 MAX_INPUT_OPENS = 3

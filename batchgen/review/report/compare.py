@@ -29,7 +29,7 @@ class Common:
 
     rows: int = 0
     equal: int = 0  # of rows, those with the same status and completion
-    first: list[tuple[Row, Row]] = field(default_factory=list)  # of those that differ
+    first: list[tuple[Row, Row]] = field(default_factory=list)  # rows that differ, SHOWN_DIFFERENCES at most
 
 
 def write_comparison(paths: tuple[Path, Path], out: Path) -> None:
