@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from batchgen.engine.probe import blas_info
 from tests.support.models import has_avx512
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("core_type", "invariant"), [("SKYLAKEX", True), ("HASWELL", False)])
@@ -20,8 +23,10 @@ def test_avx512_kernels_are_batch_invariant_and_avx2_kernels_are_not(core_type, 
         "from batchgen.engine.probe import *; from tests.support.models import *;"
         "print(blas_info().core_type, is_batch_invariant(sharp_params(TINY), TINY))"
     )
-    environment = os.environ | {"OPENBLAS_CORETYPE": core_type, "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    settings = {"OPENBLAS_CORETYPE": core_type, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     found, answer = done.stdout.split()
     assert found.upper() == core_type
     assert answer == str(invariant)
