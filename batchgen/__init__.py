@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # another one whenever a row, or how an input is cut into chunks, may differ
 
 if TYPE_CHECKING:
     from batchgen.errors import (

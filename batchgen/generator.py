@@ -1,7 +1,4 @@
-"""batchgen as a library: a model in this process, for prompts that are already in memory.
-
-For a file of prompts, and for anything that should survive the process, there is run_job.
-"""
+"""batchgen as a library: a model in this process, for prompts in memory; for what should survive it, see run_job."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,12 +44,9 @@ class Generator:
     def __init__(
         self, model: str | Path = DEFAULT_MODEL, *, kv_bytes: int | None = None, batch_size: int = MAX_BATCH
     ) -> None:
-        """model is a name (see `batchgen models`) or a directory; kv_bytes bounds the keys and values in flight.
-
-        Raises ModelError if the model is missing or damaged, UsageError if kv_bytes is too small.
-        """
+        """model is a name (see `batchgen models`) or a directory; kv_bytes bounds the keys and values in flight."""
         opened = Model.open(str(model))
-        self.config = opened.config
+        self.config, self._model = opened.config, opened
         self.tokenizer = opened.load_tokenizer()
         self._engine = map_engine(opened, self.tokenizer, kv_bytes=kv_bytes or None, max_batch=batch_size)
         self._idle = [self._engine]  # engines that no call uses
@@ -74,8 +68,7 @@ class Generator:
         """Complete the prompts: a row for every sample of every prompt, in order.
 
         options are fields of SamplingParams (max_tokens=40, temperature=0.8, ...) and of Policy (on_too_long, ...),
-        instead of params and policy. progress is called with the prompts done and their number. Raises UsageError,
-        naming the prompt, for one that a job would reject, before anything is generated.
+        instead of params and policy. Raises UsageError, naming the prompt, for one that a job would reject.
         """
         asked, policy = _read_options(params, policy, options)
         items = [self._check(request, policy) for request in _requests(prompts, asked)]
@@ -89,10 +82,7 @@ class Generator:
     def stream(
         self, prompt: str, params: SamplingParams | None = None, policy: Policy | None = None, **options: object
     ) -> Iterator[str]:
-        """Yield the completion of one prompt as text, each piece as soon as its characters are certain.
-
-        Joined, the pieces are what a job writes for row 0, sample 0. Raises UsageError as `generate` does.
-        """
+        """Yield what a job writes for row 0, sample 0, in pieces: each as soon as its characters are certain."""
         asked, policy = _read_options(params, policy, options)
         _check_text("PROMPT", prompt)
         request = self._check(Request(0, "PROMPT", None, prompt, replace(asked, n=1, logprobs=None)), policy)
@@ -134,6 +124,7 @@ class Generator:
         except IndexError:
             engine = self._engine.twin()
         yield engine
+        self._model.check_unchanged()
         self._idle.append(engine)
 
     def _check(self, request: Request, policy: Policy) -> TokenizedRequest:
@@ -146,9 +137,10 @@ class Generator:
 @lru_cache(maxsize=1)  # a pool's process is sent the same one with every task
 def _open_again(model: str, kv_bytes: int | None, batch_size: int, model_hash: str) -> Generator:
     """A Generator that was pickled; ModelError if the model's name means another one now, or on this machine."""
-    if (found := Model.open(model).hash) != model_hash:
+    generator = Generator(model, kv_bytes=kv_bytes, batch_size=batch_size)
+    if (found := generator._model.hash) != model_hash:
         raise ModelError(f"model {model} is {found[:12]} here, and {model_hash[:12]} was pickled; copy it here")
-    return Generator(model, kv_bytes=kv_bytes, batch_size=batch_size)
+    return generator
 
 
 class _Progress(Marker):
@@ -158,7 +150,7 @@ class _Progress(Marker):
         super().__init__(np.zeros(1, RECORD))
         self._prompts, self._done, self._report = prompts, 0, report
 
-    def add(self, rows: int, prompt_tokens: int, completion_tokens: int = 0) -> None:
+    def add(self, rows: int, prompt_tokens: int) -> None:
         if rows:
             self._done += rows
             self._report(self._done, self._prompts)

@@ -1,6 +1,7 @@
 """The plan: all that the rows of an output depend on, as one record that travels with them."""
 
 import dataclasses
+import hashlib
 import json
 import shlex
 from collections import Counter
@@ -12,22 +13,19 @@ from batchgen.job import InputOptions, OutputOptions, Policy, WorkOptions
 from batchgen.options import arguments, flag_of, options_of, with_value, words_of
 from batchgen.types import SamplingParams
 
-_LATER = {"retry", "special_tokens"}  # fields that older plans lack; written only if they say something
+_LATER = {"regex", "numpy_kernels"}  # fields that older plans lack: they are empty then, and agree with anything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What every row depends on, and nothing else: equal plans give equal rows, bit for bit.
-
-    It is stored in the work directory (plan.json), in the output's metadata and in a dataset's _SUCCESS.
-    """
+    """What every row depends on, and nothing else: equal plans give equal rows, bit for bit."""
 
     batchgen: str  # versions
     numpy: str
     blas: str  # what decides how a sum is rounded: library, version, kernels
     batch_invariant: bool  # whether a row's bits are the same in any batch
     input: str  # SHA-256; see input/prompts.py
-    input_formats: tuple[str, ...]
+    input_formats: tuple[str, ...]  # of each file; one for all if they agree
     rows: int  # of the input
     prompt_column: str
     id_column: str
@@ -50,24 +48,25 @@ class Plan:
     delimiter: str = "auto"
     quotes: str = "yes"  # of plans from before this option
     files: tuple[str, ...] = ()  # of several input files, 16 digits of the SHA-256 of each, folders included
+    regex: str = ""  # version: its Unicode tables decide tokens
+    numpy_kernels: str = ""  # the instruction sets that decide how NumPy rounds
+    python: str = dataclasses.field(default="", compare=False)  # versions that change no row
+    pyarrow: str = dataclasses.field(default="", compare=False)
     names: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # of the input's files now; never stored
 
     # ---- JSON
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values: lists for tuples, an object for the parameters."""
-        pairs = ((field, getattr(self, field.name)) for field in fields(self) if field.compare)
+        pairs = ((field, getattr(self, field.name)) for field in fields(self) if field.name != "names")
         values = {field.name: value for field, value in pairs if value != field.default}
         plain: dict[str, Any] = json.loads(json.dumps(values | {"parameters": self.parameters.as_dict()}))
         return plain
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Plan":
-        """The reverse of to_json. Raises ValueError naming what is missing, unknown or of the wrong type.
-
-        Raises UsageError for a value that no option may have.
-        """
-        names = {field.name for field in fields(cls) if field.compare}
+        """The reverse of to_json; ValueError for a wrong field, UsageError for a value that no option may have."""
+        names = {field.name for field in fields(cls)} - {"names"}
         if unknown := sorted(values.keys() - names):
             raise ValueError(f"{unknown[0]!r} is not known here")
         if missing := sorted({field.name for field in fields(cls) if field.default is MISSING} - values.keys()):
@@ -84,6 +83,11 @@ class Plan:
         plan._input(), plan.policy()  # checked as the records that they are
         return plan
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits: each part holds those of the plan that it was made by."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
     # ---- comparing
 
     def conflict(self, other: "Plan", automatic: Iterable[str] = ()) -> str | None:
@@ -93,10 +97,14 @@ class Plan:
         """
         free = set(automatic)
         names = [field.name for field in fields(self) if field.compare and field.name not in free]
-        differing = {name for name in names if getattr(self, name) != getattr(other, name)}
+        values = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        differing = {name for name, (a, b) in values.items() if a != b and not (name in _LATER and "" in (a, b))}
         differing -= {name for cause in differing for name in _IMPLIED.get(cause, ())}
         pairs = [pair for name in names if name in differing - {"input"} for pair in _pairs(name, self, other)]
         parts = [_changed_input(self, other)] if "input" in differing else []
+        if "input_formats" in differing and len(self.input_formats) + len(other.input_formats) > 2:
+            parts.append(_changed_formats(self, other))
+            pairs = [pair for pair in pairs if pair[0] != "input_formats"]
         if pairs:
             had, has = (", ".join(_named(pair[0], pair[i]) for pair in pairs) for i in (1, 2))
             parts.append(f"it had {had}, and this has {has}")
@@ -104,10 +112,10 @@ class Plan:
 
     # ---- the command
 
-    def command_line(self, inputs: Iterable[str] = ("INPUT",), output: str | None = None) -> str:
-        """The command that makes the output again, quoted for a shell; parsed, it gives an equal plan."""
+    def command_line(self, output: str | None = None) -> str:
+        """The command that makes the output of INPUT again, quoted for a shell; parsed, it gives an equal plan."""
         output = output or ("completions" if self.format == "dataset" else f"completions.{self.format}")
-        words = ["batchgen", "generate", *inputs, *with_value("-o", output), *with_value("--model", self.model)]
+        words = ["batchgen", "generate", "INPUT", *with_value("-o", output), *with_value("--model", self.model)]
         for record in (self._input(), self._output(), self.parameters, self.policy(), self._work()):
             words += arguments(record)
         return shlex.join(words)
@@ -167,6 +175,7 @@ _IMPLIED = {
     "input": ("rows", "files", "input_formats"),
     "model": ("model_hash",),
     "blas": ("batch_invariant",),
+    "numpy": ("numpy_kernels",),
     **dict.fromkeys(("input_formats", "delimiter", "quotes"), ("rows",)),
 }
 
@@ -201,11 +210,20 @@ def _changed_input(old: Plan, new: Plan) -> str:
     return f"{what} ({'; '.join(values) or f'SHA-256 {old.input[:8]} then, {new.input[:8]} now'})"
 
 
+def _changed_formats(old: Plan, new: Plan) -> str:
+    """`b.tsv was read as csv, and is read as tsv now`, of the first such file; older plans have no format of each."""
+    then, now = (one.input_formats * (len(one.files) if len(one.input_formats) == 1 else 1) for one in (old, new))
+    is_known = len(then) == len(now) == len(new.names)
+    files = zip(new.names, then, now, strict=True) if is_known else [("a file", *map(" or ".join, (then, now)))]
+    name, mine, theirs = next(one for one in files if one[1] != one[2])
+    return f"{name} was read as {mine}, and is read as {theirs} now"
+
+
 def _named(name: str, value: Any) -> str:
     """--max-tokens 40; no --trim; numpy '2.4.1', which no option sets."""
     if name in ("model", "input_formats", "format"):
         flag = {"model": "--model", "input_formats": "--input-format", "format": "--format"}[name]
-        text = " and ".join(value) if name == "input_formats" else value
+        text = value[0] if name == "input_formats" else value
         return shlex.join(with_value(flag, "file" if name == "format" and value != "dataset" else text))
     declared = _OPTIONS.get(name)
     if declared is None:

@@ -1,8 +1,9 @@
 """Makes a plan: rows per chunk, workers that fit into memory, and the arithmetic of this machine."""
 
 import os
+import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -12,8 +13,8 @@ import joblib
 
 from batchgen import __version__
 from batchgen.engine.engine import MAX_BATCH, check_limits, kv_bytes_per_token
-from batchgen.engine.probe import blas_info, is_batch_invariant, one_blas_thread
-from batchgen.errors import BatchgenError
+from batchgen.engine.probe import blas_info, is_batch_invariant, numpy_kernels, one_blas_thread
+from batchgen.errors import BatchgenError, UsageError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.input.prompts import Facts
 from batchgen.job import Job
@@ -79,7 +80,11 @@ def plan_chunks(items: Iterable[TokenizedRequest | Rejected], chunk_rows: int) -
 
 def available_jobs() -> int:
     """The cores that this process may use, counting affinity and cgroups (joblib)."""
-    return int(joblib.cpu_count())
+    try:
+        return int(joblib.cpu_count())
+    except ValueError as error:
+        name = "LOKY_MAX_CPU_COUNT"
+        raise UsageError(f"{name}={os.environ.get(name)} is no number of cores; give one, or unset it") from error
 
 
 def default_kv_bytes(config: GPT2Config) -> int:
@@ -133,11 +138,13 @@ def left_of_cgroup(group: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """What decides the last bits of a row on this machine."""
+    """What decides the tokens and the last bits of a row on this machine."""
 
     numpy: str
     blas: str
     batch_invariant: bool
+    numpy_kernels: str = ""
+    regex: str = ""
 
 
 def probe_arithmetic(model: Model, *, require_invariant: bool = False) -> Arithmetic:
@@ -149,7 +156,7 @@ def probe_arithmetic(model: Model, *, require_invariant: bool = False) -> Arithm
         variable = "OPENBLAS_CORETYPE"
         remedy = f"unset {variable}" if variable in os.environ else "use a machine with AVX-512, or do without"
         raise BatchgenError(f"{say('require_invariant')}: with {blas} the bits of a row depend on its batch; {remedy}")
-    return Arithmetic(version("numpy"), blas.kernels, invariant)
+    return Arithmetic(version("numpy"), blas.kernels, invariant, numpy_kernels(), version("regex"))
 
 
 NO_ARITHMETIC = Arithmetic("", "", batch_invariant=True)  # if only what was asked for is compared
@@ -166,18 +173,15 @@ class Setting:
 
 
 def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[Plan, frozenset[str]]:
-    """The plan of a job, and the names of its fields that nobody asked for.
-
-    Raises UsageError if not even one sequence fits into kv_bytes.
-    """
+    """The plan of a job, and the names of its fields that nobody asked for."""
     work, arithmetic = job.work, setting.arithmetic
     chunk_rows, batch_size, kv_bytes = _sizes(job, facts, model, setting)
     by_fields = not {"csv", "tsv"}.isdisjoint(facts.formats)  # other inputs do not depend on how fields are written
     plan = Plan(
         batchgen=__version__,
-        numpy=arithmetic.numpy,
-        blas=arithmetic.blas,
-        batch_invariant=arithmetic.batch_invariant,
+        **asdict(arithmetic),
+        python=platform.python_version(),
+        pyarrow=version("pyarrow"),
         input=facts.sha256,
         input_formats=facts.formats,
         rows=facts.rows,
@@ -192,10 +196,7 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
         model=model.name,
         model_hash=model.hash,
         parameters=job.sampling,
-        on_too_long=job.policy.on_too_long,
-        empty_prompt=job.policy.empty_prompt,
-        trim=job.policy.trim,
-        special_tokens=job.policy.special_tokens,
+        **asdict(job.policy),
         format=setting.format,
         token_ids=job.output.token_ids,
         share_prefixes=work.share_prefixes,

@@ -57,7 +57,7 @@ _PENALTY = (-100.0, 100.0, "-100 to 100, 0 is off")
 class SamplingParams:
     """How to complete one prompt; names and meanings are vLLM's, and docs/parameters.md explains each.
 
-    temperature 0 is greedy. Order of work on the logits: penalties and logit_bias, bad_words, min_tokens,
+    temperature 0 is greedy. Order of work on the logits: logit_bias, penalties, bad_words, min_tokens,
     temperature, top_k, top_p, min_p. Raises UsageError, with the range, on a value out of it. A new parameter is a
     field here; the command line, rows, OpenAI bodies, `Generator` and the plan take it from this declaration.
     """
@@ -164,17 +164,14 @@ def _check_texts(name: str, texts: tuple[str, ...], most: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One input row that could be read: row is its 0-based number, place its `file:line`.
-
-    A prompt is text, or token ids. A row of an OpenAI batch file may have `others` after the first.
-    """
+    """One input row that could be read: row is its 0-based number, place its `file:line`; a prompt may be token ids."""
 
     row: int
     place: str
     id: str | None
     prompt: str | tuple[int, ...]
     params: SamplingParams
-    others: tuple[str | tuple[int, ...], ...] = ()
+    others: tuple[str | tuple[int, ...], ...] = ()  # prompts after the first, in OpenAI's batch files
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +186,7 @@ class RowParameters:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """One input row that cannot be generated, and why; it gets its output row all the same.
-
-    status is `failed` of a row that was tried, and killed its worker.
-    """
+    """One input row that cannot be generated, and why; it gets its output row all the same."""
 
     row: int
     place: str
@@ -200,16 +194,12 @@ class Rejected:
     prompt: str | None
     error: str
     prompt_tokens: int | None = None
-    status: Status = "rejected"
+    status: Status = "rejected"  # or failed: it was tried, and killed its worker
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRequest:
-    """A request that fits the model: 1 <= len(prompt_token_ids), and that + max_tokens <= n_ctx.
-
-    So do the `others`, the text and the token ids of each. given_as_ids: the text was made of the ids, and may not
-    give them again.
-    """
+    """A request that fits the model: 1 <= len(prompt_token_ids), and that + max_tokens <= n_ctx. So do the `others`."""
 
     row: int
     place: str
@@ -218,7 +208,7 @@ class TokenizedRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     others: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    given_as_ids: bool = False
+    given_as_ids: bool = False  # the text was made of the ids, and may not give them again
     has_special_text: bool = False  # of a prompt, such as <|endoftext|>, and nobody said how to read it
 
     @property
@@ -251,10 +241,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """One row of the output: one sample of one input row; the fields are the columns.
-
-    top_logprobs has, for each token, (token id, its text, its log-probability) of the likeliest, best first.
-    """
+    """One row of the output: one sample of one input row; the fields are the columns."""
 
     row: int
     sample: int
@@ -269,7 +256,7 @@ class OutputRow:
     seed: int | None
     completion_token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
-    top_logprobs: tuple[tuple[tuple[int, str, float], ...], ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, str, float], ...], ...] | None = None  # token id, text; the likeliest first
     stop_reason: str | None = None
     prompt_index: int = 0
     parameters: str | None = None  # JSON of those that are not the run's
@@ -315,16 +302,13 @@ def add_reasons(reasons: dict[str, Reason], new: Iterable[Reason]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a worker sends back of a finished chunk: a few hundred bytes, never the rows.
-
-    rows counts output rows (a row for each sample of an input row), and ok + rejected + failed == rows.
-    """
+    """What a worker sends back of a finished chunk: a few hundred bytes, never the rows."""
 
     chunk: int
     path: str
     sha256: str
     input_rows: int
-    rows: int
+    rows: int  # of the output: ok + rejected + failed
     ok: int
     rejected: int
     failed: int
@@ -334,6 +318,7 @@ class Receipt:
     space_ends: int = 0  # input rows with a prompt that ends in a space
     special_texts: int = 0  # and with one that holds a special token, read as text
     reasons: tuple[Reason, ...] = ()
+    plan: str = ""  # the digest of the run's
 
     def finished(self, sha256: str, seconds: float) -> "Receipt":
         return replace(self, sha256=sha256, seconds=seconds)

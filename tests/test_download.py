@@ -133,6 +133,16 @@ def test_without_validator_and_hash_a_part_is_not_resumed(server: FaultServer, p
     assert_only(path)
 
 
+def test_a_whole_part_that_no_hash_proves_is_not_taken_for_the_file(server: FaultServer, path: Path) -> None:
+    """It may be of a file that the server no longer has: it was killed before the part had the file's name."""
+    path.with_name(path.name + ".part").write_bytes(b"x" * len(DATA))
+    path.with_name(path.name + ".part").chmod(0o600)
+    state = {"total": len(DATA), "validator": etag(b"x" * len(DATA))}
+    path.with_name(path.name + ".part.json").write_text(json.dumps(state))
+    get(server, path, sha256=None)
+    assert path.read_bytes() == DATA
+
+
 def test_a_file_that_changes_during_the_download_is_restarted(server: FaultServer, path: Path) -> None:
     server.faults["/file"] = [CUT]
     server.always["/file"] = other_file(OTHER)

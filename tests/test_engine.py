@@ -106,7 +106,7 @@ def test_an_engine_that_is_closed_early_has_nothing_left_to_do():
 
 
 def test_greedy_completions_equal_pico():
-    prompts = [replace(p, params=SamplingParams(max_tokens=p.params.max_tokens)) for p in mixed_prompts(1)]
+    prompts = [replace(p, params=SamplingParams(max_tokens=p.params.max_tokens)) for p in mixed_prompts(1, n=12)]
     for p in prompts:
         expected = pico.generate(list(p.token_ids), PICO, TINY.n_head, p.params.max_tokens)
         stopped = EOS in expected
@@ -214,6 +214,18 @@ def test_random_numbers_depend_on_seed_row_sample_and_position_alone():
     seeds = {sample_seeds(seed, row, 2)[sample] for seed in range(3) for row in range(50) for sample in range(2)}
     assert len(seeds) == 300
     np.testing.assert_array_equal(uniforms(9, 50)[:10], uniforms(9, 10))
+
+
+def test_seeds_beyond_32_bits_do_not_collide_and_those_below_stay_as_they_are():
+    """SeedSequence cuts numbers into words of 32 bits, and fills up with zeros: both gave pairs with one seed."""
+    large = 2**32
+    keys = [
+        (s, r) for s in (0, 1, 5, large, large + 1, large + 5, 5 * large, large**2 // 2 - 1) for r in (*range(6), large)
+    ]
+    seeds = [seed for s, r in keys for seed in sample_seeds(s, r, 6)]
+    assert len(set(seeds)) == len(keys) * 6
+    assert sample_seeds(0, 0, 1) == (7896617691693857887,)
+    assert sample_seeds(large - 1, 7, 2) == (474547428913669383, 4010727976949326565)
 
 
 def test_logprobs_are_those_of_the_model_and_end_with_the_completion():

@@ -347,7 +347,7 @@ def _as_tokenizer_json(src: Path, pairs: bool = True, **changes: Any) -> None:
 def test_a_tokenizer_json_alone_is_enough(pairs: bool, src: Path) -> None:
     _as_tokenizer_json(src, pairs)
     tokenizer = Tokenizer.load(convert(src))
-    assert (tokenizer.n_vocab, tokenizer.start_id) == (258, 257)
+    assert (tokenizer.n_vocab, tokenizer.special.start) == (258, 257)
     assert tokenizer.encode("the") == [256, ord("e")]
 
 

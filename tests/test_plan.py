@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchgen import __version__
 from batchgen.jobs import generate
 from batchgen.jobs.cli import app
 from batchgen.models.registry import check_bare_name
@@ -45,12 +46,12 @@ sampling = st.builds(
 )
 plans = st.builds(
     Plan,
-    batchgen=st.just("0.1.0"),
+    batchgen=st.just(__version__),
     numpy=st.just("2.4.1"),
     blas=st.just("openblas 0.3.31 Haswell"),
     batch_invariant=st.booleans(),
     input=st.text("0123456789abcdef", min_size=64, max_size=64),
-    input_formats=st.sampled_from([("jsonl",), ("csv",), ("tsv",), ("parquet",), ("csv", "jsonl")]),
+    input_formats=st.sampled_from([("jsonl",), ("csv",), ("tsv",), ("parquet",), ("csv", "jsonl", "csv")]),
     rows=st.integers(0, 10**9),
     prompt_column=text,
     id_column=text,
@@ -156,6 +157,8 @@ def test_equal_plans_do_not_conflict(plan):
         ("row_params", False, "it had --row-params, and this has --no-row-params"),
         ("numpy", "2.5.0", "it had numpy '2.4.1', and this has numpy '2.5.0'"),
         ("keep", ("a",), "it had no --keep, and this has --keep a"),
+        ("regex", "2", "it had regex '1', and this has regex '2'"),
+        ("numpy_kernels", "exp X86_V3", "it had numpy_kernels 'exp X86_V4', and this has numpy_kernels 'exp X86_V3'"),
     ],
 )
 def test_a_conflict_is_named_in_the_words_of_the_command_line(name, value, words):
@@ -163,11 +166,20 @@ def test_a_conflict_is_named_in_the_words_of_the_command_line(name, value, words
         batchgen="0.1.0", numpy="2.4.1", blas="b", batch_invariant=True, input="a", input_formats=("jsonl",), rows=1,
         prompt_column="prompt", id_column="id", keep=(), row_params=True, model="m", model_hash="h",
         parameters=SamplingParams(), on_too_long="reject", empty_prompt="reject", trim=False, format="parquet",
-        token_ids=False, chunk_rows=1, batch_size=1, kv_bytes=1000, share_prefixes=True,
+        token_ids=False, chunk_rows=1, batch_size=1, kv_bytes=1000, share_prefixes=True, regex="1",
+        numpy_kernels="exp X86_V4",
     )  # fmt: skip
     other = replace(plan, **{name: value})
     assert plan.conflict(other) == words
     assert plan.conflict(other, {name}) is None
+
+
+def test_what_an_older_plan_does_not_know_agrees_with_anything_and_what_changes_no_row_is_only_recorded():
+    old, new = plan_of(), plan_of(regex="2", numpy_kernels="exp X86_V4", python="3.12.1", pyarrow="21.0.0")
+    assert old.conflict(new) is None
+    stored = new.to_json()
+    assert (stored["python"], stored["pyarrow"]) == ("3.12.1", "21.0.0")
+    assert new.conflict(Plan.from_json(stored | {"python": "3.13.0", "pyarrow": "22.0.0"})) is None
 
 
 FILES = {"files": ("aa", "bb", "cc"), "names": ("a.jsonl", "b.jsonl", "c.jsonl"), "rows": 12}
@@ -194,6 +206,19 @@ FILES = {"files": ("aa", "bb", "cc"), "names": ("a.jsonl", "b.jsonl", "c.jsonl")
 )
 def test_a_changed_input_is_named_by_its_files(changes, words):
     assert plan_of(**FILES).conflict(plan_of(**FILES | changes, input="new", input_formats=("csv", "jsonl"))) == words
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        (("csv", "tsv", "csv"), ("tsv", "csv", "csv"), "a.jsonl was read as csv, and is read as tsv now"),
+        (("csv", "jsonl", "csv"), ("csv",), "b.jsonl was read as jsonl, and is read as csv now"),
+        (("csv",), ("csv", "csv", "tsv"), "c.jsonl was read as csv, and is read as tsv now"),
+        (("csv", "tsv"), ("csv", "tsv", "csv"), "a file was read as csv or tsv, and is read as csv or tsv or csv now"),
+    ],
+)
+def test_the_file_that_is_read_as_another_format_is_named(then, now, words):
+    assert plan_of(**FILES, input_formats=then).conflict(plan_of(**FILES, input_formats=now)) == words
 
 
 def test_one_input_is_named_as_another_or_a_changed_one_would_be():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.engine.probe import blas_info
+from batchgen.engine.probe import blas_info, numpy_kernels
 from tests.support.models import has_avx512
 
 ROOT = Path(__file__).parents[1]
@@ -30,3 +30,14 @@ def test_avx512_kernels_are_batch_invariant_and_avx2_kernels_are_not(core_type, 
     found, answer = done.stdout.split()
     assert found.upper() == core_type
     assert answer == str(invariant)
+
+
+def test_instruction_sets_that_numpy_may_not_use_are_another_plan():
+    if not has_avx512():
+        pytest.skip("this processor has no AVX-512")
+    code = "from batchgen.engine.probe import numpy_kernels; print(numpy_kernels())"
+    name = "X86_V4" if "X86_V4" in numpy_kernels() else "AVX512F"
+    settings = {"NPY_DISABLE_CPU_FEATURES": name, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() not in ("", numpy_kernels())

@@ -164,6 +164,55 @@ def test_penalties_follow_their_papers():
     assert row.tolist() == [1.0, -1.0, 10.5, 3.0, 1.0]
 
 
+def work_in_order(logits, one, eos_ids, order):
+    """The logits after these steps, token by token in plain Python, each as the paper or the API words it."""
+    p, seen = one.params, {*one.prompt.token_ids, *one.token_ids}
+    context, generated = [*one.prompt.token_ids, *one.token_ids], one.token_ids
+    ending = {*p.stop_token_ids, *eos_ids} if len(generated) < p.min_tokens else set()
+    steps = {
+        "bias": lambda x, t: x + dict(p.logit_bias).get(t, 0.0),
+        "repetition": lambda x, t: (
+            (x / p.repetition_penalty if x > 0 else x * p.repetition_penalty) if t in seen else x
+        ),
+        "frequency": lambda x, t: x - p.frequency_penalty * generated.count(t),
+        "presence": lambda x, t: x - p.presence_penalty * (t in generated),
+        "bad words": lambda x, t: -np.inf if any([*context, t][-len(w) :] == [*w] for w in one.prompt.bad_words) else x,
+        "min tokens": lambda x, t: -np.inf if t in ending else x,
+    }
+    row = [float(x) for x in logits]
+    for step in order:
+        row = [steps[step](x, token) for token, x in enumerate(row)]
+    return row
+
+
+VLLM = ("bad words", "min tokens", "bias", "repetition", "frequency", "presence")  # v1/sample/sampler.py
+TRANSFORMERS = ("bias", "repetition", "bad words", "min tokens")  # GenerationMixin._get_logits_processor
+
+_tokens = st.lists(st.integers(0, 6), max_size=5).map(tuple)
+
+
+@given(
+    logits=st.lists(st.floats(-8, 8, width=32), min_size=7, max_size=7),
+    texts=st.tuples(_tokens.filter(len), _tokens),
+    bias=st.dictionaries(st.integers(0, 6), st.floats(-9, 9, width=32), max_size=4),
+    factors=st.tuples(st.floats(0.5, 2), *[st.sampled_from([0.0, -1.5, 0.25])] * 2),
+    words=st.lists(_tokens.filter(len), max_size=2),
+    min_tokens=st.integers(0, 4),
+)
+def test_bias_and_penalties_are_in_the_order_of_vllm_and_of_transformers(
+    logits, texts, bias, factors, words, min_tokens
+):
+    names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    given = dict(zip(names, factors, strict=True)) | {"logit_bias": bias, "min_tokens": min_tokens}
+    one = sequence(prompt_ids=texts[0], token_ids=texts[1], stop_token_ids=(5,), **given)
+    one.prompt = replace(one.prompt, bad_words=tuple(words))
+    row = np.array(logits, np.float32)
+    sampler.penalise(row, one, (6,))
+    np.testing.assert_allclose(row, work_in_order(logits, one, (6,), VLLM), rtol=1e-5, atol=1e-5)
+    if factors[1:] == (0.0, 0.0):  # transformers has no such penalties
+        np.testing.assert_allclose(row, work_in_order(logits, one, (6,), TRANSFORMERS), rtol=1e-5, atol=1e-5)
+
+
 def test_min_tokens_forbids_every_way_to_stop():
     row = np.zeros(5, np.float32)
     sampler.penalise(row, sequence(min_tokens=3, stop_token_ids=(1,), token_ids=(0, 0)), eos_ids=(4,))

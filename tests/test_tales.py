@@ -35,14 +35,14 @@ def test_the_embedded_model_is_undamaged_and_small():
 def test_the_vocabulary_fits_the_model():
     tokenizer = Tokenizer.load(TALES)
     assert tokenizer.n_vocab == load_manifest(TALES).config.n_vocab
-    assert tokenizer.start_id == tokenizer.n_vocab - 1
+    assert tokenizer.special.start == tokenizer.n_vocab - 1
     assert tokenizer.decode(tokenizer.encode(STORY)) == STORY
 
 
 def test_the_embedded_model_predicts_an_unseen_tale():
     """An unseen tale costs far less than the ln(2560) = 7.8 nats per token of a uniform guess."""
     tokenizer, config = Tokenizer.load(TALES), load_manifest(TALES).config
-    ids = [tokenizer.start_id, *tokenizer.encode(STORY)]
+    ids = [tokenizer.special.start, *tokenizer.encode(STORY)]
     logits = gpt2(ids[:-1], **load_params(TALES), n_head=config.n_head).astype(np.float64)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     loss = -logits[np.arange(len(ids) - 1), ids[1:]].mean()

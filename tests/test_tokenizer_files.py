@@ -229,7 +229,7 @@ def test_cases_special_tokens_in_prompts_are_one_id(src: Path) -> None:
     assert tokenizer.encode("<|startoftext|>Once") == [257, *b"Once"]
     assert tokenizer.encode("<|startoftext|>", "text") == [*b"<|startoftext|>"]
     assert tokenizer.encode("a<|endoftext|>") == [*b"a", 256]  # as GPT2Tokenizer does
-    assert tokenizer.start_id == 257
+    assert tokenizer.special.start == 257
 
 
 def test_an_umlaut_token_decodes_to_itself(src: Path) -> None:
@@ -363,7 +363,7 @@ def test_a_vocabulary_that_cannot_be_loaded_is_never_converted(merges: str, src:
 def test_cases_end_tokens_are_those_that_the_files_name(files: Any, ends: tuple[int, ...], src: Path) -> None:
     for name, values in files.items():
         put(src, name, values)
-    assert load(src).end_ids == ends
+    assert load(src).special.end == ends
 
 
 @pytest.mark.parametrize("value", ["</s>", -1, [3, "a"], True, 2.0])

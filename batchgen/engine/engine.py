@@ -54,7 +54,7 @@ def check_limits(config: GPT2Config, kv_bytes: int, max_batch: int) -> None:
         )
 
 
-def _check_prompts(prompts: Seq[Prompt], config: GPT2Config) -> None:
+def check_prompts(prompts: Seq[Prompt], config: GPT2Config) -> None:
     """Raise UsageError for a prompt that does not fit the model's arrays; callers validate prompts before."""
     for prompt in prompts:
         ids = np.asarray(prompt.token_ids)  # [n_prompt]
@@ -164,11 +164,8 @@ class Engine:
     def steps(
         self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None
     ) -> Iterator[Step]:
-        """Complete the prompts; yields each step.
-
-        If should_stop depends on more than the sequence's own tokens, completions depend on their batch.
-        """
-        _check_prompts(prompts, self.config)
+        """Complete the prompts; yields each step. should_stop may depend on the sequence's own tokens alone."""
+        check_prompts(prompts, self.config)
         sequences = expand(prompts)
         scheduler = Scheduler(sequences, self.arena, self.max_batch, self.share_prefixes)
         self.work.sequences += len(sequences)

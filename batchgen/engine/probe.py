@@ -9,6 +9,7 @@ import threading
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.lib.introspect import opt_func_info
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from batchgen.gpt2.config import GPT2Config
@@ -17,6 +18,7 @@ from batchgen.gpt2.kv_cache import BLOCK, KVArena, Segment
 from batchgen.gpt2.params import Array, Params
 
 _OTHER_ROWS = (1, 6, 90, 500)  # rows of another sequence in the same pass
+_ROUNDED = ("add", "exp", "log", "tanh")  # of NumPy, in the forward pass and the sampler
 _N_LOGITS = 8  # rows of the prompt whose logits are compared
 
 
@@ -47,11 +49,15 @@ def blas_info() -> Blas:
     return Blas("unknown BLAS", "?", "unknown core type", 1)
 
 
-class OneBlasThread:
-    """While any thread of this process is in this context, the BLAS has one thread: with two, bits differ.
+def numpy_kernels() -> str:
+    """The instruction sets with which NumPy computes what they round differently: add X86_V3, exp X86_V4, ..."""
+    functions = opt_func_info(func_name=f"^({'|'.join(_ROUNDED)})$", signature="float32|float64")
+    found = {f"{name} {kernel['current']}" for name, kernels in functions.items() for kernel in kernels.values()}
+    return ", ".join(sorted(found))
 
-    The number belongs to the process. So the last thread to leave restores it, not each thread what it found.
-    """
+
+class OneBlasThread:
+    """While any thread of the process is in it, BLAS has one thread: with two, bits differ. The last restores it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

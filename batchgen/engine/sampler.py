@@ -1,7 +1,8 @@
 """From logits to tokens, for all sequences of a step together.
 
-The order is that of vLLM and transformers: penalties and logit_bias, bad_words, min_tokens, temperature, top_k, top_p,
-min_p, draw. Nothing mixes rows: the token of a row depends on its own logits and its own random number.
+The order: logit_bias, penalties, bad_words, min_tokens, temperature, top_k, top_p, min_p, draw. It is that of
+transformers; vLLM's differs in one place, min_p before top_k, which matters only with top_p. Nothing mixes rows: the
+token of a row depends on its own logits and its own random number.
 """
 
 from collections.abc import Sequence as Seq
@@ -73,12 +74,14 @@ def find_largest(logits: Array, k: int) -> tuple[Ids, Array]:
 
 
 def penalise(logits: Array, sequence: Sequence, eos_ids: Seq[int]) -> None:
-    """Penalties, logit_bias, bad_words and min_tokens on one row [n_vocab], in place.
+    """logit_bias, penalties, bad_words and min_tokens on one row [n_vocab], in place.
 
     repetition_penalty (Keskar et al., 2019) and bad_words (transformers) count prompt and generated tokens;
     presence_penalty and frequency_penalty (OpenAI) count generated tokens only.
     """
     p = sequence.params
+    for token, bias in p.logit_bias:
+        logits[token] += bias
     if p.repetition_penalty != 1.0:
         seen = np.unique(np.array([*sequence.prompt.token_ids, *sequence.token_ids], np.intp))
         x = logits[seen]
@@ -86,8 +89,6 @@ def penalise(logits: Array, sequence: Sequence, eos_ids: Seq[int]) -> None:
     if (p.presence_penalty or p.frequency_penalty) and sequence.token_ids:
         generated, count = np.unique(np.array(sequence.token_ids, np.intp), return_counts=True)
         logits[generated] -= (p.presence_penalty + p.frequency_penalty * count).astype(np.float32)
-    for token, bias in p.logit_bias:
-        logits[token] += bias
     for word in sequence.prompt.bad_words:
         if sequence.ends_with(word[:-1]):
             logits[word[-1]] = -np.inf
@@ -200,10 +201,7 @@ def _append_logprobs(logprobs: Array, sequences: Seq[Sequence], tokens: Ids) -> 
 
 
 def sample(logits: Array, sequences: Seq[Sequence], eos_ids: Seq[int]) -> list[int]:
-    """The next token of each sequence from its row of logits [n_row, n_vocab], which is overwritten.
-
-    Appends log-probabilities to the sequences whose parameters ask for them.
-    """
+    """The next token of each sequence from its row of logits [n_row, n_vocab], which is overwritten."""
     with_logprobs = [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
     logprobs = log_softmax(logits[with_logprobs]) if with_logprobs else None
     for i, sequence in enumerate(sequences):

@@ -14,11 +14,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """Tokens that several sequences start with, after those of `parent`.
-
-    If it has whole blocks, its sequences attend to the same keys and values. If it is shorter than a block, each
-    sequence copies them.
-    """
+    """Tokens that several sequences start with, after those of `parent`; whole blocks are shared, fewer are copied."""
 
     token_ids: Tokens
     start: int

@@ -1,7 +1,9 @@
 """The records of the engine: its input (Prompt), its state (Sequence) and its output (Completion)."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -28,26 +30,32 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample of one prompt, without the token that ended it.
-
-    logprobs are those of the model itself, before penalties and temperature. top_logprobs has the most likely tokens
-    at each position as (token id, log-probability), best first.
-    """
+    """One sample of one prompt, without the token that ended it."""
 
     row: int
     sample: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    logprobs: tuple[float, ...] | None = None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    logprobs: tuple[float, ...] | None = None  # of the model itself, before penalties and temperature
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None  # (token id, log-probability), best first
 
 
 def sample_seeds(seed: int, row: int, n: int, first: int = 0) -> tuple[int, ...]:
     """The seeds of n samples of a row, 63 bits each; a seed depends on (seed, row, sample) alone."""
     return tuple(
-        int(np.random.SeedSequence((seed, row, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        int(np.random.SeedSequence(_entropy(seed, row, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         for sample in range(first, first + n)
     )
+
+
+def _entropy(*numbers: int) -> tuple[int, ...]:
+    """What SeedSequence mixes: the numbers, or two words of each if one of them is 2**32 or more.
+
+    SeedSequence cuts a number into as many words of 32 bits as it needs: (2**32, 5, 0) and (0, 1, 5) would be the same.
+    """
+    if max(numbers) < 2**32:
+        return numbers
+    return tuple(word for number in numbers for word in (number % 2**32, number >> 32))
 
 
 def uniforms(seed: int, n: int) -> npt.NDArray[np.float64]:
@@ -74,27 +82,16 @@ class Work:
     ended_tokens: int = 0  # of these sequences
 
     def counts(self) -> tuple[int, ...]:
-        return (
-            self.sequences,
-            self.max_tokens,
-            self.prompt_tokens,
-            self.read,
-            self.started,
-            self.finished,
-            self.stopped,
-            self.generated,
-            self.finished_tokens,
-            self.steps,
-            self.batch,
-            self.ended,
-            self.ended_tokens,
-        )
+        return _counts(self)
 
     def end_call(self) -> None:
         """Nothing is left of what was given."""
         self.read, self.finished_tokens = self.prompt_tokens, self.generated
         self.started = self.finished = self.ended = self.sequences
         self.ended_tokens = self.generated
+
+
+_counts: Callable[[Work], tuple[int, ...]] = attrgetter(*(one.name for one in fields(Work)))
 
 
 @dataclass(slots=True, eq=False)

@@ -36,10 +36,7 @@ def _check_field(name: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GPT2Config:
-    """OpenAI's five hparams, then Hugging Face's options, whose defaults are the values of OpenAI's models.
-
-    Raises ModelError on values that no GPT-2 can have.
-    """
+    """OpenAI's five hparams, then Hugging Face's options, whose defaults are the values of OpenAI's models."""
 
     n_vocab: int
     n_ctx: int

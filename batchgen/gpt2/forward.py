@@ -355,10 +355,7 @@ class Forward:
         self._finish_block(block, n_row)
 
     def _last_block(self, layer: int, n_row: int, groups: list[_DecodeGroup], prefills: Sequence[Prefill]) -> int:
-        """_transformer_block for the last layer: keys and values of all rows, the rest only for rows with logits.
-
-        Moves the rows with logits to the front of _x and returns their number.
-        """
+        """_transformer_block for the last layer; moves rows with logits to the front of _x, returns their number."""
         block = self.params["blocks"][layer]
         logit_rows = np.arange(groups[-1].rows.stop if groups else 0)
         for prefill in prefills:

@@ -39,16 +39,13 @@ class Block(TypedDict):
 
 
 class Params(TypedDict):
-    """Keys and shapes of picoGPT's `load_gpt2_params_from_tf_ckpt`, and lm_head.
-
-    lm_head is a contiguous copy of wte.T, or a matrix of its own if config.tie_word_embeddings is false.
-    """
+    """Keys and shapes of picoGPT's `load_gpt2_params_from_tf_ckpt`, and lm_head."""
 
     wte: Array  # [n_vocab, n_embd]
     wpe: Array  # [n_ctx, n_embd]
     blocks: list[Block]
     ln_f: Norm
-    lm_head: Array  # [n_embd, n_vocab]
+    lm_head: Array  # [n_embd, n_vocab]: a contiguous copy of wte.T, unless config.tie_word_embeddings is false
     absent_ids: NotRequired[npt.NDArray[np.intp]]  # rows of wte that belong to no token: their logits are -inf
 
 

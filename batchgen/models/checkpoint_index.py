@@ -155,10 +155,7 @@ def _check_entry(value: bytes, name: str) -> int:
 
 
 def check_index(index: Path, data: Path) -> None:
-    """Check that an index holds only whole tensors inside the data file; ModelError gives the reason.
-
-    Checksums are left to TensorFlow, which compares them all.
-    """
+    """Check that an index holds only whole tensors inside the data file; TensorFlow compares the checksums."""
     with open_file(index) as file:
         table = file.read(_LIMIT + 1)
     try:

@@ -137,10 +137,7 @@ def read_tf_tensors(prefix: Path, config: GPT2Config) -> Iterator[tuple[str, Arr
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path: str, hparams: dict[str, object]) -> dict[str, object]:
-    """Read a whole checkpoint into nested dicts: picoGPT's function, with its arguments and its result.
-
-    tf_ckpt_path: the common prefix of the files, `models/124M/model.ckpt`; hparams: the contents of hparams.json.
-    """
+    """Read a whole checkpoint into nested dicts: picoGPT's function, with its arguments and its result."""
     config = parse_config(hparams)
     return dict(nest(dict(read_tf_tensors(Path(tf_ckpt_path), config)), config.n_layer))
 
@@ -154,12 +151,7 @@ def convert_tf_checkpoint(
     source: Mapping[str, str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Convert a checkpoint directory as OpenAI publishes it into the model directory dst.
-
-    Reads hparams.json, the checkpoint's index and data, and the vocabulary; needs little more memory than TensorFlow
-    itself and the largest tensor. source: more entries for the manifest's source. Raises ModelError, with the file,
-    for anything missing or damaged; dst then stays as it was.
-    """
+    """Convert a checkpoint as OpenAI publishes it into the model directory dst; ModelError leaves dst as it was."""
     prefix = find_checkpoint(src)
     config = read_hparams(src / "hparams.json")
     load_vocabulary(src, config.n_vocab, src)

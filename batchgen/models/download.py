@@ -342,7 +342,8 @@ class _Download:
         """Request the missing bytes once and read the answer to its end."""
         part, size = self.part, self.remote.size or self.part.total
         is_provable = part.validator is not None or self.remote.sha256 is not None
-        if part.length and (not is_provable or size is None or part.length > size):
+        most = size if self.remote.sha256 or size is None else size - 1  # without a hash, a last answer must prove it
+        if part.length and (not is_provable or most is None or part.length > most):
             part.restart()
         if part.length and part.length == size:
             return
@@ -425,8 +426,7 @@ def download(
 ) -> str:
     """Download a file to `path`, check it and return its SHA-256; a correct file that is already there is kept.
 
-    Only this user may write to path's folder, because the names of the parts are predictable. Raises ModelError with
-    the address and what to do; the bytes received by then are kept for the next call.
+    Only this user may write to path's folder, because the names of the parts are predictable.
     """
     found = _check_existing(remote, path)
     if found:

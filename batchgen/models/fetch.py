@@ -191,10 +191,6 @@ def _removed_if_damaged(raw: Path, size: str) -> Iterator[None]:
         raise ModelError(f"{text} (the downloaded files are removed; run the same command again)") from error
 
 
-def _shard_counter(report: OnFetch) -> OnProgress:
-    return lambda done, total: report(FetchProgress("convert", done, total))
-
-
 def fetch_model(
     size: str,
     *,
@@ -208,14 +204,13 @@ def fetch_model(
 
     Resumes the downloads of an interrupted fetch, waits for one in another process, and does nothing if the model
     exists, unless `again`. mirror: another address with the same files; the default is $BATCHGEN_MIRROR.
-    Raises ModelError or UsageError with what to do; an existing model then stays.
     """
     check_size(size)
     base = base_url(mirror)
     models = models_dir()
     directory, private = models / size, _make_private_folder(models / ".downloads")
     report: OnFetch = on_progress or (lambda progress: None)
-    on_shard = _shard_counter(report)
+    on_shard: OnProgress = lambda done, total: report(FetchProgress("convert", done, total))  # noqa: E731
     with _fetch_lock(private / f"{size}.lock", size):
         if os.path.lexists(directory / MANIFEST) and not again:
             return directory
@@ -239,21 +234,18 @@ def fetch_model(
 # ---- picoGPT's functions
 
 
-def download_gpt2_files(model_size: str, model_dir: str | Path, mirror: str | None = None) -> None:
+def download_gpt2_files(model_size: str, model_dir: str | Path) -> None:
     """Download a model's seven files into model_dir: picoGPT's function, which here resumes and checks them."""
     check_size(model_size)
     directory = Path(model_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    _download_files(remotes_of(model_size, base_url(mirror), {}), directory, None, lambda progress: None)
+    _download_files(remotes_of(model_size, base_url(), {}), directory, None, lambda progress: None)
 
 
 def load_encoder_hparams_and_params(
     model_size: str, models_dir: str | Path
 ) -> tuple[Tokenizer, dict[str, object], dict[str, object]]:
-    """Return (encoder, hparams, params) of models_dir/model_size; missing files are downloaded.
-
-    picoGPT's function. A model that was converted to shards is mapped instead, with the same keys.
-    """
+    """picoGPT's function, which downloads missing files; a model of shards is mapped instead, with the same keys."""
     check_size(model_size)
     directory = Path(models_dir) / model_size
     if os.path.lexists(directory / MANIFEST):

@@ -1,8 +1,7 @@
 """Convert a Hugging Face GPT-2 directory to a model directory, one tensor in memory at a time.
 
-Such a directory holds `config.json`, `model.safetensors` (or several files and an index) and a tokenizer
-(tokenizer_files.py). Each difference from OpenAI's models is computed exactly or refused by name; nothing is unpickled,
-no code of the model runs.
+Such a directory holds `config.json`, `model.safetensors` (or several files and an index) and a tokenizer. Each
+difference from OpenAI's models is computed exactly or refused by name; nothing is unpickled, no code of the model runs.
 """
 
 import json
@@ -181,10 +180,7 @@ def _plain_names(src: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 class _Weights:
-    """The open safetensors files of a directory, and the place of each tensor by its plain name.
-
-    has_linear: the products' weights are [out, in], as nn.Linear of nanoGPT has them, not [in, out] as Conv1D.
-    """
+    """The open safetensors files of a directory, and the place of each tensor by its plain name."""
 
     def __init__(self, src: Path) -> None:
         self.src = src
@@ -192,7 +188,7 @@ class _Weights:
         self.places: dict[str, tuple[str, str]] = {}  # wte.weight -> (model.safetensors, transformer.wte.weight)
         self.left_out: list[str] = []
         self.without_bias: set[str] = set()  # our names
-        self.has_linear = False
+        self.has_linear = False  # products' weights are [out, in], as nanoGPT's nn.Linear, not [in, out] as Conv1D
 
     def check_index(self, file: str, found: list[str], expected: set[str] | None) -> None:
         """Compare the tensors of a file with the index."""
@@ -344,11 +340,7 @@ def _source_of(src: Path) -> dict[str, str]:
 def convert_hf_checkpoint(
     src: Path, dst: Path, *, name: str, replace: bool = False, on_progress: OnProgress | None = None
 ) -> None:
-    """Convert a Hugging Face GPT-2 directory into the model directory dst.
-
-    Needs memory for the largest tensor, not for the model. Raises ModelError, with the file, for anything missing or
-    damaged, and for a model that batchgen does not compute exactly; dst then stays as it was.
-    """
+    """Convert a Hugging Face GPT-2 directory into the model directory dst; ModelError leaves dst as it was."""
     config = read_hf_config(src / CONFIG)
     try:
         with open_weights(src) as weights, tempfile.TemporaryDirectory() as private:

@@ -146,8 +146,7 @@ def _unknown_model(name: str) -> ModelError:
 def find_model(name_or_dir: str) -> Path:
     """Return a model's directory: `tales` -> `.../data/models/tales`, `./mine` -> `./mine`.
 
-    A text with a separator is a path, and so is the name of a model directory in the current directory. Any other
-    name is looked up in model_roots(). Raises ModelError with the known names and what to do.
+    A text with a separator is a path, and so is the name of a model directory in the current directory.
     """
     path = Path(os.path.expanduser(name_or_dir))
     if name_or_dir and _is_model(path):

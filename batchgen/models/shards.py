@@ -29,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from batchgen.errors import ModelError
-from batchgen.files import parse_json, sha256_of, sync_path
+from batchgen.files import Stamp, parse_json, stamp_of, sync_path
 from batchgen.gpt2.config import OPTIONS, GPT2Config
 from batchgen.gpt2.params import Array, Params, nest
+from batchgen.limits import reason_of
 from batchgen.text.special_tokens import SPECIAL_TOKENS
 
 FORMAT = 1
@@ -39,6 +40,7 @@ MANIFEST = "manifest.json"
 TOKENIZER_FILES = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}  # OpenAI's name: Hugging Face's
 
 _REMEDY = "fetch or convert the model again"
+REPLACED = "was replaced or changed while the model is in use; run the same command again once nothing writes there"
 _OTHER_MODEL = "holds another model; remove it first, or ask to replace it"
 _MAX_MANIFEST = 16 * 2**20
 _MAX_TOKENIZER = 64 * 2**20
@@ -55,6 +57,7 @@ _TYPES: dict[type, str] = {dict: "an object", list: "a list", str: "a string", i
 JsonObject: TypeAlias = dict[str, Any]
 Tensor = npt.NDArray[np.generic]
 OnProgress = Callable[[int, int], None]  # (shards written, in total)
+Stamps: TypeAlias = Mapping[str, Stamp]  # by file name
 
 
 # ---- untrusted values
@@ -84,23 +87,25 @@ def check_text(text: object, place: str) -> str:
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[BufferedReader]:
-    """Open a file of a model. Raises ModelError for a pipe or a device: reading one may block or never end."""
+def open_file(path: Path, stamp: Stamp | None = None) -> Iterator[BufferedReader]:
+    """Open a file of a model; ModelError if it has another stamp than this one, or is a pipe, which may never end."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ModelError(f"{path}: is not a file; {_REMEDY}")
         with path.open("rb") as file:
+            if stamp not in (None, stamp_of(file.fileno())):
+                raise ModelError(f"{path}: {REPLACED}")
             yield file
     except FileNotFoundError as error:
         raise ModelError(f"{path}: is missing; {_REMEDY}") from error
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise ModelError(f"{path}: cannot be read ({reason_of(error)})") from error
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, stamp: Stamp | None = None) -> str:
     """The SHA-256 of a file of a model, in hex; raises ModelError as open_file does."""
-    with open_file(path):
-        return sha256_of(path)
+    with open_file(path, stamp) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, limit: int) -> JsonObject:
@@ -281,8 +286,7 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 def _check_npy_header(file: BufferedReader, path: Path, shape: tuple[int, ...]) -> int:
     """Read a `.npy` header and return the offset of the data.
 
-    NumPy's own reader evaluates the header and accepts big-endian, structured and Fortran arrays. Here the header must
-    be exactly the expected text, and nothing is evaluated.
+    It must be exactly the expected text. NumPy evaluates it, and accepts big-endian, structured and Fortran arrays.
     """
     start = file.read(10)
     if start[:8] != b"\x93NUMPY\x01\x00" or len(start) < 10:
@@ -300,8 +304,8 @@ def _map(file: BufferedReader, length: int) -> mmap.mmap:
     return mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ)
 
 
-def _map_shard(path: Path, shape: tuple[int, ...]) -> Array:
-    with open_file(path) as file:
+def _map_shard(path: Path, shape: tuple[int, ...], stamp: Stamp | None = None) -> Array:
+    with open_file(path, stamp) as file:
         offset = _check_npy_header(file, path, shape)
         expected, found = offset + 4 * math.prod(shape), os.fstat(file.fileno()).st_size
         if found != expected:
@@ -312,31 +316,29 @@ def _map_shard(path: Path, shape: tuple[int, ...]) -> Array:
         return np.frombuffer(_map(file, expected), "<f4", offset=offset).reshape(shape)
 
 
-def load_params(directory: Path, manifest: Manifest | None = None) -> Params:
-    """Map a model's weights: read-only float32 arrays, nested as in picoGPT; the data is not read yet.
+def map_tensors(directory: Path, manifest: Manifest, files: Stamps) -> Iterator[tuple[str, Array]]:
+    """Map each tensor, read-only; ModelError if its header or length is wrong, or if it is not one of `files`."""
+    for name, shard in manifest.tensors.items():
+        yield name, _map_shard(directory / shard.file, shard.shape, files.get(shard.file))
 
-    Headers and file lengths are checked, hashes are not (see verify_shards).
-    """
+
+def load_params(directory: Path, manifest: Manifest | None = None, files: Stamps | None = None) -> Params:
+    """Map a model's weights: read-only float32 arrays, nested as in picoGPT; headers and lengths alone are checked."""
     manifest = manifest or load_manifest(directory)
-    tensors = {name: _map_shard(directory / shard.file, shard.shape) for name, shard in manifest.tensors.items()}
-    return nest(tensors, manifest.config.n_layer)
+    return nest(dict(map_tensors(directory, manifest, files or {})), manifest.config.n_layer)
 
 
-def verify_shards(directory: Path, *, full: bool = True) -> None:
-    """Compare every file with the manifest; ModelError names the first that differs.
-
-    full=False checks the vocabulary's hashes and the shards' headers and lengths, but not their data.
-    """
-    manifest = load_manifest(directory)
-    load_params(directory, manifest)  # for a truncated shard, its length says more than its hash
-    expected = dict(manifest.tokenizer)
+def verify_shards(directory: Path, manifest: Manifest | None = None, files: Stamps | None = None) -> None:
+    """Compare every file with the manifest; ModelError names the first that differs, or is not one of `files`."""
+    manifest, known = manifest or load_manifest(directory), files or {}
+    load_params(directory, manifest, files)  # for a truncated shard, its length says more than its hash
+    expected = manifest.tokenizer | {shard.file: shard.sha256 for shard in manifest.tensors.values()}
     if SPECIAL_TOKENS not in expected and os.path.lexists(directory / SPECIAL_TOKENS):
         raise ModelError(f"{directory / SPECIAL_TOKENS}: does not belong to the model; remove it")
-    if full:
-        expected |= {shard.file: shard.sha256 for shard in manifest.tensors.values()}
     paths = [directory / name for name in expected]
     with ThreadPoolExecutor(2) as threads:  # hashing releases the GIL
-        for path, digest, found in zip(paths, expected.values(), threads.map(file_sha256, paths), strict=True):
+        digests = threads.map(file_sha256, paths, map(known.get, expected))
+        for path, digest, found in zip(paths, expected.values(), digests, strict=True):
             if found != digest:
                 raise ModelError(f"{path}: is damaged (expected sha256 {digest}, found {found}); {_REMEDY}")
 
@@ -478,15 +480,12 @@ def write_model(
     replace: bool = False,
     on_progress: OnProgress | None = None,
 ) -> None:
-    """Write a model directory with one tensor in memory at a time.
+    """Write a model directory with one tensor in memory at a time, beside it and renamed: it never holds half a model.
 
     tensors: those of config.tensor_shapes(), in any order, each once. lm_head is made from wte; if the config does
     not tie the two, lm_head is one of `tensors`.
-    tokenizer_dir: holds the vocabulary under OpenAI's or Hugging Face's names.
-    replace: replace another model; files that do not belong to a model are kept.
-
-    Without replace, `directory` must be absent or empty, or hold this same model; otherwise raises ModelError. The
-    model is written beside `directory` and renamed, so `directory` never holds half a model.
+    replace: replace another model; files that do not belong to a model are kept. Without it, `directory` must be
+    absent or empty, or hold this same model.
     """
     directory = Path(os.path.realpath(directory))
     try:

@@ -361,10 +361,7 @@ def log_settings(src: Path) -> None:
 
 
 def write_vocabulary(src: Path, private: Path, n_vocab: int) -> Tokenizer:
-    """Write encoder.json, vocab.bpe and special_tokens.json of a Hugging Face directory into private, and load them.
-
-    n_vocab: of the model. Raises ModelError, with the file, for a tokenizer that is not computed exactly here.
-    """
+    """Write encoder.json, vocab.bpe and special_tokens.json of a Hugging Face directory into private, and load them."""
     config = _read(src / _SPECIAL_MAP) | _read(src / TOKENIZER_CONFIG)
     has_tokenizer = os.path.lexists(src / TOKENIZER)
     files = _read_tokenizer(src / TOKENIZER) if has_tokenizer else _read_pair(src, config)
@@ -410,9 +407,17 @@ def load_vocabulary(directory: Path, n_vocab: int, src: Path) -> Tokenizer:
             raise
         reason = str(error).replace(f"{directory}{os.sep}", "")  # without the names of temporary files
         raise ModelError(f"{src}: the vocabulary made from it is not GPT-2's: {reason}") from error
-    if tokenizer.n_vocab > n_vocab:
-        raise ModelError(f"{src}: the vocabulary has ids up to {tokenizer.n_vocab - 1}, the model {n_vocab}; {_REMEDY}")
-    named = {*tokenizer.begin_ids, *tokenizer.end_ids} - tokenizer.decoder.keys()
-    if named:
-        raise ModelError(f"{src}: token id {min(named)} stands before prompts, and is not in the vocabulary; {_REMEDY}")
+    check_ids(tokenizer, n_vocab, src)
     return tokenizer
+
+
+def check_ids(tokenizer: Tokenizer, n_vocab: int, place: Path) -> None:
+    """ModelError unless every id that the tokenizer may give is a token's, and a row of the model's wte."""
+    if tokenizer.n_vocab > n_vocab:
+        last = tokenizer.n_vocab - 1
+        raise ModelError(f"{place}: the vocabulary has ids up to {last}, the model {n_vocab} rows of wte; {_REMEDY}")
+    special = tokenizer.special
+    for token in (*special.begin, *special.end, special.start, special.unknown):
+        if token is not None and not tokenizer.has_id(token):
+            what = "begins prompts, ends completions, or stands for unknown bytes"
+            raise ModelError(f"{place}: token id {token} {what}, and is not in the vocabulary; {_REMEDY}")

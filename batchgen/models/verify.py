@@ -12,7 +12,7 @@ from batchgen.gpt2.params import Params
 from batchgen.models.model import Model
 from batchgen.models.openai import CONFIGS, KNOWN_COMPLETIONS, KNOWN_LOGITS, Completion, Logits, known_file
 from batchgen.models.registry import VERIFIED, models_dir
-from batchgen.models.shards import Manifest
+from batchgen.models.shards import Manifest, map_tensors
 from batchgen.models.string_map import update_string_map
 from batchgen.text.tokenizer import Tokenizer
 
@@ -35,11 +35,10 @@ def openai_size(manifest: Manifest) -> str | None:
 
 def _check_weights(model: Model, params: Params) -> str:
     """Check that every number is finite, and that lm_head is wte transposed if the config ties the two."""
-    for name, shard in model.manifest.tensors.items():
-        array = np.load(model.directory / shard.file, mmap_mode="r", allow_pickle=False)
+    for name, array in map_tensors(model.directory, model.manifest, model.files):
         for first in range(0, len(array), _ROWS):
             if not np.isfinite(array[first : first + _ROWS]).all():
-                raise ModelError(f"{model.directory / shard.file}: tensor {name} holds nan or infinity; {_REMEDY}")
+                raise ModelError(f"{model.directory}: tensor {name} holds nan or infinity; {_REMEDY}")
     if not model.config.tie_word_embeddings:
         return "weights: all finite; lm_head is a matrix of its own"
     for first in range(0, model.config.n_vocab, _ROWS):
@@ -93,21 +92,16 @@ def _check_openai(model: Model, size: str, params: Params, tokenizer: Tokenizer)
 
 
 def verify_model(model: Model) -> Iterator[str]:
-    """Check a model and yield a line for each thing checked; ModelError names the first that is wrong.
-
-    Reads every weight. If the model claims to be OpenAI's, computes its known completions and logits.
-    """
+    """Check a model and yield a line for each thing checked; ModelError names the first that is wrong."""
     model.verify()
     files = f"{len(model.manifest.tensors)} shards and {len(model.manifest.tokenizer)} vocabulary files"
     yield f"files: {files} have the length, header and sha256 of the manifest"
     params = model.load_params()
     yield _check_weights(model, params)
     tokenizer = model.load_tokenizer()
-    n_vocab, absent = tokenizer.n_vocab, tokenizer.absent_ids(model.config.n_vocab)
-    if n_vocab > model.config.n_vocab:
-        raise ModelError(f"{model.directory}: token id {n_vocab - 1} of {model.config.n_vocab} rows of wte; {_REMEDY}")
+    absent = tokenizer.absent_ids(model.config.n_vocab)
     unused = f"; {len(absent)} rows of wte belong to no token and are never generated" if absent else ""
-    yield f"vocabulary: {len(tokenizer.encoder)} tokens, ids 0 to {n_vocab - 1}{unused}"
+    yield f"vocabulary: {len(tokenizer.encoder)} tokens, ids 0 to {tokenizer.n_vocab - 1}{unused}"
     size = openai_size(model.manifest)
     if size is None:
         yield "completions: not checked, because none are known of this model"
