@@ -1,19 +1,28 @@
-"""Files: replaced durably, hashed, locked; strict JSON; and the names of what a run keeps beside its output."""
+"""Files: replaced durably, hashed, locked, read again; strict JSON; and what a run keeps beside its output."""
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+Stamp: TypeAlias = tuple[int, int, int, int]  # of a file on this machine; see stamp_of
 
 SUCCESS = "_SUCCESS"  # in a dataset's folder: it is complete; readers of Parquet skip names that begin with _
 WORK_SUFFIX = ".batchgen"  # of a run's work directory; see output/ledger.py
 STATUS_SUFFIX = ".status.json"  # of a run's status file; see progress.py
 PLAN_SUFFIX = ".plan.json"  # of the plan of JSON lines; see output/beside.py
+SIZE = -1  # in place of a block's number: how long the file is
+TEMPORARY_SUFFIX = ".batchgen-tmp"  # of a file that is being written
 PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")  # the chunk's number and the start of the part's SHA-256
 
 
@@ -22,7 +31,7 @@ PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")  # the chunk's number and
 
 def temporary_path(path: Path) -> Path:
     """The temporary file of `path`: always the same name, so that the next writer removes what a killed one left."""
-    return path.with_name(f".{path.name}.batchgen-tmp")
+    return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
 
 
 @contextmanager
@@ -81,12 +90,100 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
     return True
 
 
+# ---- reading again
+
+
+def stamp_of(path: Path | int) -> Stamp:
+    """Device, inode, size and time of the last change of a file, or an open one's."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@dataclass(slots=True)
+class Contents:
+    """What has been read of a file that is read several times: a digest of each block, 16 bytes for a megabyte."""
+
+    stamp: tuple[int, ...] = ()  # of the file when its bytes were last known to be these
+    block_bytes: int = 2**20
+    digests: dict[int, bytes] = field(default_factory=dict)
+
+    def is_same(self, index: int, block: bytes) -> bool:
+        """Whether the block is what it was before; the first time, it is remembered. A block of no bytes is the end."""
+        digest = hashlib.sha256(block).digest()[:16]
+        return self.digests.setdefault(index, digest) == digest
+
+
+class Seekable(Protocol):
+    """A file, of Python's or of Arrow's; read may return less than it is asked for before the end."""
+
+    def read(self, size: int, /) -> bytes | None: ...
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int: ...
+
+
+class SteadyFile(io.RawIOBase):
+    """Reads a file by whole blocks, and raises changed() instead of giving a byte of a block that is not as before."""
+
+    def __init__(self, raw: Seekable, contents: Contents, changed: Callable[[], Exception]) -> None:
+        self.raw, self.contents, self.changed = raw, contents, changed
+        self.position, self.index, self.block = 0, -1, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_CUR:
+            offset += self.position
+        elif whence == os.SEEK_END:
+            size = self.raw.seek(0, os.SEEK_END)
+            if not self.contents.is_same(SIZE, b"%d" % size):
+                raise self.changed()
+            offset += size
+        self.position = offset
+        return self.position
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        view, filled = memoryview(buffer).cast("B"), 0
+        while filled < len(view) and (piece := self._rest_of_block()[: len(view) - filled]):
+            view[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            self.position += len(piece)
+        return filled
+
+    def _rest_of_block(self) -> memoryview:
+        size = self.contents.block_bytes
+        index, offset = divmod(self.position, size)
+        if index != self.index:
+            self.raw.seek(index * size)
+            block = b""
+            while len(block) < size and (more := self.raw.read(size - len(block))):
+                block += more
+            if not self.contents.is_same(index, block):
+                raise self.changed()
+            self.index, self.block = index, block
+        return memoryview(self.block)[offset:]
+
+
 # ---- JSON
 
 
 def parse_json(data: str | bytes) -> Any:
     """One JSON value. ValueError on NaN, Infinity and a key that appears twice, RecursionError on deep nesting."""
     return json.loads(data, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
+
+
+def read_object(data: bytes | None) -> dict[str, Any]:
+    """A JSON object, or an empty one if the data is not one."""
+    try:
+        value = parse_json(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

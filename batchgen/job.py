@@ -132,7 +132,7 @@ class WorkOptions:
 
     jobs: int | None = count("Worker processes; auto: one per core.", WORK, short="-j")
     batch_size: int | None = count("Sequences in flight in a worker.", WORK)
-    chunk_rows: int | None = count("Input rows of one chunk.", WORK)
+    chunk_rows: int | None = count("Input rows of one chunk, at most; 32 MiB of input end it too.", WORK)
     kv_bytes: int | None = size("Memory for the keys and values in a worker, such as 2G.", WORK, flag="--kv-memory")
     share_prefixes: bool = option(True, "Read prefixes that prompts share only once.", WORK)
     require_invariant: bool = option(False, "Refuse to run if a row's bits depend on its batch.", WORK, off=None)
@@ -205,10 +205,7 @@ RECORDS = (InputOptions, OutputOptions, SamplingParams, Policy, WorkOptions)  # 
 
 
 def as_job(job: Job | Files, output: str | Path | None, options: dict[str, object]) -> Job:
-    """A job, or one made of its input, its output, and options of its records by their names.
-
-    UsageError for options beside a job, and for a name that no record has; the nearest is named.
-    """
+    """A job, or one made of its input, its output, and options of its records by their names."""
     if isinstance(job, Job):
         if output is not None or options:
             more = ", ".join([*(["output"] if output is not None else []), *options])

@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+import os
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -17,11 +18,18 @@ from hypothesis import strategies as st
 from batchgen.errors import InputError, UsageError
 from batchgen.input import formats, json_text
 from batchgen.input import parquet as parquet_format
+from batchgen.input.formats import Rows
+from batchgen.input.jsonl import MAX_NESTING
 from batchgen.input.kept import kept_columns
+from batchgen.jobs.report import sample_lines
 from batchgen.output.ledger import Ledger
+from batchgen.output.retried import replace_failed
 from batchgen.output.schema import check_keep
+from batchgen.review.replay import replay
+from batchgen.review.report.compare import compare_rows
+from batchgen.review.report.counts import count_output
 from batchgen.run import run_job
-from batchgen.types import OutputRow, Receipt, SamplingParams
+from batchgen.types import OutputRow, Receipt, Rejected, SamplingParams
 from tests.support.inputs import chunks, open_prompts
 from tests.support.jobs import change, make_job
 from tests.support.models import write_byte_model
@@ -132,6 +140,20 @@ def test_any_json_is_kept_unchanged(tmp_path: Path, values: list[Any]) -> None:
     assert pq.read_table(tmp_path / "t.parquet").equals(table)
 
 
+def test_json_is_kept_to_a_depth_that_python_can_always_write(tmp_path: Path) -> None:
+    inner = MAX_NESTING - 1
+    path = jsonl(tmp_path / "p.jsonl", eval("[" * inner + "]" * inner), 1)
+    with open(path, "a") as file:
+        file.write('{"prompt": "a", "k": ' + "[" * (inner + 1) + "]" * (inner + 1) + "}\n")
+        file.write('{"prompt": "a", "k": ' + '{"a":' * 970 + "1" + "}" * 971 + "\n")
+    assert kept(path, "k")["k"].to_pylist() == ["[" * inner + "]" * inner, "1", None, None]
+    *good, bad, worse = open_prompts(path).requests(PARAMS)
+    assert not any(isinstance(row, Rejected) for row in good)
+    for row in (bad, worse):
+        assert isinstance(row, Rejected)
+        assert row.error.endswith("the JSON is nested too deeply (over 200 levels); flatten it")
+
+
 def test_a_broken_row_or_one_without_the_key_has_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_text, "MAX_LINE_BYTES", 100)
     path = tmp_path / "p.jsonl"
@@ -198,6 +220,19 @@ COLUMNS = {
     "uuid": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"\0" * 16, None], pa.binary(16))),
     "null": pa.nulls(2),
     "nested_time": pa.array([[datetime.timedelta(1)], None]),
+    # what Python, or Arrow's own filters and casts, cannot hold
+    "far": pa.array([2**62, None], pa.timestamp("us")),
+    "far_with_zone": pa.array([2**62, -1], pa.timestamp("us", "UTC")),
+    "unknown_zone": pa.array([1, None], pa.timestamp("us", "Nowhere/Land")),
+    "far_date": pa.array([2**30, None], pa.date32()),
+    "far_duration": pa.array([2**60, None], pa.duration("s")),
+    "decimal256": pa.array([Decimal(10) ** 60, None], pa.decimal256(76, 3)),
+    "binary_view": pa.array([b"\xff" * 20, None], pa.binary_view()),
+    "views": pa.array([["a string that is longer than twelve"], None], pa.list_(pa.string_view())),
+    "list_view": pa.array([["x"], None], pa.list_view(pa.string())),
+    "map_of_times": pa.array([[(1, 1)], None], pa.map_(pa.timestamp("ns"), pa.timestamp("ns"))),
+    "json": pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}', None])),
+    "twins": pa.StructArray.from_arrays([pa.array([1, 2]), pa.array([3, 4])], ["a", "a"]),
 }
 
 
@@ -206,13 +241,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_byte_model(tmp_path_factory.mktemp("keep") / "bytes")
 
 
-def test_every_arrow_type_is_carried_through_a_job_unchanged(tmp_path: Path, model: Path) -> None:
-    source = parquet(tmp_path / "p.parquet", **COLUMNS)
-    job = make_job(source, tmp_path / "o.parquet", str(model), replace(PARAMS, n=2), keep=tuple(COLUMNS), jobs=1)
-    run_job(job)
-    expected = pq.read_table(source, columns=list(COLUMNS))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The output of a job that keeps a column of every type, from p.parquet beside it."""
+    folder = tmp_path_factory.mktemp("every") / "day=5"  # which Arrow may take for a column
+    source = parquet(folder / "p.parquet", **COLUMNS)
+    run_job(make_job(source, folder / "o.parquet", str(model), replace(PARAMS, n=2), keep=tuple(COLUMNS), jobs=1))
+    return folder / "o.parquet"
+
+
+def test_every_arrow_type_is_carried_through_a_job_unchanged(finished: Path) -> None:
+    expected = pq.ParquetFile(finished.parent / "p.parquet").read(list(COLUMNS))
     expected = pa.concat_tables([expected.slice(row, 1) for row in (0, 0, 1, 1)])
-    found = pq.read_table(job.output.path)
+    found = pq.ParquetFile(finished).read()
     for name in COLUMNS:
         if name != "null":
             assert found.schema.field(name).type == expected.schema.field(name).type
@@ -237,15 +278,92 @@ def test_every_arrow_type_can_be_written_as_json_lines(tmp_path: Path, model: Pa
     assert first["timestamp_ns"].startswith("1970-01-01 01:00:00.000000001")
     assert (first["date32"], first["struct"]) == ("1970-01-01", {"a": 1, "b": [{"c": "eA=="}]})
     assert (first["map"], first["fixed_list"], first["float16"]) == ([["k", 1]], [1.0, 2.0], 1.5)
+    out_of_range = f"<value out of range: {2**62}>"
+    assert (first["far"], first["far_with_zone"], first["unknown_zone"]) == (
+        *(out_of_range, out_of_range),
+        "1970-01-01 00:00:00.000001Z",
+    )
+    assert (first["twins"], first["views"], first["list_view"]) == (
+        [["a", 1], ["a", 3]],
+        COLUMNS["views"][0].as_py(),
+        ["x"],
+    )
+    assert first["map_of_times"] == [["1970-01-01 00:00:00.000000001"] * 2]
 
 
-def test_text_that_is_not_utf8_is_kept_in_parquet_and_refused_in_json(tmp_path: Path, model: Path) -> None:
+def test_every_kept_type_is_there_when_its_output_is_read_again(finished: Path, model: Path) -> None:
+    assert [line.split("]")[0] for line in sample_lines(finished, 3)] == ["[row 0", "[row 0", "[row 1"]
+    assert count_output(finished).rows == 4
+    assert compare_rows(finished, finished).equal == 4
+    assert replay(finished, 2, model=str(model)).differences == ()
+
+
+def test_every_kept_type_is_carried_through_a_retry(finished: Path) -> None:
+    whole = pq.ParquetFile(finished).read()
+    status = whole.schema.get_field_index("status")
+    failed = whole.slice(0, 3).set_column(status, whole.schema.field(status), [["ok", "ok", "failed"]])
+    pq.write_table(failed, finished.with_name("failed.parquet"))
+    again = pa.Table.from_batches(replace_failed(finished.with_name("failed.parquet"), whole.slice(2).to_batches()))
+    assert again.drop_columns("float32").equals(whole.drop_columns("float32"))  # NaN equals nothing
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_no_type_of_a_parameter_or_an_id_ends_a_job(tmp_path: Path, name: str) -> None:
+    """Each row is a request, or rejected with its reason."""
+    column = COLUMNS[name]
+    path = parquet(tmp_path / "p.parquet", id=column, seed=column, sampling_params=column)
+    assert len(list(open_prompts(path).requests(PARAMS))) == 2
+
+
+def test_showing_rows_fails_no_run(tmp_path: Path) -> None:
+    (tmp_path / "o.parquet").write_bytes(b"PAR1")
+    (line,) = sample_lines(tmp_path / "o.parquet", 3)
+    assert line.startswith("note: the first rows cannot be shown (")
+
+
+NOT_UTF8 = pa.array([b"a", b"\xff", None]).cast(pa.string(), safe=False)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        NOT_UTF8,
+        NOT_UTF8.cast(pa.string_view()),
+        NOT_UTF8.cast(pa.large_string()),
+        pa.StructArray.from_arrays([NOT_UTF8, pa.array([1, 2, 3])], ["a", "b"]),
+        pa.ListArray.from_arrays([0, 1, 2, 3], NOT_UTF8),
+    ],
+    ids=lambda array: str(array.type),
+)
+def test_only_a_row_with_text_that_json_cannot_hold_is_rejected_before_it_is_generated(
+    tmp_path: Path, array: pa.Array
+) -> None:
+    """If the output is JSON lines, and if files that disagree make JSON text of the column."""
+    source = parquet(tmp_path / "p.parquet", k=array)
+    prompts = open_prompts(source, keep=("k",))
+    (carried,) = chunks(prompts)
+    assert not any(isinstance(item, Rejected) for item in carried.items)
+    assert kept_columns(carried, output_rows(range(3))).column("k").combine_chunks().equals(array)
+    (checked,) = chunks(prompts, as_json=True)
+    both = [source, jsonl(tmp_path / "p.jsonl", 1)]
+    for chunk in (checked, *chunks(open_prompts(both, keep=("k",)))):
+        good, bad, also_good = chunk.items[:3]
+        assert (good.row, also_good.row) == (0, 2)
+        assert not isinstance(good, Rejected)
+        assert isinstance(bad, Rejected)
+        assert bad.error == (
+            "p.parquet:row 1: the kept 'k' is not UTF-8, and JSON is to hold it; write it as UTF-8, or as binary"
+        )
+        assert kept_columns(chunk, output_rows([0, 1]))["k"].is_valid().to_pylist() == [True, False]
+
+
+def test_text_that_is_not_utf8_is_kept_in_parquet_and_rejects_its_row_in_json(tmp_path: Path, model: Path) -> None:
     source = parquet(tmp_path / "p.parquet", k=pa.array([b"\xff"]).cast(pa.string(), safe=False))
     job = make_job(source, tmp_path / "o.parquet", str(model), PARAMS, keep=("k",), jobs=1)
     run_job(job)
     assert pq.read_table(job.output.path)["k"].cast(pa.binary()).to_pylist() == [b"\xff"]
-    with pytest.raises(Exception, match="column 'k' of type string has values that JSON cannot hold .* name the"):
-        run_job(change(job, out=tmp_path / "o.jsonl"))
+    assert run_job(change(job, out=tmp_path / "o.jsonl")).rejected == 1
+    assert json.loads((tmp_path / "o.jsonl").read_text())["k"] is None
 
 
 # ---- files that differ
@@ -315,6 +433,17 @@ def test_files_that_disagree_about_a_type_have_json_text(tmp_path: Path) -> None
     assert lang["lang"].to_pylist() == ["7", "7", '"en"', "1.5"]
 
 
+def test_decimals_that_no_type_holds_together_are_json_text(tmp_path: Path) -> None:
+    large = parquet(tmp_path / "a.parquet", k=pa.array([Decimal(10) ** 70], pa.decimal256(76, 0)))
+    fine = parquet(tmp_path / "b.parquet", k=pa.array([Decimal("0.5")], pa.decimal256(76, 70)))
+    assert kept([large, fine], "k")["k"].to_pylist() == [f'"1{"0" * 70}"', f'"0.5{"0" * 69}"']
+
+
+def test_a_number_keeps_its_sign_if_files_disagree(tmp_path: Path) -> None:
+    files = [parquet(tmp_path / "a.parquet", k=[-0.0, 7.0]), parquet(tmp_path / "b.parquet", k=["x"])]
+    assert kept(files, "k")["k"].to_pylist() == ["-0.0", "7", '"x"']
+
+
 def test_the_types_of_files_without_rows_count_only_if_no_file_has_rows(tmp_path: Path) -> None:
     empty = parquet(tmp_path / "e.parquet", k=pa.array([], pa.int8()))
     assert open_prompts(empty, keep=("k",)).scan().kept.field("k").type == pa.int8()
@@ -367,6 +496,13 @@ def test_folders_are_columns(tmp_path: Path) -> None:
     ]
 
 
+def test_a_kept_folder_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    parquet(tmp_path / "d" / "k=x" / "p.parquet", n=[1])
+    (tmp_path / "d" / "k=x").rename(os.fsdecode(os.fsencode(tmp_path) + b"/d/k=\xff"))
+    with pytest.raises(InputError, match="the folder of 'k' is not UTF-8; rename it"):
+        open_prompts(tmp_path / "d", keep=("k",))
+
+
 def test_folders_with_leading_zeros_are_strings(tmp_path: Path) -> None:
     for value in ("007", "8"):
         parquet(tmp_path / "d" / f"part={value}" / "p.parquet", k=[1])
@@ -410,6 +546,26 @@ def test_each_chunk_gets_the_values_of_its_rows(tmp_path: Path, rows: list[bool]
             table = kept_columns(chunk, output_rows(numbers))
             assert table["k"].to_pylist() == [100 + row for row in numbers]
             assert table.schema.equals(prompts.scan().kept)
+
+
+TEXTS = [f"{row:>4}" * 100 for row in range(500)]
+SHARING = {
+    "dictionary": pa.array(TEXTS).dictionary_encode(),
+    "ordered": pa.array(TEXTS).cast(pa.dictionary(pa.int16(), pa.string(), ordered=True)),
+    "view": pa.array(TEXTS, pa.string_view()),
+    "list view": pa.array([[text] for text in TEXTS], pa.list_view(pa.string())),
+    "dictionary in a list": pa.ListArray.from_arrays(range(501), pa.array(TEXTS).dictionary_encode()),
+}
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_rows_that_are_taken_hold_nothing_of_the_others(kind: str) -> None:
+    table = pa.table({"k": SHARING[kind]})
+    taken = Rows(range(500), table, range(500)).take([7, 400]).kept  # type: ignore[arg-type]
+    assert taken is not None
+    assert taken.schema.equals(table.schema)
+    assert taken.to_pylist() == [table.to_pylist()[row] for row in (7, 400)]
+    assert taken.get_total_buffer_size() < 5_000
 
 
 def test_if_nothing_is_kept_chunks_carry_nothing(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from batchgen.errors import InputError
 from batchgen.input import parquet as parquet_format
+from batchgen.input.kept import kept_columns
 from batchgen.types import Rejected, Request, SamplingParams
-from tests.support.inputs import CASES, PARAMS, facts, not_utf8, open_prompts, parquet, read, refusal, scan
+from tests.support.inputs import CASES, PARAMS, chunks, facts, not_utf8, open_prompts, parquet, read, refusal, scan
 
 # ---- rows
 
@@ -174,6 +175,45 @@ def test_rows_keep_their_numbers_over_batches_and_row_groups(tmp_path: Path, mon
     ]
 
 
+def test_a_batch_is_bounded_by_the_text_of_its_rows_not_by_what_the_file_has_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_format, "BATCH_BYTES", 100_000)
+    path = parquet(tmp_path, {"prompt": ["word " * 1_000] * 1_000, "stop": [["s" * 900]] * 1_000})
+    assert path.stat().st_size < 10_000
+    prompts = open_prompts(path)
+    batches = list(prompts._read(PARAMS, pa.schema([])))
+    assert sum(len(batch.items) for batch in batches) == 1_000
+    assert max(sum(batch.sizes) for batch in batches) <= 100_000
+
+
+WORDS = ["x" * (row % 7) if row % 5 else None for row in range(40)]
+LISTS = [None if word is None else [word, "yy"] for word in WORDS]
+MAPS = [None if word is None else [("a", word)] for word in WORDS]
+STRUCTS = [None if word is None else {"a": word, "b": [word]} for word in WORDS]
+
+
+@pytest.mark.parametrize(
+    ("array", "total"),
+    [
+        *[(pa.array(WORDS).cast(kind), 414) for kind in TEXT_TYPES],
+        (pa.ExtensionArray.from_storage(pa.json_(), pa.array(WORDS)), 414),
+        (pa.array(LISTS), 40 * 8 + 94 + 32 * (8 + 8 + 2)),
+        (pa.array(LISTS, pa.list_view(pa.string_view())), 40 * 8 + 94 + 32 * (8 + 8 + 2)),
+        (pa.array(MAPS, pa.map_(pa.string(), pa.string())), 40 * 8 + 94 + 32 * (8 + 8 + 8 + 1)),
+        (pa.array(STRUCTS), 40 * 8 * 3 + 2 * 94 + 32 * 8),
+        (pa.array(range(40)), 320),
+        (pa.nulls(40), 320),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_the_bytes_of_a_value_do_not_depend_on_the_batch(array: pa.Array, total: int) -> None:
+    whole = parquet_format.count_bytes(array)
+    pieces = [parquet_format.count_bytes(array.slice(*piece)).tolist() for piece in ((0, 7), (7, 1), (8, 30), (38, 2))]
+    assert sum(pieces, []) == whole.tolist()
+    assert whole.sum() == total
+
+
 def test_one_column_can_be_prompt_and_id(tmp_path: Path) -> None:
     (row,) = read(parquet(tmp_path, {"text": ["a"]}), prompt_column="text", id_column="text")
     assert (row.id, row.prompt) == ("a", "a")
@@ -197,6 +237,21 @@ def test_a_flipped_bit_in_parquet_is_an_input_error(tmp_path: Path) -> None:
     data[data.index(b"upon a")] ^= 1
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"^p\.parquet:row 0: the Parquet data is damaged here or later"):
+        read(path)
+
+
+def test_every_row_group_is_read_and_the_rows_are_as_many_as_the_file_says(tmp_path: Path) -> None:
+    """Dictionaries of two row groups cannot be joined within a list, and each group has its own."""
+    words = pa.array([["a"], ["b"], None, ["c", "a"]], pa.list_(pa.dictionary(pa.int32(), pa.string())))
+    path = parquet(tmp_path, {"prompt": ["1", "2", "3", "4"], "words": words}, row_group_size=1)
+    (chunk,) = chunks(open_prompts(path, keep=("words",)))
+    assert kept_columns(chunk, ())["words"].type == words.type
+    assert [item.prompt for item in chunk.items] == ["1", "2", "3", "4"]
+
+    data, four, five = path.read_bytes(), bytes([0x16, 8, 0x19]), bytes([0x16, 10, 0x19])  # rows, before row groups
+    assert data.count(four) == 1
+    path.write_bytes(data.replace(four, five))
+    with pytest.raises(InputError, match=r"p\.parquet:row 4: the Parquet data is damaged .*its footer says 5 rows"):
         read(path)
 
 
@@ -254,6 +309,8 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table([["a"], ["b"]], names=["prompt", "prompt"]), path)
     assert "2 columns are called 'prompt'" in refusal(path)
+    twins = pa.StructArray.from_arrays([pa.array(["x"]), pa.array(["y"])], ["b", "b"])
+    assert "2 columns are called 'a.b'" in refusal(parquet(tmp_path, {"prompt": ["a"], "a": twins}), keep=("a.b",))
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"prompt,id", b"PAR1" + b"\0" * 100 + b"PAR1"])

@@ -242,6 +242,24 @@ def output_rows(chunk: Chunk) -> list[OutputRow]:
     return [OutputRow(item.row, 0, None, None, None, None, None, None, "ok", None, None) for item in chunk.items]
 
 
+@pytest.mark.parametrize("batch_rows", [1, 4, 1000])
+def test_a_chunk_ends_with_the_row_that_fills_it_in_bytes_however_the_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int
+) -> None:
+    for module in (formats, parquet_format):
+        monkeypatch.setattr(module, "BATCH_ROWS", batch_rows)
+    letters = [3_000 if row % 5 == 0 else 10 for row in range(30)]
+    records = [{"prompt": "a", "id": str(row), "k": "k" * letters[row]} for row in range(30)]
+    for name in ("a.jsonl", "b.csv", "c.parquet", "d.jsonl.gz"):
+        prompts = open_prompts(write(tmp_path / name, records), keep=("k",))
+        cut = Cut(8, chunk_bytes=4_000)
+        found = list(prompts.chunks(prompts.scan(), PARAMS, lambda item: item, cut))  # type: ignore[arg-type, return-value]
+        cuts = [(chunk.first_row, len(chunk.items)) for chunk in found]
+        assert cuts == [(0, 6), (6, 8), (14, 7), (21, 8), (29, 1)]  # long are rows 0, 5, 10 ...
+        kept = [row for chunk in found for row in kept_columns(chunk, output_rows(chunk))["k"].to_pylist()]
+        assert kept == [record["k"] for record in records]
+
+
 def test_a_chunk_that_is_done_is_counted_and_not_checked(tmp_path: Path) -> None:
     prompts = open_prompts(write(tmp_path / "a.jsonl", RECORDS), keep=("k",))
     checked: list[int] = []
@@ -302,7 +320,7 @@ def test_a_format_is_three_functions(tmp_path: Path, monkeypatch: pytest.MonkeyP
             with sources.open_bytes(source) as (file, _):
                 lines = [line.decode().strip() for line in file]
             items = [Request(row, f"{source.name}:{row}", None, line, PARAMS) for row, line in enumerate(lines)]
-            yield Rows(items, None)
+            yield Rows(items, None, [2, 2])
 
     monkeypatch.setitem(FORMATS, "lines", Lines())
     monkeypatch.setitem(sources.SUFFIXES, ".lines", "lines")
@@ -310,3 +328,37 @@ def test_a_format_is_three_functions(tmp_path: Path, monkeypatch: pytest.MonkeyP
     prompts = open_prompts(tmp_path / "p.lines")
     assert (prompts.scan().formats, prompts.scan().rows) == (("lines",), 2)
     assert [item.prompt for item in prompts.requests(PARAMS)] == ["a", "b"]
+
+
+NAMES = '"row", "sample", "completion", "finish_reason", "status", "parameters"'
+RESULT = '{"prompt": "a", "logprobs": [1], ' + NAMES.replace(",", ": 0,") + ": 0"
+
+
+@pytest.mark.parametrize(
+    ("line", "asks"),
+    [
+        (r'{"prompt": "a", "log\u0070robs": 1}', True),
+        (r'{"prompt": "a", "sampling_params": {"\u006c\u006Fgprobs": 1}}', True),
+        (r'{"prompt": "a", "sampling_params": "{\"log\\u0070robs\": 1}"}', True),
+        (r"""{"prompt": "a", "sampling_params": "{'\\x6cogprobs': 1}"}""", True),
+        ('{"prompt": "a", "logprobs": 1, "k": [' + NAMES + "]}", True),
+        (RESULT + "}", False),
+        (RESULT + ', "sampling_params": {"logprobs": 2}}', True),
+    ],
+)
+def test_a_row_that_asks_for_logprobs_has_columns_for_them_however_it_is_written(
+    tmp_path: Path, line: str, asks: bool
+) -> None:
+    (tmp_path / "p.jsonl").write_text(line)
+    prompts = open_prompts(tmp_path / "p.jsonl")
+    ((item,),) = [chunk.items for chunk in chunks(prompts)]
+    assert isinstance(item, Request)
+    assert (item.params.logprobs is not None) == asks
+    assert prompts.scan().logprobs == asks
+
+
+def test_a_row_that_asks_for_logprobs_in_letters_that_no_scan_sees_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("""{"prompt": "a", "sampling_params": "{'log' 'probs': 1}"}""")
+    ((item,),) = [chunk.items for chunk in chunks(open_prompts(tmp_path / "p.jsonl"))]
+    assert isinstance(item, Rejected)
+    assert item.error == "p.jsonl:1: logprobs is written in a way that is found too late; write it in plain letters"

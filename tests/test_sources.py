@@ -5,11 +5,14 @@ import hashlib
 import io
 import json
 import os
+import random
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +22,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import InputError, OutputError
-from batchgen.input.prompts import Prompts
+from batchgen.files import Contents, SteadyFile
+from batchgen.input.prompts import Cut, Prompts
 from batchgen.input.sources import Source, find_sources, local_paths
 from batchgen.output.place import check_folder, refuse_input
 from batchgen.types import Rejected
-from tests.support.inputs import PARAMS, open_prompts, read, refusal, scan
+from tests.support.inputs import PARAMS, open_prompts, read, refusal, scan, unchecked
 
 GOOD = b'{"id": "a", "prompt": "Once"}'
 
@@ -239,6 +243,7 @@ def test_a_directory_is_its_files_sorted_by_path(here: Path) -> None:
         write(here / "d" / name, name)
     for name in ("_SUCCESS", ".hidden", "_metadata", "a/.x.jsonl.crc", "_tmp/x.jsonl", "o.parquet.batchgen/plan.json"):
         write(here / "d" / name, "never")
+    (here / "d" / "o.parquet.batchgen" / "lock").touch()
     assert prompts_of("d") == ["a-b.csv", "a/y.jsonl.zst", "a/z.parquet", "b.jsonl"]
     assert prompts_of(here / "d") == prompts_of("d/")
 
@@ -311,27 +316,193 @@ def test_an_output_in_an_input_directory_is_refused(here: Path) -> None:
         refuse_input(here / "d" / "deeper" / "a.jsonl", local_paths(find_sources("d/deeper/*.jsonl")))
 
 
+# ---- what is skipped, and nothing else is
+
+STATUS = {"state": "finished", "exit_code": 0, "output": "o.parquet", "rows_done": 1}
+
+
+def test_only_what_a_run_keeps_beside_its_output_is_skipped(here: Path) -> None:
+    for name in ("a.jsonl", "orders.status.json", "orders.plan.json", "x.batchgen/b.jsonl"):
+        write(here / "d" / name, name)
+    for name, values in (("o.status.json", STATUS), ("o.plan.json", {"sha256": "", "statuses": {}, "plan": {}})):
+        (here / "d" / name).write_text(json.dumps(values))
+    write(here / "d" / "o.parquet.batchgen" / "b.jsonl", "never")
+    (here / "d" / "o.parquet.batchgen" / "lock").touch()
+    given = ["a.jsonl", "orders.plan.json", "orders.status.json", "x.batchgen/b.jsonl"]
+    assert prompts_of("d") == prompts_of("d/**/*.json*") == given
+    by_shell = sorted(path for path in (here / "d").iterdir() if path.is_file())
+    assert prompts_of(by_shell) == prompts_of("d/*.json*") == given[:3]
+    assert "no key 'prompt'" in refusal(here / "d" / "o.status.json")  # named alone
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.jsonl", ["_a.jsonl", "b.jsonl"]),
+        ("*", ["_a.jsonl", "b.jsonl"]),
+        ("**/*.jsonl", ["_a.jsonl", "b.jsonl"]),
+        ("_*/*.jsonl", ["c.jsonl"]),
+        (".*/*.jsonl", ["d.jsonl"]),
+        (".*.jsonl", [".e.jsonl"]),
+        ("_[a]*", ["_a.jsonl"]),
+        ("_a.jsonl", ["_a.jsonl"]),
+        (".e.jsonl", [".e.jsonl"]),
+        (".", ["b.jsonl"]),
+    ],
+)
+def test_a_hidden_file_is_read_if_it_is_named(here: Path, pattern: str, found: list[str]) -> None:
+    for name in ("_a.jsonl", "b.jsonl", "_tmp/c.jsonl", ".tmp/d.jsonl", ".e.jsonl", "_SUCCESS", "_metadata"):
+        write(here / name, name)
+    assert names(pattern) == found
+
+
+def test_packed_data_is_read_to_its_end_or_it_is_named_as_truncated(here: Path) -> None:
+    for suffix in ("jsonl.gz", "csv.zst"):
+        path, one, two = here / f"p.{suffix}", line("Once"), line("upon") * 3
+        pack = gzip.compress if suffix.endswith("gz") else partial(pa.compress, codec="zstd", asbytes=True)
+        whole = pack(one) + pack(two)
+        for length in range(len(whole)):
+            path.write_bytes(whole[:length])
+            if length == len(pack(one)):  # no sign of a second
+                continue
+            with pytest.raises(InputError, match=rf"p.{suffix}.*(truncated|damaged)"):
+                unchecked(path).scan()
+        for tail in (b"x", b"\x1f", b"(\xb5", whole[:3], b"x" * 100):
+            path.write_bytes(whole + tail)
+            with pytest.raises(InputError, match=rf"p.{suffix}.*(truncated|damaged)"):
+                unchecked(path).scan()
+        path.write_bytes(pack(b""))
+        assert scan(path).rows == 0
+
+
 # ---- what was changed meanwhile
 
 
+KINDS = ["jsonl", "csv", "parquet", "jsonl.gz", "jsonl.zst"]
+BLOCK = 2048
+
+
+def write_many(path: Path, word: str) -> tuple[list[str], bytes]:
+    """Prompts in a file of many blocks, and its bytes."""
+    prompts = [f"{word} {hashlib.sha256(b'%d' % n).hexdigest()}" for n in range(1500)]
+    return prompts, write(path, *prompts).read_bytes()
+
+
+@pytest.fixture(params=KINDS)
+def swapped(request: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str], bytes, bytes]:
+    """A file of many small blocks that is open for reading, its prompts, its bytes and those of another file."""
+    monkeypatch.setattr("batchgen.input.sources.BUFFER_BYTES", BLOCK)
+    path = here / f"p.{request.param}"
+    _, other = write_many(path, "other")
+    prompts, own = write_many(path, "first")
+    assert min(len(own), len(other)) > 20 * BLOCK
+    return path, prompts, own, other
+
+
+@pytest.mark.parametrize("is_put_back", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_no_chunk_has_a_row_of_other_bytes_than_the_scan_read(
+    swapped: Any, monkeypatch: pytest.MonkeyPatch, is_put_back: bool, in_place: bool
+) -> None:
+    path, prompts, own, other = swapped
+    monkeypatch.setattr("batchgen.input.prompts.check_local_unchanged", lambda _: None)  # the bytes alone must do
+
+    def put(data: bytes) -> None:
+        if in_place:
+            path.write_bytes(data)
+        else:
+            path.rename(path.with_name("old"))
+            path.write_bytes(data)
+
+    for before, after in ((0, 400), (3, 9), (100, 700), (1024, 1400)):
+        path.write_bytes(own)
+        opened = open_prompts(path)
+        facts, found, error = opened.scan(), [], None
+        try:
+            put(other if before == 0 else own)
+            for chunk in opened.chunks(facts, PARAMS, lambda item: item, Cut(50)):  # type: ignore[arg-type, return-value]
+                found += [item.prompt for item in chunk.items]
+                if before <= len(found) and path.read_bytes() != other:
+                    put(other)
+                if is_put_back and after <= len(found):
+                    put(own)
+        except InputError as caught:
+            error = str(caught)
+        assert found == prompts[: len(found)]
+        assert found == prompts or error
+        assert error is None or error.startswith(f"{path}: the file was changed while it was being read; put it back")
+
+
+def test_a_file_that_changes_during_the_scan_is_noticed_when_it_was_read(swapped: Any) -> None:
+    path, _, own, other = swapped
+    for first, then in ((own, other), (own, own + other), (own, own[:-BLOCK]), (own, own[: len(own) // BLOCK * BLOCK])):
+        path.write_bytes(first)
+        opened = open_prompts(path)
+        opened.scan()
+        path.write_bytes(then)
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(InputError, match="the file was changed while it was being read"):
+            opened.scan()
+
+
+def test_a_file_that_gets_longer_is_noticed_at_the_next_rows(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchgen.input.formats.BATCH_ROWS", 10)
+    path = here / "p.jsonl"
+    write_many(path, "first")
+    opened = open_prompts(path)
+    opened.scan()
+    rows = opened.requests(PARAMS)
+    next(rows)
+    with open(path, "ab") as file:
+        file.write(line("more"))
+    assert len(list(zip(range(9), rows, strict=False))) == 9
+    with pytest.raises(InputError, match="the file was changed while it was being read"):
+        next(rows)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-@pytest.mark.parametrize("change", ["rewritten", "replaced", "gone"])
-def test_a_file_that_changes_while_it_is_read_is_noticed(here: Path, name: str, change: str) -> None:
+@pytest.mark.parametrize("change", ["touched", "copied", "gone"])
+def test_bytes_decide_whether_a_file_has_changed(here: Path, name: str, change: str) -> None:
     path = write(here / name, "a", "b")
     prompts = open_prompts([path, write(here / "z.jsonl", "z")])
     rows = prompts.requests(PARAMS)
-    next(rows)
-    if change == "rewritten":
-        path.write_bytes(path.read_bytes())
+    first = next(rows)
+    if change == "touched":
         os.utime(path, ns=(1, 1))
-    elif change == "replaced":
+    elif change == "copied":
         os.replace(write(here / f"new-{name}", "a", "b"), path)
     else:
         path.unlink()
-    with pytest.raises(InputError, match=rf"{name}: the file was changed while it was being read; run again"):
-        list(rows)
-    with pytest.raises(InputError):
-        prompts.scan()
+    assert [row.prompt for row in (first, *rows)] == ["a", "b", "z"]
+    if change == "gone":
+        with pytest.raises(InputError, match=rf"^{path}: "):
+            prompts.scan()
+    else:
+        assert prompts.scan() == open_prompts([path, here / "z.jsonl"]).scan()
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 24])
+def test_a_steady_file_reads_as_any_file(size: int) -> None:
+    data, rng = os.urandom(size), random.Random(size)
+    contents = Contents(block_bytes=8)
+    for _ in range(20):
+        plain, steady = io.BytesIO(data), SteadyFile(io.BytesIO(data), contents, AssertionError)
+        for _ in range(20):
+            place, whence = rng.choice([(rng.randrange(30), 0), (0, 1), (3, 1), (-min(size, 3), 2), (0, 2)])
+            assert plain.seek(place, whence) == steady.seek(place, whence) == steady.tell()
+            count = rng.randrange(-1, 30)
+            assert plain.read(count) == steady.read(count)
+
+
+@pytest.mark.parametrize("other", [b"0123456789abcdeX", b"0123456789abcde", b"0123456789abcdef+", b"", b"01234567"])
+def test_a_steady_file_raises_instead_of_giving_other_bytes(other: bytes) -> None:
+    data, contents = b"0123456789abcdef", Contents(block_bytes=8)
+    assert SteadyFile(io.BytesIO(data), contents, ZeroDivisionError).read() == data
+    file = SteadyFile(io.BytesIO(other), contents, ZeroDivisionError)
+    found: list[bytes] = []
+    with pytest.raises(ZeroDivisionError):
+        found.extend(iter(lambda: file.read(3), b""))
+    assert data.startswith(b"".join(found))
 
 
 # ---- standard input
@@ -376,6 +547,29 @@ def test_a_terminal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(leader)
     monkeypatch.setattr("sys.stdin", None)
     assert refusal("-").startswith("-: standard input is closed; pipe prompts into it")
+
+
+def test_standard_input_that_does_not_block_is_read_to_its_end(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its writer is slower than the reader; the program that made the pipe, or one that used it before, set that."""
+    pipe, end = os.pipe()
+    os.set_blocking(pipe, False)
+    os.write(end, line("a"))
+    over = threading.Event()
+
+    def write_late() -> None:
+        while not (os.get_blocking(pipe) or over.wait(0.001)):
+            pass
+        os.write(end, line("b"))
+        os.close(end)
+
+    writer = threading.Thread(target=write_late)
+    with os.fdopen(pipe, "rb") as file:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file))
+        writer.start()
+        prompts = open_prompts("-")
+        over.set()
+        writer.join()
+    assert prompts.scan().rows == 2
 
 
 def test_no_room_for_standard_input_is_one_line(here: Path, stdin: Any) -> None:

@@ -3,6 +3,8 @@
 import json
 import pickle
 import random
+import tracemalloc
+from array import array
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -171,7 +173,7 @@ def test_merges_equal_the_reference_for_every_vocabulary(
     ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merged)}
     expected = [AB_ENCODER[token] for token in reference_merge(list(text), {pair: i for i, pair in enumerate(merges)})]
     assert merge_short([AB_ENCODER[letter] for letter in text], ranks, merged) == expected
-    assert merge_long([AB_ENCODER[letter] for letter in text], ranks, merged) == expected
+    assert merge_long(array("i", [AB_ENCODER[letter] for letter in text]), ranks, merged).tolist() == expected
     assert Tokenizer(AB_ENCODER, merges, AB_BYTES).encode(text) == expected
 
 
@@ -210,9 +212,9 @@ class CountedRanks(dict[tuple[int, int], int]):
 def test_merge_long_looks_up_at_most_three_pairs_for_each_symbol(gpt2: Tokenizer, letters: str) -> None:
     ranks = CountedRanks(gpt2._ranks)
     text = "".join(random.Random(0).choices(letters, k=20_000))
-    symbols = [gpt2._byte_ids[byte] for byte in text.encode()]
+    symbols = array("i", [gpt2._byte_ids[byte] for byte in text.encode()])
     n_symbols = len(symbols)
-    assert merge_long(symbols, ranks, gpt2._merged) == gpt2.encode(text)
+    assert merge_long(symbols, ranks, gpt2._merged).tolist() == gpt2.encode(text)
     assert ranks.lookups <= 3 * n_symbols
 
 
@@ -235,6 +237,35 @@ def test_merge_long_looks_up_at_most_three_pairs_for_each_symbol(gpt2: Tokenizer
 )
 def test_a_huge_piece_decodes_to_itself(gpt2: Tokenizer, text: str) -> None:
     assert gpt2.decode(gpt2.encode(text)) == text
+
+
+# A long text: its blocks, and only its last ids.
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts(ANYTHING), block=st.integers(1, 9), last=st.integers(1, 20))
+def test_the_last_ids_of_a_text_in_blocks_are_those_of_the_whole_text(
+    gpt2: Tokenizer, text: str, block: int, last: int
+) -> None:
+    whole = gpt2.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK_CHARACTERS", block)
+        assert gpt2.encode(text) == whole
+        assert gpt2.encode(text, "auto", last) == whole[-last:]
+
+
+@pytest.mark.parametrize(
+    "text", ["one two three 4 five\n" * 5_000, "a" * 30_000, "a7!b+" * 20_000, "é漢字x、" * 20_000]
+)
+def test_the_memory_for_the_last_ids_of_a_text_is_a_few_times_its_own(gpt2: Tokenizer, text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK_CHARACTERS", 1_000)
+        gpt2.encode(text[:1_000])
+        tracemalloc.start()
+        gpt2.encode(text, "auto", 100)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 25 * len(text.encode())
 
 
 def test_the_cache_is_bounded_and_changes_no_ids(monkeypatch: pytest.MonkeyPatch, gpt2_dir: Path) -> None:
@@ -298,7 +329,7 @@ def test_an_id_outside_the_vocabulary_becomes_the_replacement_character(gpt2: To
 
 
 def test_end_of_text_has_an_id_but_its_text_encodes_otherwise(gpt2: Tokenizer) -> None:
-    assert (gpt2.n_vocab, gpt2.start_id) == (50257, 50256)
+    assert (gpt2.n_vocab, gpt2.special.start) == (50257, 50256)
     assert gpt2.decode([50256]) == "<|endoftext|>"
 
 
@@ -361,7 +392,7 @@ def test_a_tiny_vocabulary_merges_in_the_order_of_its_file(write: Write) -> None
     tokenizer = Tokenizer.load(write())
     assert tokenizer.encode("abcab abc a") == [5, 4, 3, 5, 6]
     assert tokenizer.decode([5, 4, 3, 5, 6, 7]) == "abcab abc a<|endoftext|>"
-    assert (tokenizer.n_vocab, tokenizer.start_id) == (8, 7)
+    assert (tokenizer.n_vocab, tokenizer.special.start) == (8, 7)
 
 
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
@@ -401,7 +432,7 @@ def test_a_byte_that_the_vocabulary_lacks_is_named_in_the_error(write: Write) ->
 
 
 def test_a_vocabulary_without_end_of_text_has_no_eos(write: Write) -> None:
-    assert Tokenizer.load(write({"a": 0}, "")).start_id is None
+    assert Tokenizer.load(write({"a": 0}, "")).special.start is None
 
 
 @pytest.mark.parametrize("token", ["<|pad token|>", "<｜tool▁call｜>", "[SEP 日本]", "<é>"])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from batchgen.errors import InputError
 from batchgen.input.validation import make_check
 from batchgen.job import EmptyPrompt, OnTooLong, Policy
+from batchgen.text.special_tokens import SpecialTokens
 from batchgen.types import Rejected, Request, SamplingParams, TokenizedRequest
 
 N_CTX = 1024
@@ -18,10 +19,8 @@ N_CTX = 1024
 class Letters:
     """One token for each character, its code point; counts the calls of encode."""
 
-    start_id: int | None = 50256
+    special = SpecialTokens(end=(50256,), start=50256)
     n_vocab = n_tokens = 50257
-    begin_ids: tuple[int, ...] = ()
-    end_ids: tuple[int, ...] = (50256,)
     longest_token_bytes = 4
 
     def __init__(self) -> None:
@@ -33,9 +32,9 @@ class Letters:
     def reads_special_as_text(self, text: str) -> bool:
         return "<|endoftext|>" in text
 
-    def encode(self, text: str, special_tokens: str = "auto") -> list[int]:
+    def encode(self, text: str, special_tokens: str = "auto", last: int | None = None) -> list[int]:
         self.calls += 1
-        return [ord(letter) for letter in text]
+        return [ord(letter) for letter in text][-(last or 0) :]
 
     def encode_part(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
@@ -148,7 +147,7 @@ def test_unconditional_starts_from_the_end_of_text_token() -> None:
 
 def test_unconditional_needs_an_end_of_text_token() -> None:
     tokenizer = Letters()
-    tokenizer.start_id = None
+    tokenizer.special = SpecialTokens()
     got = rejected(validate(request(""), tokenizer, N_CTX, empty_prompt="unconditional"))
     assert "no <|endoftext|>" in got.error
 
@@ -246,9 +245,19 @@ def test_trim_removes_spaces_from_the_end_only() -> None:
     assert "the prompt is empty" in rejected(validate(several("   "), Letters(), N_CTX, trim=True)).error
 
 
+def test_trim_removes_spaces_from_the_prompt_of_a_rejected_row_too() -> None:
+    def shown(row: Request | Rejected) -> str | None:
+        return rejected(validate(row, Letters(), N_CTX, trim=True)).prompt
+
+    too_long = request("x" * N_CTX + "  ")
+    unread = Rejected(1, "b.jsonl:2", None, "a ", "b.jsonl:2: temperature -1 is out of range")
+    assert (shown(too_long), shown(unread), shown(replace(unread, prompt=None))) == ("x" * N_CTX, "a", None)
+    assert rejected(validate(unread, Letters(), N_CTX)) == unread
+
+
 def test_a_prompt_that_the_vocabulary_cannot_spell_is_a_rejected_row() -> None:
     class NoQ(Letters):
-        def encode(self, text: str, special_tokens: str = "auto") -> list[int]:
+        def encode(self, text: str, special_tokens: str = "auto", last: int | None = None) -> list[int]:
             raise InputError("no token for q")
 
     assert rejected(validate(several("q"), NoQ(), N_CTX)).error == "b.jsonl:1: no token for q"

@@ -2,8 +2,7 @@
 
 Between commas, fields are quoted as in RFC 4180: a quoted field may hold the delimiter, line ends, and quotes written
 twice; spaces around it are not text. Between tabs, a quote is text, unless the names in the header are quoted. A blank
-line is not a record. A broken record becomes a rejected row, and so do the lines that an open quote swallows; other
-records are not affected.
+line is not a record. A broken record becomes a rejected row, and so do the lines that an open quote swallows.
 """
 
 import csv
@@ -17,7 +16,7 @@ import pyarrow as pa
 
 from batchgen.errors import InputError, UsageError
 from batchgen.input.formats import Found, Reading, Rows, Scanned, batch_rows, check_first_bytes, find_columns
-from batchgen.input.parameters import find_results, is_object, override_params, parse_text
+from batchgen.input.parameters import find_results, is_object, mentions_logprobs, override_params, parse_text
 from batchgen.input.sources import BUFFER_BYTES, UNPACKING_ERRORS, Source, open_bytes, read_error
 from batchgen.job import InputOptions
 from batchgen.options import say, shown
@@ -259,7 +258,9 @@ def scan(source: Source, options: InputOptions) -> Scanned:
         objects = [index for index, name in enumerate(header) if is_object(name) and name not in results]
         logprobs, rows = "logprobs" in header and "logprobs" not in results, 0
         for rows, (_, record) in enumerate(records, 1):  # noqa: B007  # counts them
-            logprobs = logprobs or any("logprobs" in record[i] for i in objects if isinstance(record, list))
+            logprobs = logprobs or any(
+                mentions_logprobs(record[i].encode()) for i in objects if isinstance(record, list)
+            )
         columns = {name: pa.field(name, pa.string()) for name in options.keep if name in header}
         return Scanned(rows, stored.digest.hexdigest(), stored.bytes, logprobs, columns)
 
@@ -282,17 +283,17 @@ def _read_rows(
         if isinstance(record, str):
             yield Rejected(row, place, None, None, f"{place}: {record}"), {}, 0
             continue
-        fields = dict(zip(header, record, strict=True))
+        fields, size = dict(zip(header, record, strict=True)), sum(map(len, record))
         id_, prompt = fields.get(id_column), fields[prompt_column]
         id_ = None if id_ in ("", NULL) else id_  # in CSV, an empty id is no id
         item: Request | Rejected
         if prompt == NULL:
             reason = f"the prompt is {NULL}, as databases write a missing value; leave the row out"
-            yield Rejected(row, place, id_, None, f"{place}: {reason}"), fields, 0
+            yield Rejected(row, place, id_, None, f"{place}: {reason}"), fields, size
             continue
         try:
             own = {name: parse_text(name, fields[name]) for name in parameters}
             item = Request(row, place, id_, prompt, override_params(own, reading.params, reading.found))
         except UsageError as error:
             item = Rejected(row, place, id_, prompt, f"{place}: {error}")
-        yield item, fields, sum(map(len, record))
+        yield item, fields, size

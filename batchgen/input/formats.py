@@ -8,11 +8,12 @@ from typing import Protocol
 import pyarrow as pa
 
 from batchgen.errors import InputError, UsageError
-from batchgen.input.kept import Column, kept_batch, take_rows, text_array
+from batchgen.input.kept import Column, kept_batch, take_rows, text_array, without_others
 from batchgen.input.parameters import parameter_names, parse_text
 from batchgen.input.sources import UNPACKING_ERRORS, Source, needs_long_window, read_error
-from batchgen.input.words import describe_missing, find_value, first_line
+from batchgen.input.words import describe_missing, find_value
 from batchgen.job import DEFAULT_ID_COLUMN, InputOptions
+from batchgen.limits import reason_of
 from batchgen.options import say, shown
 from batchgen.types import Rejected, Request, RowParameters, SamplingParams
 
@@ -61,6 +62,7 @@ class Reading:
     params: SamplingParams  # of a row that gives none of its own
     kept: pa.Schema
     openai: bool
+    as_json: bool = False  # kept values are written as JSON lines
     found: RowParameters = field(default_factory=RowParameters)
     custom_ids: dict[str, str] = field(default_factory=dict)  # of OpenAI's batch files so far, each with its place
 
@@ -71,11 +73,12 @@ class Rows:
 
     items: Sequence[Request | Rejected]
     kept: pa.Table | None  # a row for each item; None: nothing is kept
+    sizes: Sequence[int]  # bytes of each row in the input, unpacked; they depend on nothing but the row
 
     def take(self, indices: Sequence[int]) -> "Rows":
-        """The rows at these indices."""
-        kept = None if self.kept is None else take_rows(self.kept, indices)
-        return Rows([self.items[index] for index in indices], kept)
+        """The rows at these indices, which hold nothing of the others."""
+        kept = None if self.kept is None else without_others(take_rows(self.kept, indices))
+        return Rows([self.items[index] for index in indices], kept, [self.sizes[index] for index in indices])
 
 
 class Format(Protocol):
@@ -114,7 +117,7 @@ def check_first_bytes(file: BufferedReader, source: Source) -> None:
         if needs_long_window(error):
             raise read_error(source, 1, error) from error
         what = f"not a {source.packing} file, or a damaged one" if source.packing else "cannot be read"
-        raise InputError(f"{source.where}: {what} ({first_line(error)}); fetch or pack it again") from error
+        raise InputError(f"{source.where}: {what} ({reason_of(error)}); fetch or pack it again") from error
     for magic, what, remedy in _OTHER_FORMATS:
         if start.startswith(magic):
             wanted = "JSON lines" if source.format == "jsonl" else source.format.upper()
@@ -130,10 +133,7 @@ def needed_columns(options: InputOptions) -> dict[str, str]:
 
 
 def find_columns(names: Sequence[str], source: Source, options: InputOptions) -> list[str]:
-    """The columns to read of a file with a header: prompt, id and parameters.
-
-    Raises InputError if a needed or kept column is missing or there twice, or a parameter's name is misspelled.
-    """
+    """The columns to read of a file with a header: prompt, id and parameters."""
     for option, column in needed_columns(options).items():
         if column not in names:
             raise InputError(f"{source.where}: {describe_missing(column, option, names, 'column')}")
@@ -169,30 +169,27 @@ def batch_rows(
     source: Source,
     schema: pa.Schema,
 ) -> Iterator[Rows]:
-    """Yield rows of a text format in batches; a row comes with its fields and its bytes.
-
-    names: the kept columns that are in the fields; schema: all kept columns. Rows before an InputError are yielded.
-    """
+    """Yield rows, which come with fields and bytes, in batches, those before an InputError too; names: kept fields."""
     items: list[Request | Rejected] = []
     values: dict[str, list[object]] = {name: [] for name in names}
+    sizes: list[int] = []
     size = 0
     try:
         for item, fields, length in rows:
             items.append(item)
+            sizes.append(length)
             for name, column in values.items():
                 column.append(find_value(fields, name))
             size += length
             if len(items) == BATCH_ROWS or size >= BATCH_BYTES:
-                yield _make_rows(items, values, source, schema)
-                items, values, size = [], {name: [] for name in names}, 0
+                yield Rows(items, _make_kept(values, len(items), source, schema), sizes)
+                items, values, sizes, size = [], {name: [] for name in names}, [], 0
     except InputError:
-        yield _make_rows(items, values, source, schema)
+        yield Rows(items, _make_kept(values, len(items), source, schema), sizes)
         raise
-    yield _make_rows(items, values, source, schema)
+    yield Rows(items, _make_kept(values, len(items), source, schema), sizes)
 
 
-def _make_rows(
-    items: list[Request | Rejected], values: dict[str, list[object]], source: Source, schema: pa.Schema
-) -> Rows:
+def _make_kept(values: dict[str, list[object]], length: int, source: Source, schema: pa.Schema) -> pa.Table | None:
     arrays = {name: text_array(column, schema.field(name), source) for name, column in values.items()}
-    return Rows(items, kept_batch(source, schema, arrays, len(items)) if schema.names else None)
+    return kept_batch(source, schema, arrays, length) if schema.names else None

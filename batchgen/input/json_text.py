@@ -1,8 +1,7 @@
 r"""JSON as people save it: one object a line, one array, or objects over several lines; cut into the text of each row.
 
 Lines are split at b"\n" alone, and a line of only spaces, tabs and carriage returns is not a row: each other line is
-exactly one row, however broken it is. An array or an object over several lines cannot be read beyond an error in it, so
-such an error is one of the file. At most one row of an array is in memory.
+exactly one row, however broken it is. An array or an object over several lines cannot be read beyond an error in it.
 """
 
 import codecs
@@ -14,6 +13,7 @@ from io import BufferedReader
 from itertools import chain, islice
 
 from batchgen.errors import InputError
+from batchgen.input.formats import BadRow
 from batchgen.input.sources import BUFFER_BYTES, UNPACKING_ERRORS, Source, read_error
 
 MAX_LINE_BYTES = 32 * 2**20  # the longest prompt that fits a GPT-2 is a few hundred KB
@@ -63,10 +63,7 @@ def _first_line(file: BufferedReader, source: Source) -> tuple[int, bytes]:
 def read_lines(
     file: BufferedReader, source: Source, first: int = 1, head: bytes = b"", blanks: bytes = b" \t\r\n"
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the bytes of every line that is not blank, without the blanks at its end.
-
-    head: what was read of the line `first`.
-    """
+    """Yield the number and the text of every line that is not blank; head: what was read of the line `first`."""
     number = first - 1
     read = iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
     try:
@@ -79,6 +76,16 @@ def read_lines(
                 yield number, text
     except UNPACKING_ERRORS as error:
         raise read_error(source, number + 1, error) from error
+
+
+def decode_line(line: bytes) -> str:
+    """The text of a line; BadRow if it has none."""
+    if line == TOO_LONG:
+        raise BadRow(f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise BadRow(f"invalid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
 
 
 def _without_mark(text: bytes) -> bytes:

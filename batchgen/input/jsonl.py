@@ -4,13 +4,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedReader
 from itertools import islice
+from typing import Any
 
 from batchgen.errors import InputError, UsageError
 from batchgen.files import unique_keys
-from batchgen.input import json_text, openai
+from batchgen.input import openai
 from batchgen.input.formats import BadRow, Found, Reading, Rows, Scanned, batch_rows, check_first_bytes, needed_columns
 from batchgen.input.json_columns import refuse_columns
-from batchgen.input.json_text import TOO_LONG, read_rows
+from batchgen.input.json_text import decode_line, read_rows
 from batchgen.input.kept import EXACT, MIXED, Kind, kind_of, merge_kinds
 from batchgen.input.openai import Fields, Prompt
 from batchgen.input.parameters import may_ask_logprobs, override_params, parameter_names
@@ -21,6 +22,7 @@ from batchgen.options import say, shown
 from batchgen.types import Rejected, Request, SamplingParams
 
 CHECKED_ROWS = 1000  # rows that check reads before it reports a key as missing
+MAX_NESTING = 200  # far below what Python can read, and write again as the text of a kept value, at any depth of calls
 BLANK = " \t\r"
 EXAMPLE = '{"prompt": "Once upon a time"}'
 
@@ -37,29 +39,36 @@ def _refuse_duplicates(pairs: list[tuple[str, object]]) -> Fields:
         raise BadRow(f"{error}; keep one") from error
 
 
+def _is_too_deep(value: object) -> bool:
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        items = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in items if isinstance(item, dict | list)]
+    return bool(level)
+
+
+_TOO_DEEP = f"the JSON is nested too deeply (over {MAX_NESTING} levels); flatten it"
 _DECODER = json.JSONDecoder(object_pairs_hook=_refuse_duplicates)
 
 
 def decode(line: bytes) -> Fields:
     """The JSON object of one line; BadRow for any other bytes."""
-    if line == TOO_LONG:
-        raise BadRow(f"the line is longer than {json_text.MAX_LINE_BYTES} bytes; shorten it")
+    text = decode_line(line)
     try:
-        text = line.decode()
         start = 0 if text[0] == "{" else len(text) - len(text.lstrip(BLANK))
         value, end = _DECODER.raw_decode(text, start)
-    except UnicodeDecodeError as error:
-        raise BadRow(f"invalid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise BadRow(f"not JSON: {error.msg} at column {error.pos + 1}; write {EXAMPLE}") from error
     except RecursionError as error:
-        raise BadRow("the JSON is nested too deeply to be read; flatten it") from error
+        raise BadRow(_TOO_DEEP) from error
     except ValueError as error:
         raise BadRow("an integer has too many digits to be read; write it as a string") from error
     if end != len(text):
         raise BadRow(f"not JSON: extra data at column {end + 1}; write one object a line")
     if not isinstance(value, dict):
         raise BadRow(f"the line is {_describe(value)}, not an object; write {EXAMPLE}")
+    if line.count(b"[") + line.count(b"{") > MAX_NESTING and _is_too_deep(value):
+        raise BadRow(_TOO_DEEP)
     return value
 
 

@@ -1,8 +1,6 @@
 """Columns that the output carries from the input, unchanged and of any Arrow type.
 
-They do not pass through the engine: each chunk carries the values of its rows as an Arrow stream, and the worker puts
-them beside the rows that it writes.
-
+Each chunk carries the values of its rows as an Arrow stream, and the worker puts them beside the rows that it writes.
 A Parquet column keeps its type, and a CSV column is a string. The type of a JSON key comes from its values in all rows
 of the input (see kind_of); if no single type holds them all, they are kept as JSON text.
 """
@@ -12,14 +10,17 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TypeAlias
+from itertools import islice
+from typing import Any, TypeAlias
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
 from batchgen.input.sources import Source
-from batchgen.input.words import find_surrogate, first_line
+from batchgen.input.words import find_surrogate
+from batchgen.limits import reason_of
 from batchgen.options import say, shown
 from batchgen.types import Chunk, OutputRow
 
@@ -105,15 +106,22 @@ def _arrow_type(kind: Kind) -> pa.DataType:
     return _SCALARS[kind or "string"]
 
 
-def _json_text(value: object) -> str | None:
-    """NaN and the infinities, which JSON has not, become null, as in an output of JSON lines."""
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def json_text(value: object) -> str:
+    """A value as JSON; NaN and the infinities, which JSON has not, become null."""
+    text = _encode(value)
+    if "NaN" in text or "Infinity" in text:  # perhaps only within a string
+        text = _encode(json.loads(text, parse_constant=lambda _: None))
+    return text
+
+
+def _kept_text(value: object) -> str | None:
     if value is None:
         return None
-    text = json.dumps(value, ensure_ascii=False)
-    if "NaN" in text or "Infinity" in text:  # perhaps only within a string
-        value = json.loads(text, parse_constant=lambda _: None)
-        text = json.dumps(value, ensure_ascii=False)
-    return json.dumps(value) if find_surrogate(text) else text
+    text = json_text(value)
+    return json.dumps(json.loads(text)) if find_surrogate(text) else text
 
 
 # ---- the types of all kept columns
@@ -122,9 +130,9 @@ Column: TypeAlias = pa.Field | Kind  # of one file; a Kind in JSON lines
 
 
 def kept_schema(keep: Sequence[str], sources: Sequence[Source], columns: Sequence[Mapping[str, Column]]) -> pa.Schema:
-    """The fields of the kept columns, in the order of `keep`. columns: those that each source has, without folders.
+    """The fields of the kept columns; of several types, one that holds all values, or JSON text. Nulls agree with each.
 
-    If files disagree about a column's type, it has one that holds all values, or JSON text; nulls agree with each.
+    columns: those that each source has, without folders.
     """
     return pa.schema([_agree(name, _fields_of(name, sources, columns)) for name in keep])
 
@@ -215,7 +223,10 @@ def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     if not is_exact:
         return None
     schemas = [pa.schema([("k", kind)]) for kind in (a, b)]
-    return pa.unify_schemas(schemas, promote_options="permissive").field("k").type
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field("k").type
+    except pa.ArrowInvalid:  # decimals of more digits together than any type has
+        return None
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
@@ -241,35 +252,94 @@ def _is_json_text(field: pa.Field) -> bool:
 def text_array(values: list[object], field: pa.Field, source: Source) -> pa.Array:
     """Values of JSON lines or CSV as the type that the scan found for them."""
     if _is_json_text(field):
-        values = [_json_text(value) for value in values]
+        values = [_kept_text(value) for value in values]
     try:
         return pa.array(values, field.type)
-    except (pa.ArrowException, ValueError, TypeError) as error:
-        what = f"column {shown(field.name)} is no longer of type {field.type} ({first_line(error)})"
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        what = f"column {shown(field.name)} is no longer of type {field.type} ({reason_of(error)})"
         remedy = f"was it changed meanwhile? run again with {say('restart', True)}"
         raise InputError(f"{source.where}: {what}; {remedy}") from error
 
 
-def converted(array: pa.Array, own: pa.Field, field: pa.Field) -> pa.Array:
-    """A column of one file as the type that it has over all files."""
-    if pa.types.is_null(array.type) or (array.type == field.type and _is_json_text(own) >= _is_json_text(field)):
-        return array
-    if not _is_json_text(field):
-        return array.cast(field.type)
-    return pa.array([_json_text(_json_value(value)) for value in array.to_pylist()], field.type)
+def json_values(array: pa.Array) -> list[Any]:
+    """Values as JSON has them: times and decimals as text, bytes in base64, a map as pairs. UnicodeDecodeError if text
+    is not UTF-8; whatever else Parquet can hold has such a form.
+    """
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return json_values(array.storage)
+    if pa.types.is_dictionary(kind):
+        return json_values(array.dictionary_decode())
+    if pa.types.is_map(kind):
+        pair = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
+        return [pairs and [[*pair.values()] for pair in pairs] for pairs in json_values(array.cast(pa.list_(pair)))]
+    if pa.types.is_struct(kind):
+        names = [field.name for field in kind]
+        make = dict if len(set(names)) == len(names) else list  # a list of pairs, as no object has a key twice
+        rows = zip(array.is_valid().to_pylist(), *map(json_values, array.flatten()), strict=True)
+        return [make(zip(names, row, strict=True)) if valid else None for valid, *row in rows]
+    if pa.types.is_nested(kind):  # lists of all kinds
+        items = iter(json_values(array.flatten()))
+        return [n if n is None else list(islice(items, n)) for n in pc.list_value_length(array).to_pylist()]
+    if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
+        return texts_of(array)
+    values = (array.cast(pa.float32()) if pa.types.is_float16(kind) else array).to_pylist()
+    return [b64encode(value).decode() if isinstance(value, bytes) else value for value in values]
 
 
-def _json_value(value: object) -> object:
-    """A value of Arrow as JSON has it, in the spelling that files share: 7.0 -> 7; dates and the like become text."""
-    if isinstance(value, Mapping):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
-    if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT:
+def texts_of(array: pa.Array) -> list[str | None]:
+    """Decimals, dates and times as Arrow writes them; a time in UTC if nobody here knows its zone."""
+    if not pa.types.is_timestamp(array.type) or array.type.tz is None:
+        return array.cast(pa.string()).to_pylist()  # type: ignore[no-any-return]
+    plain = array.cast(pa.timestamp(array.type.unit)).cast(pa.string()).to_pylist()
+    try:
+        texts = array.cast(pa.string()).to_pylist()
+    except pa.ArrowInvalid:
+        texts = array.cast(pa.timestamp(array.type.unit, "UTC")).cast(pa.string()).to_pylist()
+    return [known if known and known[0] == "<" else text for known, text in zip(plain, texts, strict=True)]
+
+
+def find_not_utf8(array: pa.Array) -> set[int]:
+    """The values that json_values cannot make."""
+
+    def is_not(row: int) -> bool:
+        try:
+            json_values(array.slice(row, 1))
+        except UnicodeDecodeError:
+            return True
+        return False
+
+    try:
+        json_values(array)
+    except UnicodeDecodeError:
+        return {*filter(is_not, range(len(array)))}
+    return set()
+
+
+def converted(array: pa.Array, own: pa.Field, field: pa.Field, as_json: bool) -> tuple[pa.Array, set[int]]:
+    """A column of one file as the type that it has over all files; and the rows that have null in it, instead of text
+    that is not UTF-8, because JSON is to hold it.
+    """
+    is_same = pa.types.is_null(array.type) or array.type == field.type and _is_json_text(own) >= _is_json_text(field)
+    is_text = _is_json_text(field) and not is_same
+    bad = find_not_utf8(array) if is_text or as_json else set()
+    if bad:
+        places = [None if row in bad else row for row in range(len(array))]
+        array = take_rows(pa.table([array], ["k"]), places)["k"].combine_chunks()
+    if is_text:
+        return pa.array([_kept_text(_shared_spelling(value)) for value in json_values(array)], field.type), bad
+    return (array if is_same else array.cast(field.type)), bad
+
+
+def _shared_spelling(value: object) -> object:
+    """A number as files of all types spell it: 7.0 -> 7"""
+    if isinstance(value, dict):
+        return {key: _shared_spelling(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shared_spelling(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT and str(value) != "-0.0":
         return int(value)
-    if isinstance(value, bytes):
-        return b64encode(value).decode()
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return value
 
 
 def kept_batch(source: Source, schema: pa.Schema, arrays: Mapping[str, pa.Array], length: int) -> pa.Table:
@@ -290,11 +360,26 @@ def _repeat(text: str | None, field: pa.Field, length: int) -> pa.Array:
         return pa.nulls(length, field.type)
     value: object = int(text) if _is_whole(text) and not pa.types.is_large_string(field.type) else text
     if _is_json_text(field):
-        value = _json_text(value)
+        value = _kept_text(value)
     return pa.repeat(pa.scalar(str(value) if pa.types.is_string(field.type) else value, field.type), length)
 
 
 # ---- from the input to the worker
+
+
+def without_others(table: pa.Table) -> pa.Table:
+    """The table without the values of other rows, which a dictionary still holds: as Parquet gives it back."""
+    return pa.table([_without_others(column) for column in table.columns], schema=table.schema)
+
+
+def _without_others(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = str(column.type)
+    holds_others = "dictionary<" in kind or "list_view<" in kind
+    if not holds_others or "string_view" in kind or "binary_view" in kind:  # Parquet cannot write a slice of these
+        return column
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"": column}), sink, use_dictionary=False, compression="none")
+    return pq.read_table(pa.BufferReader(sink.getvalue())).column(0).cast(column.type)
 
 
 def pack_kept(tables: Sequence[pa.Table], rows: Sequence[int]) -> bytes:
@@ -315,18 +400,20 @@ def kept_columns(chunk: Chunk, rows: Sequence[OutputRow]) -> pa.Table:
     return take_rows(table.drop_columns([ROW]), [place[row.row] for row in rows])
 
 
-def take_rows(table: pa.Table, indices: Sequence[int]) -> pa.Table:
-    """The rows of a table at these indices, with its types unchanged."""
+def take_rows(table: pa.Table, indices: Sequence[int] | pa.Array) -> pa.Table:
+    """The rows of a table at these indices, nulls at those that are None, with its types unchanged."""
     numbers = pa.array(indices, pa.int64())
     return pa.table([_take(column, numbers) for column in table.columns], schema=table.schema)
 
 
 def _take(column: pa.ChunkedArray, indices: pa.Array) -> pa.ChunkedArray:
-    """Arrow's own take, and a way around the types for which it has none."""
-    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}.get(column.type)
+    """Arrow's own take, and a way around the types for which it has none: views, and what has them within."""
+    plain = {pa.string_view(): pa.large_binary(), pa.binary_view(): pa.large_binary()}.get(column.type)
     if plain is not None:
-        return column.cast(plain).take(indices).cast(column.type)
+        return column.cast(plain).take(indices).cast(column.type, safe=False)
     try:
         return column.take(indices)
     except pa.ArrowNotImplementedError:
-        return pa.chunked_array([column.slice(index.as_py(), 1).chunk(0) for index in indices], column.type)
+        null = pa.chunked_array([pa.nulls(1, column.type)])
+        rows = [null if index is None else column.slice(index, 1) for index in indices.to_pylist()]
+        return pa.chunked_array([chunk for row in rows for chunk in row.chunks], column.type)

@@ -28,69 +28,42 @@ from batchgen.types import RowParameters, SamplingParams
 PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 
 # names that other libraries use
-ALIASES = {
-    "max_new_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "num_return_sequences": "n",
-    "stop_strings": "stop",
-    "stop_sequences": "stop",
-    "stop_words": "stop",
-    "include_stop_str_in_output": "include_stop",
-    "bad_words_ids": "bad_words",
-    "num_predict": "max_tokens",
-    "n_predict": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "max_tokens_to_sample": "max_tokens",
-    "max_gen_toks": "max_tokens",
-    "max_gen_len": "max_tokens",
-    "repeat_penalty": "repetition_penalty",
-    "return_full_text": "echo",
+_ELSEWHERE = {
+    "max_tokens": (
+        *("max_new_tokens", "max_completion_tokens", "max_output_tokens", "max_tokens_to_sample"),
+        *("max_gen_toks", "max_gen_len", "num_predict", "n_predict"),
+    ),
+    "min_tokens": ("min_new_tokens",),
+    "n": ("num_return_sequences",),
+    "stop": ("stop_strings", "stop_sequences", "stop_words"),
+    "include_stop": ("include_stop_str_in_output",),
+    "bad_words": ("bad_words_ids",),
+    "repetition_penalty": ("repeat_penalty",),
+    "echo": ("return_full_text",),
 }
+ALIASES = {theirs: ours for ours, names in _ELSEWHERE.items() for theirs in names}
 # what other libraries have and SamplingParams has not, with the values that ask for nothing; null is always one
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),  # or n
     "do_sample": (),  # as temperature says
-    "use_beam_search": (False,),
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
-    "diversity_penalty": (0,),
-    "penalty_alpha": (0,),
-    "typical_p": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "no_repeat_ngram_size": (0,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
-    "allowed_token_ids": ([],),
-    "logits_processors": ([],),
-    "guided_decoding": (),
-    "structured_outputs": (),
     "response_format": ({"type": "text"},),
+    **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "guided_decoding", "structured_outputs"), ()),
+    **dict.fromkeys(("use_beam_search", "early_stopping"), (False,)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha", "epsilon_cutoff", "eta_cutoff"), (0,)),
+    "no_repeat_ngram_size": (0,),
+    **dict.fromkeys(("allowed_token_ids", "logits_processors"), ([],)),
 }
 # more of them, whose names a user's own column may have
 NEUTRAL_MEMBERS: dict[str, tuple[object, ...]] = {
-    "stream": (False,),
     "suffix": ("",),
-    "store": (False,),
-    "priority": (0,),
-    "add_special_tokens": (True,),
-    "detokenize": (True,),
-    "details": (False,),
-    "decoder_input_details": (False,),
-    "top_n_tokens": (0,),
-    "watermark": (False,),
     "use_cache": (True, False),
-    "extra_args": ({},),
-    "extra_body": ({},),
-    "stream_options": ({},),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "top_logprobs": (0,),
-    "output_kind": (0,),
+    **dict.fromkeys(("add_special_tokens", "detokenize"), (True,)),
+    **dict.fromkeys(("stream", "store", "details", "decoder_input_details", "watermark"), (False,)),
+    **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), (False,)),
+    **dict.fromkeys(("priority", "top_n_tokens", "top_logprobs", "output_kind"), (0,)),
+    **dict.fromkeys(("extra_args", "extra_body", "stream_options"), ({},)),
 }
 # columns whose values are objects of parameters, in any style; of the others, if they have the name of a parameter
 _SURE_OBJECT = re.compile(
@@ -135,13 +108,33 @@ def find_results(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in _RESULTS if name in present) if present >= _OUTPUT else ()
 
 
+_ESCAPED = re.compile(rb"\\+(?:u00|x)([67][0-9a-fA-F])")  # a letter in JSON or in a dict of Python: log\u0070robs
 _LOGPROBS = re.compile(rb"[\"']logprobs\\*[\"']\s*:")
 _OUTPUT_KEYS = [f'"{name}"'.encode() for name in sorted(_OUTPUT)]
 
 
+def _unescape_letters(data: bytes) -> bytes:
+    return _ESCAPED.sub(lambda found: bytes.fromhex(found[1].decode()), data) if b"\\" in data else data
+
+
+def mentions_logprobs(data: bytes) -> bool:
+    """Whether JSON text, or many texts, may name the parameter logprobs."""
+    return b"logprobs" in _unescape_letters(data)
+
+
 def may_ask_logprobs(line: bytes) -> bool:
-    """Whether a line of JSON may have the parameter logprobs, at any depth."""
-    return b"logprobs" in line and bool(_LOGPROBS.search(line)) and not all(key in line for key in _OUTPUT_KEYS)
+    """Whether a line of JSON may have the parameter logprobs, at any depth; not if only results have the name."""
+    text = _unescape_letters(line)
+    if b"logprobs" not in text or not _LOGPROBS.search(text):
+        return False
+    if not all(key in text for key in _OUTPUT_KEYS):
+        return True
+    with suppress(ValueError, RecursionError, AttributeError):  # such a line is rejected
+        fields = json.loads(line)
+        results = find_results(fields.keys())
+        others = json.dumps({name: value for name, value in fields.items() if name not in results})
+        return _LOGPROBS.search(others.encode()) is not None
+    return False
 
 
 def parameter_names(names: Iterable[str], not_parameters: Container[str] = ()) -> tuple[str, ...]:
@@ -195,10 +188,9 @@ def _is_mentioned(column: str, name: str) -> bool:
 
 
 def _read_object(column: str, value: object) -> Mapping[object, object]:
-    """The parameters in a column that may hold them; empty if it holds something else.
+    """The parameters in a column that may hold them: an object, its text in JSON or Python, a map (of pairs).
 
-    It may be an object, its text in JSON or as Python writes a dict, or a map column of Parquet, which gives pairs.
-    UsageError if it is none of these and asks for something.
+    Empty if it holds something else; UsageError if that asks for something.
     """
     found, is_sure = value, _is_sure(column)
     if isinstance(value, str):

@@ -6,22 +6,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError, UsageError
-from batchgen.input.formats import BadRow, Found, Reading, Rows, Scanned, find_columns
-from batchgen.input.kept import EXACT, converted, kept_batch, parquet_field
-from batchgen.input.parameters import find_results, is_object, override_params
-from batchgen.input.sources import BUFFER_BYTES, Source, open_parquet
-from batchgen.input.words import first_line
+from batchgen.input.formats import BATCH_BYTES, BadRow, Found, Reading, Rows, Scanned, find_columns
+from batchgen.input.kept import EXACT, converted, kept_batch, parquet_field, texts_of
+from batchgen.input.parameters import find_results, is_object, mentions_logprobs, override_params
+from batchgen.input.sources import Source, open_parquet
 from batchgen.job import InputOptions
+from batchgen.limits import reason_of
 from batchgen.options import say, shown
 from batchgen.types import Rejected, Request
 
-BATCH_ROWS = 16_384  # rows that are decoded at a time, or fewer if they are large:
-BATCH_BYTES = 16 * 2**20
+BATCH_ROWS = 512  # rows that are decoded at a time, or fewer if the rows before them are large
+FIRST_ROWS = 16  # nothing in a file says how large its values are: a dictionary has the text of many rows once
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +35,22 @@ class _Unreadable:
 
 _Text = str | None | _Unreadable
 _NOT_UTF8 = _Unreadable("is not UTF-8; write the column as UTF-8 strings")
-_READING_ERRORS = (pa.ArrowException, ValueError, OverflowError)  # of values that Python has no type for
+_READING_ERRORS = (pa.ArrowException, ValueError, OverflowError, LookupError)  # of what Python has no type or zone for
 
 
 # ---- columns
 
 
-def _find_field(fields: Iterable[pa.Field], name: str) -> pa.Field | None:
-    """The field of a column, else that at a path in a struct: "a.b" is the b of the struct a. A column "a.b" wins."""
-    found = {field.name: field for field in fields}
-    if name in found:
-        return found[name]
+def _find_fields(fields: Iterable[pa.Field], name: str) -> list[pa.Field]:
+    """The fields of a column, else those at a path in a struct: "a.b" is the b of the struct a. A column "a.b" wins."""
     first, dot, rest = name.partition(".")
-    is_inner = dot and first in found and pa.types.is_struct(found[first].type)
-    return _find_field(found[first].type, rest) if is_inner else None
+    structs = [field.type for field in fields if dot and field.name == first and pa.types.is_struct(field.type)]
+    found = [field for field in fields if field.name == name]
+    return found or [field for struct in structs for field in _find_fields(struct, rest)]
 
 
 def _find_array(batch: pa.RecordBatch | pa.StructArray, name: str) -> pa.Array:
-    """The values of the field that _find_field finds."""
+    """The values of the field that _find_fields finds."""
     names = batch.schema.names if isinstance(batch, pa.RecordBatch) else [field.name for field in batch.type]
     first, _, rest = (name, "", "") if name in names else name.partition(".")
     array = batch.column(first) if isinstance(batch, pa.RecordBatch) else pc.struct_field(batch, [first])
@@ -60,12 +60,10 @@ def _find_array(batch: pa.RecordBatch | pa.StructArray, name: str) -> pa.Array:
 def _check_columns(schema: pa.Schema, source: Source, options: InputOptions) -> list[str]:
     """The columns to read; InputError if prompts are not text."""
     asked = dict.fromkeys((options.prompt_column, options.id_column, *options.keep))
-    nested = [name for name in asked if name not in schema.names and _find_field(schema, name)]
+    nested = [name for name in asked if name not in schema.names for _ in _find_fields(schema, name)]
     columns = find_columns([*schema.names, *nested], source, options)
     name = options.prompt_column
-    field = _find_field(schema, name)
-    assert field is not None  # find_columns has seen it
-    if not _is_text(kind := field.type):
+    if not _is_text(kind := _find_fields(schema, name)[0].type):  # find_columns has seen it
         inner = [field.name for field in kind if _is_text(field.type)] if pa.types.is_struct(kind) else []
         path = f"name a string in it, such as {say('prompt_column', f'{name}.{inner[0]}')}" if inner else ""
         raise InputError(f"{source.where}: column {shown(name)} is of type {kind}; {path or 'cast it to string'}")
@@ -84,8 +82,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _kept_fields(schema: pa.Schema, keep: Sequence[str]) -> dict[str, pa.Field]:
-    found = {name: _find_field(schema, name) for name in keep}
-    return {name: parquet_field(name, field) for name, field in found.items() if field is not None}
+    found = {name: _find_fields(schema, name) for name in keep}
+    return {name: parquet_field(name, fields[0]) for name, fields in found.items() if fields}
 
 
 # ---- values
@@ -101,6 +99,8 @@ def _read_texts(column: pa.Array) -> list[_Text]:
         column = column.storage
     if pa.types.is_floating(column.type):
         return [_whole_text(value) for value in column.to_pylist()]
+    if pa.types.is_temporal(column.type):
+        return [*texts_of(column)]
     values: list[_Text]
     try:
         values = column.cast(pa.large_string()).to_pylist()
@@ -177,21 +177,60 @@ def _make_request(
     return BadRow(reason, *good).reject(row, place)
 
 
+def _reject_kept(item: Request | Rejected, name: str) -> Rejected:
+    """The row whose kept value cannot be written as JSON; a row that is rejected already keeps its reason."""
+    if isinstance(item, Rejected):
+        return item
+    assert isinstance(item.prompt, str)  # Parquet has no prompts of token ids
+    reason = f"the kept {shown(name)} is not UTF-8, and JSON is to hold it; write it as UTF-8, or as binary"
+    return BadRow(reason, item.id, item.prompt).reject(item.row, item.place)
+
+
 # ---- batches
 
 
-def _read_batches(file: pq.ParquetFile, columns: list[str], source: Source) -> Iterator[pa.RecordBatch]:
-    """Yield these columns; InputError if the data is damaged."""
-    metadata = file.metadata
-    size: int = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    rows = max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(size, 1)))
-    row = 0
+def count_bytes(array: pa.Array) -> npt.NDArray[np.int64]:
+    """The bytes of each value, with those that a dictionary or a view has for it; equal however the rows are cut."""
+    kind = array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return count_bytes(array.storage)
+    sizes: npt.NDArray[np.int64] = np.full(len(array), 8)
+    if pa.types.is_dictionary(kind):
+        sizes = np.append(count_bytes(array.dictionary), 8)[pc.fill_null(array.indices.cast(pa.int64()), -1).to_numpy()]
+    elif pa.types.is_struct(kind):
+        sizes = sum(map(count_bytes, array.flatten()), sizes)
+    elif _is_text(kind):
+        sizes += pc.fill_null(pc.binary_length(array.cast(pa.large_binary())), 0).to_numpy()
+    elif isinstance(
+        array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray, pa.ListViewArray, pa.LargeListViewArray)
+    ):
+        if pa.types.is_map(kind):
+            array = array.cast(pa.list_(pa.struct([kind.key_field, kind.item_field])))
+        ends = np.cumsum(pc.fill_null(pc.list_value_length(array), 0).to_numpy())
+        sizes += np.diff(np.append(0, np.cumsum(count_bytes(array.flatten())))[ends], prepend=0)
+    return sizes
+
+
+def _read_batches(
+    file: pq.ParquetFile, columns: list[str], source: Source
+) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+    """Yield these columns, and the bytes of each row; InputError if the data is damaged, or not all of it is there."""
+    row, rows = 0, min(FIRST_ROWS, BATCH_ROWS)
+    groups: list[list[int] | None] = [None]  # all
+    if any(pa.types.is_nested(field.type) and "dictionary<" in str(field.type) for field in file.schema_arrow):
+        groups = [[group] for group in range(file.num_row_groups)]  # Arrow cannot join dictionaries within a list
+    batches = (batch for group in groups for batch in file.iter_batches(rows, group, columns, use_threads=False))
     try:
-        for batch in file.iter_batches(rows, columns=columns, use_threads=False):
-            yield batch
+        for batch in batches:
+            sizes = sum(map(count_bytes, batch.columns), np.zeros(len(batch), np.int64))
+            yield batch, sizes.tolist()
             row += len(batch)
+            rows = max(1, min(BATCH_ROWS, 2 * rows, BATCH_BYTES * len(batch) // max(int(sizes.sum()), 1)))
+            file.reader.set_batch_size(rows)  # of the next one
+        if row != (expected := file.metadata.num_rows):
+            raise pa.ArrowInvalid(f"its footer says {expected} rows")
     except (pa.ArrowException, OSError) as error:
-        what = f"the Parquet data is damaged here or later ({first_line(error)})"
+        what = f"the Parquet data is damaged here or later ({reason_of(error)})"
         raise InputError(f"{source.name}:row {row}: {what}; write the file again") from error
 
 
@@ -217,11 +256,11 @@ def _may_ask_logprobs(file: pq.ParquetFile, source: Source) -> bool:
         return True
     texts = [name for name, kind in kinds.items() if _is_text(kind) or pa.types.is_map(kind)]
     batches = _read_batches(file, texts, source) if texts else ()
-    arrays = (column for batch in batches for column in batch.columns)
+    arrays = (column for batch, _ in batches for column in batch.columns)
     plain = (array.dictionary_decode() if pa.types.is_dictionary(array.type) else array for array in arrays)
     buffers = (buffer for array in plain for buffer in array.buffers() if buffer is not None)
     return ("logprobs" in schema.names and "logprobs" not in results) or any(
-        b"logprobs" in buffer.to_pybytes() for buffer in buffers
+        mentions_logprobs(buffer.to_pybytes()) for buffer in buffers
     )
 
 
@@ -239,10 +278,8 @@ def check(source: Source, options: InputOptions) -> Found:
 def scan(source: Source, options: InputOptions) -> Scanned:
     with open_parquet(source) as (file, stored):
         rows, schema = file.metadata.num_rows, file.schema_arrow
-        digest = hashlib.sha256()
         stored.seek(0)
-        while data := stored.read(BUFFER_BYTES):
-            digest.update(data)
+        digest = hashlib.file_digest(stored, "sha256")
         columns = _kept_fields(schema, options.keep)
         return Scanned(rows, digest.hexdigest(), stored.tell(), _may_ask_logprobs(file, source), columns)
 
@@ -254,13 +291,15 @@ def read(source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:
         columns = _check_columns(file.schema_arrow, source, reading.options)
         own = _kept_fields(file.schema_arrow, reading.kept.names)
         number = 0
-        for batch in _read_batches(file, list(dict.fromkeys([*columns, *own])), source):
+        for batch, sizes in _read_batches(file, list(dict.fromkeys([*columns, *own])), source):
             rows = enumerate(_read_columns(batch, columns, reading.options), number)
             items = [_make_request(first_row + n, f"{source.name}:row {n}", *row, reading) for n, row in rows]
-            arrays = {
-                name: converted(_find_array(batch, name), field, reading.kept.field(name))
-                for name, field in own.items()
-            }
-            kept = kept_batch(source, reading.kept, arrays, len(batch)) if reading.kept.names else None
-            yield Rows(items, kept)
+            arrays: dict[str, pa.Array] = {}
+            for name, field in own.items():
+                kept = reading.kept.field(name)
+                arrays[name], bad = converted(_find_array(batch, name), field, kept, reading.as_json)
+                if bad:
+                    items = [_reject_kept(item, name) if n in bad else item for n, item in enumerate(items)]
+            kept_rows = kept_batch(source, reading.kept, arrays, len(batch)) if reading.kept.names else None
+            yield Rows(items, kept_rows, sizes)
             number += len(batch)

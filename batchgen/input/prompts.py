@@ -1,16 +1,13 @@
 """An input as the rest of the program sees it: files of prompts, opened once, scanned once, and read as chunks.
 
-A format is a module with three functions, check, scan and read, of the kind that formats.Format declares. To add one,
-write its module, and add it to FORMATS below, to the suffixes in sources.py, and to InputFormat in job.py.
-
-Each file is opened three times in a run: to check it, to scan it, and to read it.
+Each file is opened three times in a run: to check it, to scan it, and to read it. Its bytes are the same each time, or
+the run ends (files.SteadyFile): no chunk has a row of other bytes than those whose hash is in the plan.
 """
 
 import hashlib
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path, PurePath
 
 import pyarrow as pa
@@ -20,11 +17,11 @@ from batchgen.input import csv_files, jsonl, parquet, text_lines
 from batchgen.input.formats import Format, Found, Reading, Rows, Scanned, folder_parameters
 from batchgen.input.kept import Column, kept_schema, pack_kept
 from batchgen.input.parameters import PARAMETERS, find_results, override_params
-from batchgen.input.sources import Source, check_unchanged, find_sources, local_paths
+from batchgen.input.sources import Source, check_local_unchanged, check_unchanged, find_sources, local_paths
 from batchgen.input.validation import Check
-from batchgen.input.words import describe_missing
+from batchgen.input.words import describe_missing, find_surrogate
 from batchgen.job import InputOptions
-from batchgen.options import say
+from batchgen.options import say, shown
 from batchgen.types import MAX_INT, Chunk, Rejected, Request, RowParameters, SamplingParams
 
 FORMATS: dict[str, Format] = {
@@ -44,7 +41,7 @@ class Facts:
     text with a line for each file: its SHA-256 in hex, and what its folders say. Names of files do not count.
     """
 
-    formats: tuple[str, ...]  # of the files, sorted
+    formats: tuple[str, ...]  # of each file; one for all if they agree
     rows: int
     sha256: str
     bytes: int
@@ -54,13 +51,18 @@ class Facts:
     names: tuple[str, ...] = field(default=(), compare=False)  # of the files, for people
 
 
+CHUNK_BYTES = 32 * 2**20  # a chunk is in memory several times: here, on its way, in its worker
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How an input is cut into chunks, and which of them are wanted."""
+    """How an input is cut into chunks, and which are wanted. A chunk ends with the row that fills it."""
 
     chunk_rows: int
     rows: Container[int] | None = None  # only these input rows; None: all
     skip: Container[int] = ()  # chunks that are done: their rows are read but not tokenized
+    as_json: bool = False  # kept values are written as JSON lines; a row with one that JSON cannot hold is rejected
+    chunk_bytes: int = CHUNK_BYTES  # of the input, so that a resumed run cuts it at the same rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,7 @@ class Prompts:
 
     @classmethod
     def open(cls, options: InputOptions, spool: Path | None = None) -> "Prompts":
-        """Find the files and read the start of each; standard input is copied to a nameless file in `spool`.
-
-        Raises InputError, with a remedy, for a missing file, column or format. Single bad rows pass, to be rejected one
-        by one, and so does an empty file. A kept column may be absent from some files, but not from all.
-        """
+        """Find the files and read the start of each; standard input is copied to a nameless file in `spool`."""
         sources = find_sources(options.files, options.format, spool)
         found = [FORMATS[source.format].check(source, options) for source in sources]
         for source in sources:
@@ -101,8 +99,9 @@ class Prompts:
             scanned.append(FORMATS[source.format].scan(source, self.options))
             check_unchanged(source)
         lines = [_line(source, one.sha256) for source, one in zip(self.sources, scanned, strict=True)]
+        formats = tuple(source.format for source in self.sources)
         return Facts(
-            formats=tuple(sorted({source.format for source in self.sources})),
+            formats=formats if len(set(formats)) > 1 else formats[:1],
             rows=sum(one.rows for one in scanned),
             sha256=scanned[0].sha256 if lines == [scanned[0].sha256] else _hash("".join(f"{line}\n" for line in lines)),
             bytes=sum(one.bytes for one in scanned),
@@ -114,39 +113,45 @@ class Prompts:
         )
 
     def requests(self, params: SamplingParams) -> Iterator[Request | Rejected]:
-        """Yield every row in order, from row 0; its own parameters win over `params`.
-
-        Places are `a.jsonl:LINE` and `a.parquet:row N`. Memory is flat in the number of rows, except for the custom_ids
-        of OpenAI's batch files. Raises InputError if a file is damaged or has changed.
-        """
+        """Yield every row in order, from row 0; its own parameters win over `params`."""
         for rows in self._read(params, pa.schema([])):
             yield from rows.items
 
     def chunks(self, facts: Facts, params: SamplingParams, check: Check, cut: Cut) -> Iterator[Chunk]:
         """Yield the wanted chunks in order, each with the kept columns of its rows; see `requests` for the rest."""
-        for index, pieces in enumerate(_regroup(self._read(params, facts.kept), cut)):
+        for index, pieces in enumerate(_regroup(self._read(params, facts.kept, cut.as_json), cut)):
             if index in cut.skip:
                 continue
             items = [item for piece in pieces for item in piece.items]
+            if not facts.logprobs and params.logprobs is None:  # so the output has no columns of them
+                items = [_reject_unseen_logprobs(item) for item in items]
             tables = [piece.kept for piece in pieces if piece.kept is not None]
             kept = pack_kept(tables, [item.row for item in items]) if tables else None
             yield Chunk(index, tuple(map(check, items)), kept)
 
-    def _read(self, params: SamplingParams, kept: pa.Schema) -> Iterator[Rows]:
+    def _read(self, params: SamplingParams, kept: pa.Schema, as_json: bool = False) -> Iterator[Rows]:
         """Yield all rows, in batches of bounded size."""
         found = self.row_parameters
         found.taken.clear()
         found.escaped.clear()
-        reading = Reading(self.options, params, kept, self.openai, found)
+        reading = Reading(self.options, params, kept, self.openai, as_json, found)
         first_row = 0
         for source in self.sources:
             own = replace(reading, params=_with_folders(source, self.options, params))
             names = folder_parameters(source, self.options)
             for rows in FORMATS[source.format].read(source, own, first_row):
                 found.taken.update(dict.fromkeys(names, len(rows.items)))
+                check_local_unchanged(source)  # at once, not when a run of hours comes to the bytes
                 yield rows
                 first_row += len(rows.items)
-            check_unchanged(source)
+
+
+def _reject_unseen_logprobs(item: Request | Rejected) -> Request | Rejected:
+    """Reject a row that asks for log-probabilities in letters that the scan, which looks for the name, did not see."""
+    if isinstance(item, Rejected) or item.params.logprobs is None:
+        return item
+    error = f"{item.place}: logprobs is written in a way that is found too late; write it in plain letters"
+    return Rejected(item.row, item.place, item.id, item.prompt if isinstance(item.prompt, str) else None, error)
 
 
 def _folders_above(source: Source) -> Iterator[str]:
@@ -181,6 +186,9 @@ def _check_kept(options: InputOptions, sources: Sequence[Source], found: Sequenc
     names: dict[str, None] = {}
     for source, one in zip(sources, found, strict=True):
         names |= dict.fromkeys((*one.names, *dict(source.partition)))
+        for name, value in source.partition:
+            if name in options.keep and find_surrogate(value or ""):
+                raise InputError(f"{source.where}: the folder of {shown(name)} is not UTF-8; rename it")
     for column in options.keep:
         if names and column not in names:
             more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
@@ -206,16 +214,20 @@ def _hash(text: str) -> str:
 
 
 def _regroup(batches: Iterable[Rows], cut: Cut) -> Iterator[list[Rows]]:
-    """Yield the wanted rows chunk by chunk, as the pieces of batches that make up each; the last may be shorter."""
+    """Yield the wanted rows chunk by chunk, as the pieces of batches that make up each."""
     pieces: list[Rows] = []
-    room = cut.chunk_rows
+    rows = size = 0
     for batch in batches:
-        wanted = iter([i for i, item in enumerate(batch.items) if cut.rows is None or item.row in cut.rows])
-        while indices := tuple(islice(wanted, room)):
+        indices: list[int] = []
+        for index, item in enumerate(batch.items):
+            if cut.rows is not None and item.row not in cut.rows:
+                continue
+            indices.append(index)
+            rows, size = rows + 1, size + batch.sizes[index]
+            if rows == cut.chunk_rows or size >= cut.chunk_bytes:
+                yield [*pieces, batch.take(indices)]
+                pieces, indices, rows, size = [], [], 0, 0
+        if indices:
             pieces.append(batch.take(indices))
-            room -= len(indices)
-            if room == 0:
-                yield pieces
-                pieces, room = [], cut.chunk_rows
     if pieces:
         yield pieces

@@ -1,7 +1,7 @@
 """The files of an input: paths, globs, directories, addresses and standard input become an ordered list of Sources.
 
-A Source can be opened more than once, and knows whether it has changed since it was found. Inputs are read in the
-order given; the files of a glob or a directory are sorted by path, byte by byte.
+A Source can be opened more than once, and gives the same bytes each time or an error. Inputs are read in the order
+given; the files of a glob or a directory are sorted by path, byte by byte.
 """
 
 import gzip
@@ -17,11 +17,11 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from glob import escape, glob, has_magic
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 from urllib.parse import unquote
@@ -31,10 +31,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
-from batchgen.files import PLAN_SUFFIX, STATUS_SUFFIX, WORK_SUFFIX
+from batchgen.files import PLAN_SUFFIX, STATUS_SUFFIX, WORK_SUFFIX, Contents, SteadyFile, read_object, stamp_of
 from batchgen.input.tables import PATTERNS, folders_of, refuse_tables
-from batchgen.input.words import find_nearest, first_line
+from batchgen.input.words import find_nearest
 from batchgen.job import Files
+from batchgen.limits import reason_of
 from batchgen.options import say
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ _TO_PARQUET = (
     'table = (a.ipc.open_file if start == b"ARROW1" else a.ipc.open_stream)(f).read_all(); '
     'p.write_table(table, "prompts.parquet")'
 )
+MAX_BESIDE_BYTES = 2**24  # of a status or a plan
+BESIDE_KEYS = ({"state", "exit_code", "output", "rows_done"}, {"sha256", "statuses", "plan"})
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 # raised by a decompressor if bytes are damaged, truncated, or not compressed
@@ -76,8 +79,7 @@ class _LocalFile:
         return open(self.path, "rb", buffering=0)
 
     def stamp(self) -> tuple[int, ...]:
-        now = self.path.stat()
-        return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+        return stamp_of(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,30 +123,17 @@ class _SpoolReader(io.RawIOBase):
     def __init__(self, spool: _Spool) -> None:
         self.spool, self.position = spool, 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        size = os.fstat(self.spool.descriptor).st_size
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: size}[whence]
-        self.position = start + offset
+        self.position = offset + (os.fstat(self.spool.descriptor).st_size if whence == os.SEEK_END else 0)
         return self.position
 
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        view = memoryview(buffer).cast("B")
-        data = os.pread(self.spool.descriptor, len(view), self.position)
-        view[: len(data)] = data
+    def read(self, size: int = -1) -> bytes:
+        data = os.pread(self.spool.descriptor, size, self.position)
         self.position += len(data)
-        return len(data)
+        return data
 
 
-Storage: TypeAlias = _LocalFile | _RemoteFile | _Spool  # open() starts at byte 0; stamp() is equal while the bytes are
+Storage: TypeAlias = _LocalFile | _RemoteFile | _Spool  # open() starts at byte 0; another stamp() hints at other bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +145,7 @@ class Source:
     format: str  # a key of prompts.FORMATS
     packing: str  # "", "gzip" or "zstd"
     storage: Storage
-    stamp: tuple[int, ...]  # when the file was found
+    contents: Contents = field(compare=False)  # as they were read first
     folder: Path | None = None  # the directory that the user named, if not the file itself
     partition: Partition = ()  # of lang=en/year=2024/part-0.parquet: (("lang", "en"), ("year", "2024"))
 
@@ -164,7 +153,7 @@ class Source:
 class HashingFile(io.RawIOBase):
     """Hashes and counts the bytes of a file while they are read."""
 
-    def __init__(self, raw: RawFile) -> None:
+    def __init__(self, raw: io.RawIOBase) -> None:
         self.raw, self.digest, self.bytes = raw, hashlib.sha256(), 0
 
     def readable(self) -> bool:
@@ -181,21 +170,25 @@ class HashingFile(io.RawIOBase):
 
 
 @contextmanager
-def open_raw(source: Source) -> Iterator[RawFile]:
-    """Open the stored bytes, unbuffered and seekable."""
+def open_raw(source: Source) -> Iterator[SteadyFile]:
+    """Open the stored bytes, seekable; InputError, also for what is read later, if they are not those of before."""
     try:
         raw = source.storage.open()
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{source.where}: cannot be read: {first_line(error)}") from error
+        raise InputError(f"{source.where}: cannot be read: {reason_of(error)}") from error
     with raw:
-        yield raw
+        yield SteadyFile(raw, source.contents, lambda: _changed(source))
 
 
 @contextmanager
 def open_bytes(source: Source) -> Iterator[tuple[io.BufferedReader, HashingFile]]:
     """Open the unpacked bytes; the second value hashes and counts the stored bytes."""
-    size = REMOTE_BUFFER_BYTES if isinstance(source.storage, _RemoteFile) else BUFFER_BYTES
+    size = source.contents.block_bytes
     with open_raw(source) as raw:
+        if source.packing and not raw.seek(0, os.SEEK_END):
+            what = f"no bytes, and {source.packing} data of nothing has some: truncated"
+            raise InputError(f"{source.where}: {what}; fetch or pack it again")
+        raw.seek(0)
         hashing = HashingFile(raw)
         file: RawFile = hashing
         if source.packing == "gzip":
@@ -207,28 +200,39 @@ def open_bytes(source: Source) -> Iterator[tuple[io.BufferedReader, HashingFile]
 
 
 @contextmanager
-def open_parquet(source: Source) -> Iterator[tuple[pq.ParquetFile, RawFile]]:
+def open_parquet(source: Source) -> Iterator[tuple[pq.ParquetFile, SteadyFile]]:
     """Open a Parquet file, and the stored bytes; it reads pages, not whole row groups, and verifies their checksums."""
     with open_raw(source) as raw:
         try:
             file = pq.ParquetFile(raw, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{source.where}: not a Parquet file, or a damaged one ({first_line(error)})") from error
+            raise InputError(f"{source.where}: not a Parquet file, or a damaged one ({reason_of(error)})") from error
         with file:
             yield file, raw
 
 
 def check_unchanged(source: Source) -> None:
-    """Raise InputError if the file has changed since it was found."""
+    """Raise InputError if the file has other bytes than before; they are read again if its time or size differs."""
     try:
-        same = source.storage.stamp() == source.stamp
-    except (OSError, pa.ArrowException):
-        same = False
-    if not same:
-        raise InputError(
-            f"{source.where}: the file was changed while it was being read; "
-            f"run again with {say('restart', True)} when nothing writes it any more"
-        )
+        stamp = source.storage.stamp()
+    except (OSError, pa.ArrowException) as error:
+        raise _changed(source) from error
+    if stamp != source.contents.stamp:
+        with open_raw(source) as raw:
+            while raw.read(BUFFER_BYTES):
+                pass
+        source.contents.stamp = stamp
+
+
+def check_local_unchanged(source: Source) -> None:
+    """check_unchanged, if asking costs no request."""
+    if isinstance(source.storage, _LocalFile):
+        check_unchanged(source)
+
+
+def _changed(source: Source) -> InputError:
+    remedy = f"put it back to resume, or run again with {say('restart', True)} when nothing writes it any more"
+    return InputError(f"{source.where}: the file was changed while it was being read; {remedy}")
 
 
 def needs_long_window(error: Exception) -> bool:
@@ -240,9 +244,9 @@ def read_error(source: Source, line: int, error: Exception) -> InputError:
     if needs_long_window(error):
         return InputError(f"{source.where}: {LONG_WINDOW} {shlex.quote(source.where)}")
     if source.packing and not getattr(error, "errno", None):
-        what = f"the {source.packing} data is truncated or damaged here ({first_line(error)})"
+        what = f"the {source.packing} data is truncated or damaged here ({reason_of(error)})"
         return InputError(f"{source.name}:{line}: {what}; fetch or pack the file again")
-    return InputError(f"{source.name}:{line}: cannot be read: {first_line(error)}")
+    return InputError(f"{source.name}:{line}: cannot be read: {reason_of(error)}")
 
 
 # ---- finding
@@ -251,13 +255,12 @@ def read_error(source: Source, line: int, error: Exception) -> InputError:
 def find_sources(files: Files, input_format: str = "auto", spool: Path | None = None) -> tuple[Source, ...]:
     """List the files of an input in order; nothing is opened. Raises InputError naming what is missing.
 
-    A file is given as a path, a glob, a directory, an address that pyarrow reads (`s3://bucket/key`), or `-`: standard
-    input, which is copied to a nameless file in the folder `spool` (default: the system's). Among several files a
-    status file or a plan is skipped: the shell includes it in *.json.
+    Standard input is copied to a nameless file in the folder `spool` (default: the system's). Among several files, what
+    a run wrote beside its output is skipped: the shell includes it in *.json.
     """
     given = [files] if isinstance(files, str | Path) else list(files)
     if len(given) > 1:
-        given = [file for file in given if not str(file).endswith((STATUS_SUFFIX, PLAN_SUFFIX))]
+        given = [file for file in given if not _is_beside(_LocalFile(Path(file)))]
     sources = [source for file in given for source in _find(os.fspath(file), input_format, spool)]
     if not sources:
         raise InputError("no input; name a file, a directory, a glob, or - for standard input")
@@ -299,7 +302,8 @@ def _make_source(where: str, storage: Storage, stamp: tuple[int, ...], input_for
     """A Source of an existing file; `where` and `name` can be printed even if the file's name is not UTF-8."""
     where = os.fsencode(where).decode("utf-8", "replace")
     packing, format_ = _packing_and_format(where, input_format)
-    return Source(where, where.rsplit("/", 1)[-1], format_, packing, storage, stamp)
+    block_bytes = REMOTE_BUFFER_BYTES if isinstance(storage, _RemoteFile) else BUFFER_BYTES
+    return Source(where, where.rsplit("/", 1)[-1], format_, packing, storage, Contents(stamp, block_bytes))
 
 
 def _packing_and_format(where: str, input_format: str) -> tuple[str, str]:
@@ -334,6 +338,8 @@ def _copy_stdin(input_format: str, folder: Path | None) -> Source:
     stdin = sys.stdin.buffer
     if stdin.isatty():
         raise InputError(f"-: standard input is a terminal; {remedy}")
+    with suppress(OSError):  # it may be no file
+        os.set_blocking(stdin.fileno(), True)  # else a pipe that is empty for a moment reads as one at its end
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             shutil.copyfileobj(stdin, file, BUFFER_BYTES)
@@ -342,11 +348,11 @@ def _copy_stdin(input_format: str, folder: Path | None) -> Source:
             spool = _Spool(cast(BinaryIO, file))
     except OSError as error:
         target = folder or tempfile.gettempdir()
-        raise InputError(f"-: standard input cannot be copied to {target}: {first_line(error)}") from error
+        raise InputError(f"-: standard input cannot be copied to {target}: {reason_of(error)}") from error
     packing = {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(start[:2], "")
     if input_format == "auto":
         input_format = "parquet" if start == b"PAR1" else "jsonl"
-    return Source("-", "stdin", input_format, packing, spool, ())
+    return Source("-", "stdin", input_format, packing, spool, Contents())
 
 
 # ---- local files
@@ -396,13 +402,13 @@ def _check_exists(path: Path) -> None:
         remedy = f"; did you mean {path.parent / near}?" if near else "; check the name and the folder"
         raise InputError(f"{path}: no such file{remedy}") from error
     except (OSError, ValueError) as error:  # ValueError: a null character
-        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
+        raise InputError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
 def _find_glob(pattern: Path, input_format: str) -> list[Source]:
     root = Path(*takewhile(lambda part: not has_magic(part), pattern.parts))
     paths = [Path(name) for name in sorted(glob(str(pattern), recursive=True), key=os.fsencode)]
-    files = [path for path in paths if not path.is_dir() and not _is_skipped(path.relative_to(root).parts)]
+    files = [path for path in paths if not path.is_dir() and not _is_skipped(path, root, pattern.parts)]
     if not files:
         only = "only directories match (a pattern for the files in them ends in /*.parquet)" if paths else "no match"
         raise InputError(f"{pattern}: {only}; check the pattern, and that {root} is the folder")
@@ -438,19 +444,52 @@ def _list_files(folder: Path, above: frozenset[Path]) -> list[Path]:
         with os.scandir(folder) as entries:
             found = list(entries)
         for entry in found:
-            if _is_skipped((entry.name,)):
-                continue
             path = folder / entry.name
+            if _is_skipped(path, folder):
+                continue
             files += _list_files(path, above | {here}) if entry.is_dir() else [path]
     except OSError as error:
         raise InputError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
     return files
 
 
-def _is_skipped(parts: Iterable[str]) -> bool:
-    """Whether a path is not an input: hidden files, _SUCCESS, _metadata, and what a run keeps beside its output."""
-    beside = (WORK_SUFFIX, STATUS_SUFFIX, PLAN_SUFFIX)
-    return any(part.startswith((".", "_")) or part.endswith(beside) for part in parts if part != "..")
+def _is_skipped(path: Path, root: Path, pattern: Sequence[str] = ()) -> bool:
+    """Whether a path below root is no input: it is hidden, or a run keeps it beside its output."""
+    parts = path.relative_to(root).parts
+    is_work = _is_work(parts, lambda name: (root / name).exists())
+    return _is_hidden(parts, pattern) or is_work or _is_beside(_LocalFile(path))
+
+
+def _is_hidden(parts: Sequence[str], pattern: Sequence[str] = ()) -> bool:
+    """Whether a path is not meant: a part of it begins with . or _ as _SUCCESS and _temporary/ do.
+
+    In a pattern, * means _a.jsonl too, as in a shell, and a part that begins with one of them means such names.
+    """
+    spelled = {part[0] for part in pattern if part.startswith((".", "_"))}
+    hidden = [part for part in parts if part[0] in {".", "_"} - spelled and part != ".."]
+    return bool(hidden) and not (pattern and hidden == [parts[-1]] and _has_suffix(parts[-1]))
+
+
+def _has_suffix(name: str) -> bool:
+    return name[0] == "_" and name.lower().removesuffix(".gz").removesuffix(".zst").endswith(tuple(SUFFIXES))
+
+
+def _is_work(parts: Sequence[str], exists: Callable[[str], bool]) -> bool:
+    """Whether a path is in a run's work directory, which has a lock."""
+    below = accumulate(parts, lambda folder, name: f"{folder}/{name}")
+    return any(path.endswith(WORK_SUFFIX) and exists(f"{path}/lock") for path in below)
+
+
+def _is_beside(file: "_LocalFile | _RemoteFile") -> bool:
+    """Whether a file is a status or a plan, by its name and by what it says."""
+    if not str(file.path).endswith((STATUS_SUFFIX, PLAN_SUFFIX)):
+        return False
+    try:
+        with file.open() as opened:
+            values = read_object(opened.read(MAX_BESIDE_BYTES))
+    except (OSError, pa.ArrowException):
+        return False
+    return any(keys <= values.keys() for keys in BESIDE_KEYS)
 
 
 def _parse_partition(folders: Iterable[str]) -> Partition:
@@ -475,9 +514,9 @@ def _find_remote(uri: str, input_format: str) -> list[Source]:
             _refuse_text(address, (f"{scheme}://{info.path}" for info, _ in found))
     except pa.ArrowInvalid as error:
         remedy = "download the file, or use s3://, gs://, abfs://, hdfs:// or file:// (a space is %20)"
-        raise InputError(f"{address}: this address cannot be read ({first_line(error)}); {remedy}") from error
+        raise InputError(f"{address}: this address cannot be read ({reason_of(error)}); {remedy}") from error
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{address}: cannot be read: {first_line(error)}; check the address and the keys") from error
+        raise InputError(f"{address}: cannot be read: {reason_of(error)}; check the address and the keys") from error
     if not found:
         raise InputError(f"{address}: no such file, directory or match; check the address")
     sources = []
@@ -503,7 +542,13 @@ def _list_remote(
     files = [info for info in infos if info.type == pafs.FileType.File and matches(info.path)]
     files.sort(key=lambda info: info.path.encode())
     below = [(info, tuple(info.path.removeprefix(root).strip("/").split("/"))) for info in files]
-    found = [(info, parts[:-1]) for info, parts in below if not _is_skipped(parts)]
+    pattern = path.split("/") if root != path else ()
+    listed = {info.path for info in infos}
+    found = []
+    for info, parts in below:
+        is_work = _is_work(parts, lambda name: f"{root}/{name}" in listed)
+        if not (_is_hidden(parts, pattern) or is_work or _is_beside(_RemoteFile(filesystem, info.path))):
+            found.append((info, parts[:-1]))
     return found, [root, *(info.path for info in infos)]
 
 

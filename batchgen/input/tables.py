@@ -1,7 +1,6 @@
 """Folders that are tables of another system: a log says which of their files hold rows, and some hold none any more.
 
-Delta keeps files whose rows were deleted or rewritten, Iceberg and Hudi every version of them, and a stream of Spark
-the files of failed attempts. So the files of a table are refused, with a command that exports its rows.
+Delta, Iceberg and Hudi keep files whose rows were deleted or rewritten, and a stream of Spark those of failed attempts.
 """
 
 import json

@@ -7,7 +7,7 @@ from io import BufferedReader
 from batchgen.errors import InputError
 from batchgen.input.csv_files import DELIMITERS
 from batchgen.input.formats import BadRow, Found, Reading, Rows, Scanned, batch_rows, check_first_bytes, find_columns
-from batchgen.input.json_text import MAX_LINE_BYTES, TOO_LONG, read_lines
+from batchgen.input.json_text import TOO_LONG, decode_line, read_lines
 from batchgen.input.sources import Source, open_bytes
 from batchgen.job import InputOptions
 from batchgen.options import say, shown
@@ -31,15 +31,6 @@ def _refuse_table(line: str, source: Source) -> None:
 def _read_prompts(file: BufferedReader, source: Source) -> Iterator[tuple[int, bytes]]:
     lines = read_lines(file, source, blanks=b"\r\n")
     return ((number, line) for number, line in lines if line == TOO_LONG or line.strip(b" \t\r"))
-
-
-def _decode(line: bytes) -> str:
-    if line == TOO_LONG:
-        raise BadRow(f"the line is longer than {MAX_LINE_BYTES} bytes; shorten it")
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise BadRow(f"invalid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
 
 
 # ---- the functions of a format; see formats.py
@@ -72,6 +63,6 @@ def _read_rows(
     for row, (number, line) in enumerate(_read_prompts(file, source), first_row):
         place = f"{source.name}:{number}"
         try:
-            yield Request(row, place, None, _decode(line), reading.params), {}, len(line)
+            yield Request(row, place, None, decode_line(line), reading.params), {}, len(line)
         except BadRow as bad:
             yield bad.reject(row, place), {}, len(line)

@@ -1,44 +1,15 @@
 """Validation: every request is tokenized and compared with the model's context before any is generated."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TypeAlias
 
 from batchgen.errors import InputError
 from batchgen.job import OnTooLong, Policy
 from batchgen.options import say
-from batchgen.text.stopping import Decoder, bad_word_ids
-from batchgen.types import ReadSpecial, Rejected, Request, SamplingParams, TokenizedRequest
-
-
-class Tokenizer(Decoder, Protocol):
-    """What validation needs: encode loses no byte, and no token stands for more than longest_token_bytes."""
-
-    @property
-    def n_vocab(self) -> int: ...
-
-    @property
-    def n_tokens(self) -> int: ...
-
-    @property
-    def start_id(self) -> int | None: ...
-
-    @property
-    def begin_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def end_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def longest_token_bytes(self) -> int: ...
-
-    def has_id(self, token_id: int, /) -> bool: ...
-
-    def encode(self, text: str, special_tokens: ReadSpecial, /) -> list[int]: ...
-
-    def reads_special_as_text(self, text: str, /) -> bool: ...
-
-    def decode(self, ids: Sequence[int], /) -> str: ...
-
+from batchgen.text.stopping import bad_word_ids
+from batchgen.text.tokenizer import Tokenizer
+from batchgen.types import Rejected, Request, SamplingParams, TokenizedRequest
 
 Ids: TypeAlias = tuple[int, ...]
 Check: TypeAlias = Callable[[Request | Rejected], TokenizedRequest | Rejected]
@@ -71,23 +42,23 @@ def _too_long(prompt_tokens: int | None, max_tokens: int, n_ctx: int, on_too_lon
     return _Unfit(f"{counted} prompt tokens + {max_tokens} max_tokens exceed n_ctx {n_ctx}; {remedy}", prompt_tokens)
 
 
-def _encode(prompt: str | Ids, tokenizer: Tokenizer, policy: Policy) -> Ids:
-    """The prompt's token ids, at least one."""
+def _encode(prompt: str | Ids, tokenizer: Tokenizer, policy: Policy, last: int | None) -> Ids:
+    """The prompt's token ids, at least one; of a text, the last so many after those that stand before every prompt."""
     if isinstance(prompt, str):
         try:
-            ids = tuple(tokenizer.encode(prompt, policy.special_tokens))
+            ids = tuple(tokenizer.encode(prompt, policy.special_tokens, last))
         except InputError as error:
             raise _Unfit(str(error), None) from error
     else:
         ids = prompt
         _check_token_ids("the prompt", ids, tokenizer)
     if not prompt:
-        if policy.empty_prompt == "reject" or tokenizer.start_id is None:
+        if policy.empty_prompt == "reject" or tokenizer.special.start is None:
             remedy = f"write one or pass {say('empty_prompt', 'unconditional')}"
-            if tokenizer.start_id is None:
+            if tokenizer.special.start is None:
                 remedy = "write one (this vocabulary has no <|endoftext|> to start from)"
             raise _Unfit(f"the prompt is empty, and a completion starts from 1 token or more; {remedy}", 0)
-        ids = ids or (tokenizer.start_id,)
+        ids = ids or (tokenizer.special.start,)
     return ids
 
 
@@ -105,7 +76,7 @@ def _check_parameters(params: SamplingParams, tokenizer: Tokenizer) -> None:
     _check_token_ids("logit_bias", (token for token, _ in params.logit_bias), tokenizer)
     banned = {word[-1] for word in bad_word_ids(params.bad_words, tokenizer)}
     if params.min_tokens:
-        banned |= {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.end_ids)}
+        banned |= {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.special.end)}
     if len(banned) >= tokenizer.n_tokens:
         reason = f"bad_words and min_tokens may ban every token of this vocabulary of {tokenizer.n_tokens}"
         raise _Unfit(f"{reason}; leave one that may be drawn", None)
@@ -113,19 +84,28 @@ def _check_parameters(params: SamplingParams, tokenizer: Tokenizer) -> None:
 
 def _fit(prompt: str | Ids, max_tokens: int, tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> tuple[str, Ids]:
     """Text and token ids of one prompt, truncated if that is the policy; shorten may leave less than max_tokens."""
-    on_too_long, truncate = policy.on_too_long, policy.on_too_long == "truncate-left"
+    on_too_long, begin = policy.on_too_long, tokenizer.special.begin if isinstance(prompt, str) else ()
+    room = n_ctx - max_tokens
+    truncate = on_too_long == "truncate-left" and room > len(begin)  # begin stays in front
     # no token is longer than longest_token_bytes, so a prompt of megabytes need not be tokenized to be too long
     if not truncate and isinstance(prompt, str) and len(prompt) > n_ctx * tokenizer.longest_token_bytes:
         raise _too_long(None, max_tokens, n_ctx, on_too_long)
-    ids = _encode(prompt, tokenizer, policy)
+    ids = _encode(prompt, tokenizer, policy, n_ctx if truncate else None)
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-    begin = ids[: len(tokenizer.begin_ids)] if isinstance(prompt, str) else ()  # these stay in front
-    excess = len(ids) + max_tokens - n_ctx
-    if excess > 0 and truncate and excess < len(ids) - len(begin):
-        return text, begin + ids[len(begin) + excess :]
-    if excess > 0 and not (on_too_long == "shorten" and len(ids) < n_ctx):
+    if len(ids) > room and truncate:
+        return text, begin + ids[len(ids) - room + len(begin) :]
+    if len(ids) > room and not (on_too_long == "shorten" and len(ids) < n_ctx):
         raise _too_long(len(ids), max_tokens, n_ctx, on_too_long)
     return text, ids
+
+
+def _trim(request: Request | Rejected) -> Request | Rejected:
+    """The row without the spaces at the end of its prompts, whatever becomes of it."""
+    if isinstance(request, Rejected):
+        return replace(request, prompt=request.prompt and request.prompt.rstrip(" "))
+    prompts = (request.prompt, *request.others)
+    first, *others = (prompt.rstrip(" ") if isinstance(prompt, str) else prompt for prompt in prompts)
+    return replace(request, prompt=first, others=tuple(others))
 
 
 def validate(
@@ -133,18 +113,15 @@ def validate(
 ) -> TokenizedRequest | Rejected:
     """Tokenize one request; a TokenizedRequest has prompt_tokens + max_tokens <= n_ctx, and an exact fit is accepted.
 
-    truncate-left keeps the prompt's last tokens, shorten lowers max_tokens; a prompt that still does not fit is
-    rejected, and so is an empty prompt unless it may start from the end-of-text token. trim removes spaces from a
-    prompt's end. If a row has several prompts, each must fit, or the row is rejected. A Rejected is returned as it is.
+    truncate-left keeps the prompt's last tokens, shorten lowers max_tokens. Of several prompts, each must fit.
 
     n_ctx=1024, 1009 prompt tokens, max_tokens=40 -> 1009 + 15 (shorten), 984 + 40 (truncate-left)
     """
+    if policy.trim:
+        request = _trim(request)
     if isinstance(request, Rejected):
         return request
-    params = request.params
-    prompts = [request.prompt, *request.others]
-    if policy.trim:
-        prompts = [prompt.rstrip(" ") if isinstance(prompt, str) else prompt for prompt in prompts]
+    params, prompts = request.params, (request.prompt, *request.others)
     try:
         _check_parameters(params, tokenizer)
         fitted = [_fit(prompt, params.max_tokens, tokenizer, n_ctx, policy) for prompt in prompts]

@@ -32,10 +32,7 @@ def find_nearest(name: str, names: Iterable[str]) -> str | None:
 
 
 def describe_missing(column: str, option: str, names: Sequence[str], kind: str) -> str:
-    """`no key 'prompt'; the keys are 'Prompt', 'id'; did you mean 'Prompt'? pass it as --prompt-column`.
-
-    option: the field of InputOptions that names the column.
-    """
+    """`no key 'prompt'; the keys are 'Prompt', 'id'; did you mean 'Prompt'? pass it as --prompt-column`"""
     if not names:
         return f"no {kind} {shown(column)}; there are no {kind}s at all"
     near, named = find_nearest(column, names), say(option)
@@ -50,9 +47,3 @@ def find_surrogate(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"\\u{ord(text[error.start]):04x}"
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error from Arrow or the system."""
-    reason = getattr(error, "strerror", None) or str(error)
-    return reason.strip().split("\n")[0]

@@ -1,7 +1,6 @@
 """Tokens beside BPE's: those that stand in a text as they are, stand before every prompt, or end a completion.
 
-They are found in a text as Hugging Face's `tokenizers` finds them. `special_tokens.json` in a model directory holds
-them; a model of OpenAI's has no such file.
+They are found as Hugging Face's `tokenizers` finds them. `special_tokens.json` holds them; OpenAI's models have none.
 """
 
 import json

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from batchgen.errors import InputError
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import FinishReason, SamplingParams
 
 
@@ -21,16 +22,6 @@ class Sequence(Protocol):
 
     @property
     def token_ids(self) -> list[int]: ...
-
-
-class Decoder(Protocol):
-    """The part of text.tokenizer.Tokenizer that this module uses."""
-
-    def __hash__(self) -> int: ...
-
-    def encode_part(self, text: str, /) -> list[int]: ...
-
-    def decode_bytes(self, ids: Seq[int], /, *, skip_special: bool = False) -> bytes: ...
 
 
 @lru_cache
@@ -67,7 +58,7 @@ class StopMatcher:
 class StopStrings:
     """The engine's should_stop: ends a sequence with the token that completes one of its stop strings."""
 
-    def __init__(self, tokenizer: Decoder) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._matchers: dict[Sequence, StopMatcher] = {}
 
@@ -92,12 +83,8 @@ def whole_characters(data: bytes) -> str:
     return text + rest if len(rest) > 1 else text  # the decoder also holds back half of a surrogate: it is invalid
 
 
-def completed_text(token_ids: Seq[int], params: SamplingParams, tokenizer: Decoder) -> tuple[str, str | None]:
-    """The text of a completion, and the stop string that ended it, if any.
-
-    The text ends before the stop string, or after it with include_stop. An incomplete last character is left out;
-    other bytes that are not UTF-8 become U+FFFD.
-    """
+def completed_text(token_ids: Seq[int], params: SamplingParams, tokenizer: Tokenizer) -> tuple[str, str | None]:
+    """The text of a completion, and the stop string that ended it, if any; see whole_characters."""
     skip = params.skip_special_tokens
     data = tokenizer.decode_bytes(token_ids, skip_special=skip)
     if params.stop:
@@ -109,16 +96,13 @@ def completed_text(token_ids: Seq[int], params: SamplingParams, tokenizer: Decod
 
 
 @lru_cache(maxsize=1024)
-def bad_word_ids(words: tuple[str, ...], tokenizer: Decoder) -> tuple[tuple[int, ...], ...]:
-    """The token sequences of each word, without a space before it and, as within a text, with one.
-
-    A word with a byte that the vocabulary lacks cannot be generated and gives none.
-    """
+def bad_word_ids(words: tuple[str, ...], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of each word, without a space before it and, as within a text, with one."""
     spellings = dict.fromkeys(text for word in words for text in (word, word if word[0].isspace() else f" {word}"))
     sequences = []
     for text in spellings:
         try:
             sequences.append(tuple(tokenizer.encode_part(text)))
-        except InputError:
+        except InputError:  # a byte that the vocabulary lacks cannot be generated
             continue
     return tuple(dict.fromkeys(sequences))

@@ -1,20 +1,22 @@
 """GPT-2's byte-level BPE: text to token ids and back, with `encoder.json` and `vocab.bpe`.
 
 A text is split into pieces; each byte of a piece (UTF-8) is a symbol; pairs of symbols merge in the order of the merges
-file. The ids are those of OpenAI's encoder for every string and every vocabulary; those of a Hugging Face model are its
-tokenizer's (special_tokens.py).
+file. The ids are those of OpenAI's encoder, or of a Hugging Face model's tokenizer (special_tokens.py).
 """
 
 import codecs
+import hashlib
 import re
 import reprlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from array import array
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from os.path import isfile, lexists
 from pathlib import Path
 
+import numpy as np
 import regex  # type: ignore[import-untyped]  # it ships no types
 
 from batchgen.errors import InputError, ModelError
@@ -29,6 +31,7 @@ MAX_ID = 2**24 - 1  # as many rows as a GPT2Config allows
 
 MAX_CACHED = 2**16  # runs, and as many pieces
 MAX_CACHED_CHARACTERS = 64  # a longer run or piece rarely occurs twice
+BLOCK_CHARACTERS = 2**16  # of a long text that are split into runs at a time
 SHORT_PIECE = 48  # symbols; up to this length merge_short is faster than merge_long
 NEVER = 2**62  # the rank of a pair that does not merge
 ABSENT = -1  # the id of a byte that the vocabulary lacks, and of a symbol that has merged into another
@@ -41,6 +44,8 @@ PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p
 # run split into pieces only once. `re` finds the runs three times as fast as `regex` would.
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # \s of `regex`; `re` adds \x1c-\x1f
 RUNS = re.compile(rf" ?[^{_SPACE}]+|[{_SPACE}]+(?![^{_SPACE}])|[{_SPACE}]+")
+
+_RUN_END = re.compile(rf"[^{_SPACE}](?=[{_SPACE}])")
 
 _SPECIAL = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
@@ -82,17 +87,18 @@ def merge_short(symbols: list[int], ranks: Ranks, merged: Merged) -> list[int]:
     return symbols
 
 
-def merge_long(symbols: list[int], ranks: Ranks, merged: Merged) -> list[int]:
+def merge_long(symbols: "array[int]", ranks: Ranks, merged: Merged) -> "array[int]":
     """merge_short in O(n log n): a linked list of symbols, and for each rank the places of its pair.
 
-    A place can be out of date when its rank is next, so it is compared with the symbols that are there now.
+    A place can be out of date when its rank is next, so it is compared with the symbols that are there now. Arrays, as
+    a list of a million numbers takes 40 MB.
     """
     end = len(symbols)
     symbols.append(ABSENT)  # at `end`, and as symbols[-1] also before the first symbol
-    following = list(range(1, end + 1))
-    preceding = list(range(-1, end))
-    places: defaultdict[int, list[int]] = defaultdict(list)
-    for at, rank in enumerate(map(ranks.get, zip(symbols, symbols[1:], strict=False))):
+    following = array("i", range(1, end + 1))
+    preceding = array("i", range(-1, end))
+    places: defaultdict[int, array[int]] = defaultdict(lambda: array("i"))
+    for at, rank in enumerate(map(ranks.get, pairwise(symbols))):
         if rank is not None:
             places[rank].append(at)
     waiting = list(places)
@@ -100,7 +106,9 @@ def merge_long(symbols: list[int], ranks: Ranks, merged: Merged) -> list[int]:
     while waiting:
         rank = heappop(waiting)
         left, right, new = merged[rank]
-        for at in sorted(places.pop(rank)):
+        found = places.pop(rank)
+        np.frombuffer(found, np.intc).sort()
+        for at in found:
             right_at = following[at]
             if symbols[at] != left or symbols[right_at] != right:
                 continue
@@ -114,13 +122,23 @@ def merge_long(symbols: list[int], ranks: Ranks, merged: Merged) -> list[int]:
                     if new_rank not in places:
                         heappush(waiting, new_rank)
                     places[new_rank].append(place)
-    return [symbol for symbol in symbols if symbol != ABSENT]
+    return array("i", (symbol for symbol in symbols if symbol != ABSENT))
+
+
+def cut_blocks(text: str) -> Iterator[str]:
+    """The text in blocks of some BLOCK_CHARACTERS, or more if no run ends there; each has whole runs."""
+    begin = 0
+    while len(text) - begin > BLOCK_CHARACTERS and (end := _RUN_END.search(text, begin + BLOCK_CHARACTERS)):
+        yield text[begin : end.end()]
+        begin = end.end()
+    yield text[begin:]
 
 
 # ---- vocabulary files
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, sha256: str | None = None) -> str:
+    """ModelError if its SHA-256 is another one."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -128,6 +146,9 @@ def _read_text(path: Path) -> str:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     if len(data) > MAX_FILE_BYTES:
         raise ModelError(f"{path}: over {MAX_FILE_BYTES} bytes, the limit for a vocabulary file; is it the right file?")
+    if sha256 not in (None, found := hashlib.sha256(data).hexdigest()):
+        remedy = "fetch or convert the model again; if it was just replaced, run the same command again"
+        raise ModelError(f"{path}: is not the model's (expected sha256 {sha256}, found {found}); {remedy}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -143,10 +164,10 @@ def find_vocabulary(directory: Path) -> tuple[Path, Path]:
     raise ModelError(f"{directory}: no vocabulary, neither {pairs}; put one of the two pairs there")
 
 
-def read_vocabulary(path: Path) -> dict[str, int]:
+def read_vocabulary(path: Path, sha256: str | None = None) -> dict[str, int]:
     """Token -> id from a JSON object; each id occurs once, in any order, and there may be holes between them."""
     try:
-        encoder = parse_json(_read_text(path))
+        encoder = parse_json(_read_text(path, sha256))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not a JSON object of tokens and ids ({error}); download the file again") from None
     if not isinstance(encoder, dict) or not encoder:
@@ -168,9 +189,9 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     return encoder
 
 
-def read_merges(path: Path, encoder: dict[str, int]) -> list[tuple[str, str]]:
+def read_merges(path: Path, encoder: dict[str, int], sha256: str | None = None) -> list[tuple[str, str]]:
     """The pairs of a merges file in order. The first line may be `#version: ...`; the last may lack a newline."""
-    lines = _read_text(path).replace("\r\n", "\n").rstrip("\n").split("\n")
+    lines = _read_text(path, sha256).replace("\r\n", "\n").rstrip("\n").split("\n")
     first_line_of: dict[tuple[str, str], int] = {}
     for number, line in enumerate(lines, start=1):
         if number == 1 and (line.startswith("#version") or lines == [""]):
@@ -223,10 +244,10 @@ def find_special(encoder: dict[str, int], merges: list[tuple[str, str]]) -> Spec
     return SpecialTokens(added, end=() if eos_id is None else (eos_id,), start=eos_id, parse=False)
 
 
-def read_special(path: Path) -> SpecialTokens:
+def read_special(path: Path, sha256: str | None = None) -> SpecialTokens:
     """The contents of special_tokens.json; ModelError if it is damaged."""
     try:
-        return SpecialTokens.from_json(parse_json(_read_text(path)))
+        return SpecialTokens.from_json(parse_json(_read_text(path, sha256)))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{path}: not a list of special tokens ({reason}); convert the model again") from error
@@ -235,14 +256,14 @@ def read_special(path: Path) -> SpecialTokens:
 # ---- the tokenizer
 
 
-class Cache(dict[str, tuple[int, ...]]):
+class Cache(dict[str, Sequence[int]]):
     """The ids of strings, computed by `encode` on first use; empties itself when full and keeps no long string."""
 
-    def __init__(self, encode: Callable[[str], tuple[int, ...]]) -> None:
+    def __init__(self, encode: Callable[[str], Sequence[int]]) -> None:
         super().__init__()
         self.encode = encode
 
-    def __missing__(self, key: str) -> tuple[int, ...]:
+    def __missing__(self, key: str) -> Sequence[int]:
         ids = self.encode(key)
         if len(key) <= MAX_CACHED_CHARACTERS:
             if len(self) >= MAX_CACHED:
@@ -283,32 +304,16 @@ class Tokenizer:
         self._pieces = Cache(self._encode_piece)
 
     @classmethod
-    def load(cls, directory: str | Path) -> "Tokenizer":
-        """Read `encoder.json` and `vocab.bpe`, or `vocab.json` and `merges.txt`, and `special_tokens.json` if any.
-
-        Raises ModelError if they are damaged.
-        """
-        vocabulary_path, merges_path = find_vocabulary(Path(directory))
-        encoder = read_vocabulary(vocabulary_path)
-        merges = read_merges(merges_path, encoder)
-        path = Path(directory) / SPECIAL_TOKENS
-        special = read_special(path) if lexists(path) else find_special(encoder, merges)
+    def load(cls, directory: str | Path, sha256: Mapping[str, str] | None = None) -> "Tokenizer":
+        """Read a vocabulary's files, and `special_tokens.json` if any; sha256: of a model's, and no others are read."""
+        path, known = Path(directory) / SPECIAL_TOKENS, sha256 or {}
+        openai = path.with_name(VOCABULARY_FILES[0][0]), path.with_name(VOCABULARY_FILES[0][1])
+        vocabulary_path, merges_path = openai if known else find_vocabulary(path.parent)
+        encoder = read_vocabulary(vocabulary_path, known.get(vocabulary_path.name))
+        merges = read_merges(merges_path, encoder, known.get(merges_path.name))
+        has_special = SPECIAL_TOKENS in known if known else lexists(path)
+        special = read_special(path, known.get(path.name)) if has_special else find_special(encoder, merges)
         return cls(encoder, merges, bytes_by_id(vocabulary_path, encoder, merges, special.added), special)
-
-    @property
-    def begin_ids(self) -> tuple[int, ...]:
-        """The tokens before every prompt."""
-        return self.special.begin
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a completion."""
-        return self.special.end
-
-    @property
-    def start_id(self) -> int | None:
-        """The token from which a completion without a prompt starts."""
-        return self.special.start
 
     def has_id(self, token_id: int) -> bool:
         """Whether a token has this id: a vocabulary may have holes."""
@@ -318,35 +323,46 @@ class Tokenizer:
         """The ids below n_vocab that no token has."""
         return [token_id for token_id in range(n_vocab) if token_id not in self.decoder]
 
-    def _encode_piece(self, piece: str) -> tuple[int, ...]:
-        symbols = list(map(self._byte_ids.__getitem__, piece.encode()))
+    def _encode_piece(self, piece: str) -> Sequence[int]:
+        symbols = array("i", map(self._byte_ids.__getitem__, piece.encode()))
         if ABSENT in symbols:
             byte = piece.encode()[symbols.index(ABSENT)]
             raise InputError(f"the vocabulary has no token for byte 0x{byte:02X} of {piece[:40]!r}; leave it out")
-        merge = merge_short if len(symbols) <= SHORT_PIECE else merge_long
-        return tuple(merge(symbols, self._ranks, self._merged))
+        if len(symbols) <= SHORT_PIECE:
+            return tuple(merge_short(symbols.tolist(), self._ranks, self._merged))
+        return merge_long(symbols, self._ranks, self._merged)
 
-    def _encode_run(self, run: str) -> tuple[int, ...]:
+    def _encode_run(self, run: str) -> Sequence[int]:
         pieces = PIECES.findall(run)
         if len(pieces) == 1:
             return self._pieces[run]
         return tuple(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
 
-    def _encode_text(self, text: str) -> Iterable[int]:
-        return chain.from_iterable(map(self._runs.__getitem__, RUNS.findall(text)))
+    def _encode_block(self, block: str) -> Iterable[Sequence[int]]:
+        if len(block) > 2 * BLOCK_CHARACTERS:  # a long run; not the list of its pieces, which takes 20 times its memory
+            return (self._pieces[piece[0]] for piece in PIECES.finditer(block))
+        return map(self._runs.__getitem__, RUNS.findall(block))
 
-    def encode(self, prompt: str, special_tokens: ReadSpecial = "auto") -> list[int]:
-        """The ids of a prompt, after those that stand before every prompt of this model.
+    def _encode_text(self, text: str) -> Iterable[int]:
+        return chain.from_iterable(chain.from_iterable(map(self._encode_block, cut_blocks(text))))
+
+    def encode(self, prompt: str, special_tokens: ReadSpecial = "auto", last: int | None = None) -> list[int]:
+        """The ids of a prompt, or the last so many, after those that stand before every prompt of this model.
 
         special_tokens: whether marks such as `<|endoftext|>` are one id (parse) or the ids of their letters (text);
         auto is as the model's tokenizer does, and text for OpenAI's. Raises InputError on half of a surrogate pair.
         """
-        return [*self.special.begin, *self.encode_part(prompt, special_tokens, prefix_space=self.special.prefix_space)]
+        return [*self.special.begin, *self._encode(prompt, special_tokens, self.special.prefix_space, last)]
 
-    def encode_part(self, text: str, special_tokens: ReadSpecial = "auto", *, prefix_space: bool = False) -> list[int]:
+    def encode_part(self, text: str) -> list[int]:
         """The ids of a text that stands anywhere."""
+        return list(self._encode(text, "auto"))
+
+    def _encode(
+        self, text: str, special_tokens: ReadSpecial, prefix_space: bool = False, last: int | None = None
+    ) -> deque[int]:
         with_special = self.special.parse if special_tokens == "auto" else special_tokens == "parse"
-        ids: list[int] = []
+        ids: deque[int] = deque(maxlen=last)
         try:
             for piece in self._finder.split(text, with_special=with_special):
                 if isinstance(piece, AddedToken):
@@ -394,10 +410,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes a stream of ids; the texts that it returns add up to `decode` of all ids.
-
-    If the bytes of a character are spread over several ids, the last one returns it.
-    """
+    """Decodes a stream of ids; the texts that it returns add up to `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
