@@ -1,8 +1,7 @@
 """How far a run is, for people and for machines: progress, the status file beside the output, and the summary.
 
-completions.parquet.status.json is one JSON object, replaced as a whole, so that a reader never sees half of it. It is
-rewritten about every second while the run lives, and at the end it has the state in which the run ended. If it says
-`running` and is older than a few seconds, the run was killed.
+completions.parquet.status.json is one JSON object, replaced as a whole about every second. At the end it has the state
+in which the run ended; if it says `running` and is older than a few seconds, the run was killed.
 """
 
 import errno
@@ -14,15 +13,15 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from batchgen.files import STATUS_SUFFIX, parse_json, replace_file
-from batchgen.options import say
+from batchgen.files import STATUS_SUFFIX, read_object, replace_file
+from batchgen.limits import reached_limit
 from batchgen.types import Reason, RowParameters
 
 logger = logging.getLogger(__name__)
@@ -60,48 +59,6 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
-
-
-class Sighting(Protocol):
-    """What is asked of a worker's marker; see workers/marker.py."""
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def chunk(self) -> int: ...
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def prompt_tokens(self) -> int: ...
-
-    @property
-    def completion_tokens(self) -> int: ...
-
-    @property
-    def in_flight(self) -> tuple[int, ...]: ...
-
-
-def add_progress(
-    done: Counter[str], resumed: Counter[str], sightings: Sequence[Sighting], committed: Container[int], rows: int
-) -> Progress:
-    """What is committed (`done`, of it `resumed` by earlier attempts) and what workers report of other chunks.
-
-    Without the times.
-    """
-    now = [sighting for sighting in sightings if sighting.chunk not in committed]
-    new = done - resumed
-    return Progress(
-        rows=min(done["input_rows"] + sum(s.rows for s in now), rows),
-        rows_in_all=rows,
-        prompt_tokens=new["prompt_tokens"] + sum(s.prompt_tokens for s in now),
-        completion_tokens=new["completion_tokens"] + sum(s.completion_tokens for s in now),
-        seconds=0.0,
-        resumed_rows=resumed["input_rows"],
-        workers=tuple(WorkerState(s.pid, s.chunk, s.rows, len(s.in_flight)) for s in sightings),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +124,9 @@ def _replace_status(path: Path, values: Mapping[str, object]) -> None:
 def read_status(path: Path) -> dict[str, Any]:
     """What a status file says; nothing if it is missing or damaged."""
     try:
-        status = parse_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_object(path.read_bytes() if path.is_file() else None)
+    except OSError:
         return {}
-    return status if isinstance(status, dict) else {}
 
 
 def correct_status(path: Path, **values: object) -> None:
@@ -182,7 +138,7 @@ def correct_status(path: Path, **values: object) -> None:
 
 @dataclass(slots=True)
 class StatusFile:
-    """Writes one run's status. If it cannot be written, that is logged once and the run goes on."""
+    """Writes one run's status. If it cannot be written, that is logged once, and the next writing is tried again."""
 
     path: Path | None  # None: nowhere
     output: str
@@ -192,6 +148,7 @@ class StatusFile:
     timeline: list[tuple[float, int, int]] = field(default_factory=list)  # seconds, rows, completion tokens
     _step: float = INTERVAL_SECONDS  # between the timeline's points
     _written: float = float("-inf")
+    _has_failed: bool = False
     _last: Progress = Progress(0, 0, 0, 0, 0.0)
 
     def update(self, now: Progress, counts: Counter[str]) -> None:
@@ -202,15 +159,9 @@ class StatusFile:
         if len(self.timeline) > MAX_POINTS:
             self.timeline, self._step = self.timeline[::2], 2 * self._step
         if time.monotonic() - self._written >= INTERVAL_SECONDS:
-            self._write("running", counts)
+            self.write("running", counts)
 
-    def finish(self, state: State, counts: Counter[str], exit_code: int, error: str | None) -> None:
-        """Record how the run ended."""
-        self._write(state, counts, exit_code, error)
-
-    def _write(
-        self, state: State, counts: Counter[str], exit_code: int | None = None, error: str | None = None
-    ) -> None:
+    def write(self, state: State, counts: Counter[str], exit_code: int | None = None, error: str | None = None) -> None:
         if self.path is None:
             return
         values = {"state": state, "exit_code": exit_code, "error": error, **self._values(state, counts)}
@@ -218,8 +169,9 @@ class StatusFile:
             _replace_status(self.path, values)
         except OSError as reason:
             level = logging.INFO if reason.errno in DISK_TROUBLE else logging.WARNING
-            logger.log(level, "%s: the status is no longer written: %s", self.path, reason.strerror or reason)
-            self.path = None
+            if not self._has_failed:
+                logger.log(level, "%s: the status cannot be written: %s", self.path, reason.strerror or reason)
+            self._has_failed = True
         self._written = time.monotonic()
 
     def _values(self, state: State, counts: Counter[str]) -> dict[str, object]:
@@ -251,23 +203,33 @@ def sort(reasons: Mapping[str, Reason]) -> tuple[Reason, ...]:
     return tuple(sorted(list(reasons.values()), key=lambda reason: (-reason.rows, reason.row)))
 
 
-SIGNALS = {130: "interrupted", 143: "terminated"}  # by exit code: 128 + the signal's number
-watched: "list[Reporter]" = []  # in this process; a run that ended in an error stays until the next
+SIGNALS = {129: "hung up", 130: "interrupted", 143: "terminated"}  # by exit code: 128 + the signal's number
+watched: "list[Reporter]" = []  # the run of this process, until the next
+to_follow: dict[str, str] = {}  # outputs after which the command has more to write, and what a stop leaves of one
+
+
+def outcome() -> "Summary | None":
+    """The summary of the run of this process, once its output is complete: a signal no longer changes how it ended."""
+    done = watched[-1].outcome if watched else None
+    return None if done is None or str(done.output) in to_follow else done
 
 
 def words_of_stop(code: int) -> str:
     """The line of a command that ends by a signal, and how many rows are kept if it is a run."""
+    if complete := outcome():
+        return f"{SIGNALS[code]}: the output is complete: {complete.output}"
     if watched and watched[-1].is_retry:
         return f"{SIGNALS[code]}: the output is as it was; run the same command again, which begins the retry anew"
+    if watched and (left := to_follow.get(watched[-1].status.output)):
+        return f"{SIGNALS[code]}: {left}"
     kept = f": {watched[-1].kept}" if watched else ""
     return f"{SIGNALS[code]}{kept}; run the same command again to resume"
 
 
 def words_of(error: BaseException) -> str:
     """The line of a command that ends with this exception."""
-    if isinstance(error, MemoryError):
-        smaller = f"lower {say('jobs')}, or lower {say('kv_bytes')} or {say('batch_size')} with {say('restart', True)}"
-        return f"out of memory: {error}; {smaller}"
+    if limit := reached_limit(error):
+        return limit
     if (code := exit_code_of(error)) in SIGNALS:
         return words_of_stop(code)
     return str(error) or type(error).__name__
@@ -290,20 +252,24 @@ def state_of(error: BaseException) -> State:
 
 @dataclass(slots=True)
 class Reporter:
-    """Looks at a run from a thread and hands what it sees to the status file and to on_progress.
+    """Looks at a run from a thread and hands what it sees to the status file and to on_progress."""
 
-    look returns the progress after so many seconds of the attempt; counts is the ledger's counter of what is committed.
-    """
-
-    look: Callable[[float], Progress]
-    counts: Counter[str]
+    look: Callable[[float], Progress]  # after so many seconds of the attempt
+    counts: Counter[str]  # the ledger's, of what is committed
     resumed: Counter[str]  # of counts, those of earlier attempts
     status: StatusFile
     on_progress: OnProgress | None = None
     row_parameters: RowParameters = field(default_factory=RowParameters)
     is_retry: bool = False  # which is never resumed
+    is_published: Callable[[], bool] = lambda: False  # whether the output is complete
     started: float = field(default_factory=time.monotonic)
     _last: Progress | None = None
+    _summary: Summary | None = None
+
+    @property
+    def outcome(self) -> Summary | None:
+        """The summary, once the output is complete."""
+        return self._summary if self.is_published() else None
 
     @property
     def seconds(self) -> float:
@@ -318,7 +284,7 @@ class Reporter:
     def summarise(self, output: Path | str, input_rows: int, staying: Counter[str], jobs: int, blas: str) -> Summary:
         """The summary, when all is committed; `staying` counts by status the output rows that a retry leaves."""
         counts, resumed = self.counts, self.resumed
-        return Summary(
+        self._summary = Summary(
             output=output,
             input_rows=input_rows,
             ok=counts["ok"] + staying["ok"],
@@ -335,10 +301,14 @@ class Reporter:
             reasons=sort(self.status.reasons),
             row_parameters=self.row_parameters,
         )
+        return self._summary
 
-    def finish(self, summary: Summary) -> None:
-        """Record in the status file that the output is complete."""
-        self.status.finish("finished", Counter(summary.statuses), summary.exit_code, None)
+    def finish(self, error: BaseException | None) -> None:
+        """Record in the status file how the run ended: with this error, which is no signal after its output."""
+        if (done := self.outcome) and not isinstance(error, Exception):
+            self.status.write("finished", Counter(done.statuses), done.exit_code)
+        elif error:
+            self.status.write(state_of(error), self.counts, exit_code_of(error), words_of(error))
 
     def report(self) -> None:
         """Look once. An exception in on_progress is logged, and it is not called again: the run goes on."""
@@ -378,7 +348,7 @@ def reporting(reporter: Reporter) -> Iterator[Reporter]:
             over.set()
             watcher.join()
             reporter.report()
+        reporter.finish(None)
     except BaseException as error:
-        reporter.status.finish(state_of(error), reporter.counts, exit_code_of(error), words_of(error))
+        reporter.finish(error)
         raise
-    watched.clear()

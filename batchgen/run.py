@@ -15,19 +15,10 @@ from batchgen.output.ledger import Ledger, open_ledger
 from batchgen.output.outputs import Output, open_output, work_folder
 from batchgen.output.rows import Rows
 from batchgen.planning import NO_ARITHMETIC, Setting, check_memory, make_plan, n_chunks, probe_arithmetic
-from batchgen.progress import (
-    OnProgress,
-    Progress,
-    Reporter,
-    StatusFile,
-    Summary,
-    add_progress,
-    reporting,
-    status_path,
-)
+from batchgen.progress import OnProgress, Progress, Reporter, StatusFile, Summary, reporting, status_path
 from batchgen.types import add_reasons
 from batchgen.workers.marker import read_sightings
-from batchgen.workers.outlook import Outlook
+from batchgen.workers.outlook import Outlook, add_progress
 from batchgen.workers.supply import Deadline
 from batchgen.workers.workers import open_workers
 
@@ -40,7 +31,7 @@ def _run(job: Job, on_progress: OnProgress | None, open_model: Callable[[str], M
     model = open_model(job.model)
     with ExitStack() as stack:
         overwrite = job.output.overwrite and not job.output.retry_failed  # a retry keeps what is done
-        ledger = stack.enter_context(open_ledger(output.path, overwrite=overwrite))
+        ledger = stack.enter_context(open_ledger(output.path, output.where, overwrite=overwrite))
         facts = prompts.scan()
         rows = output.rows_to_do(facts)
         if complete := find_complete(job, output, ledger, facts, rows, model):
@@ -53,8 +44,9 @@ def _run(job: Job, on_progress: OnProgress | None, open_model: Callable[[str], M
         plan = output.claim(ledger, *asked, job.work.restart)
         columns = output.columns(facts, job.sampling)
         check = make_check(model.load_tokenizer(), model.config.n_ctx, job.policy)
-        chunks = prompts.chunks(facts, job.sampling, check, Cut(plan.chunk_rows, rows.numbers, ledger.committed))
-        missing = n_chunks(rows.count, plan.chunk_rows) - len(ledger.committed)
+        cut = Cut(plan.chunk_rows, rows.numbers, ledger.committed, as_json=output.format == "jsonl")
+        chunks = prompts.chunks(facts, job.sampling, check, cut)
+        missing = n_chunks(rows.count - ledger.counts["input_rows"], plan.chunk_rows)  # or more, if rows are large
         with reporting(make_reporter(job, prompts, output, ledger, rows, on_progress)) as report:
             for receipt in workers.run(plan, columns, chunks, missing, deadline):
                 ledger.commit(receipt)
@@ -62,7 +54,7 @@ def _run(job: Job, on_progress: OnProgress | None, open_model: Callable[[str], M
             blas = str(replace(blas_info(), threads=1))
             summary = report.summarise(output.where, facts.rows, rows.staying, workers.jobs, blas)
             output.publish(ledger, plan, columns.schema(facts.kept), summary.rows)
-        report.finish(summary)
+            ledger.published = True
     return summary
 
 
@@ -77,9 +69,8 @@ def run_job(
     """Complete every prompt of job.input into job.output, resuming an interrupted run of the same plan.
 
     Instead of a Job, its input and output do, and options by their names. Every input row is accounted for by at
-    least one output row, in input order. open_model finds the model, after input and output were checked. Raises a
-    BatchgenError, whose text is for the user, if the job as a whole cannot run; neither an error nor a kill loses
-    what is finished.
+    least one output row, in input order. Raises a BatchgenError, whose text is for the user, if the job as a whole
+    cannot run; neither an error nor a kill loses what is finished.
 
     >>> run_job("prompts.jsonl", "completions.parquet", max_tokens=64, jobs=2)
     """
@@ -114,4 +105,5 @@ def make_reporter(
         eta = outlook.look(sightings, ledger.committed, done["input_rows"], seconds)
         return replace(now, seconds=seconds, eta_seconds=eta)
 
-    return Reporter(look, ledger.counts, resumed, status, on_progress, prompts.row_parameters, job.output.retry_failed)
+    is_retry, parameters = job.output.retry_failed, prompts.row_parameters
+    return Reporter(look, ledger.counts, resumed, status, on_progress, parameters, is_retry, ledger.is_published)

@@ -5,8 +5,9 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from hypothesis import strategies as st
 from batchgen.errors import OutputError, UsageError
 from batchgen.output import file as file_module
 from batchgen.output import parts as parts_module
-from batchgen.output.file import FileOutput, write_parquet
-from batchgen.output.lines import write_json_lines
-from batchgen.output.parts import read_parts, write_part
+from batchgen.output.file import FileOutput, write_json_lines, write_parquet
+from batchgen.output.ledger import Ledger
+from batchgen.output.parts import count_part, part_name, read_parts, write_part
 from batchgen.output.schema import Columns, rows_to_table
 from batchgen.types import OutputRow
 from tests.support.plans import plan_of
@@ -35,7 +36,8 @@ PLAN = plan_of()
 def merge(parts: Iterable[Path], out: Path, schema: pa.Schema, rows: int) -> None:
     """What FileOutput.publish does with the parts of a ledger."""
     write = write_json_lines if out.suffix == ".jsonl" else write_parquet
-    FileOutput(out, Prompts(), write).replace_rows(read_parts(parts, schema), PLAN, schema, rows)
+    plan = replace(PLAN, rows=rows)  # of one sample each
+    FileOutput(out, Prompts(), write).replace_rows(Ledger(out), read_parts(parts, schema), plan, schema, rows)
 
 
 def check(out: Path, inputs: list[Path]) -> None:
@@ -50,13 +52,18 @@ def bad(row: int) -> OutputRow:
     return OutputRow(row, 0, None, None, None, None, None, None, "rejected", f"p.jsonl:{row + 1}: not JSON", None)
 
 
+def commit_part(rows: list[OutputRow], folder: Path, chunk: int = 0, schema: pa.Schema = SCHEMA) -> Path:
+    """What a worker and the ledger do; returns the committed part."""
+    sha256 = write_part(rows, folder / "part", schema)
+    return (folder / "part").rename(folder / part_name(chunk, sha256))
+
+
 def write_parts(folder: Path, sizes: list[int], schema: pa.Schema = SCHEMA) -> tuple[list[Path], list[OutputRow]]:
     parts: list[Path] = []
     rows: list[OutputRow] = []
     for index, size in enumerate(sizes):
         part = [bad(row) if row % 5 == 3 else ok(row) for row in range(len(rows), len(rows) + size)]
-        parts.append(folder / f"{index:08}.parquet")
-        write_part(part, parts[-1], schema)
+        parts.append(commit_part(part, folder, index, schema))
         rows += part
     return parts, rows
 
@@ -121,6 +128,26 @@ def test_a_part_on_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
         write_part([ok(row, prompt=os.urandom(50).hex()) for row in range(1000)], path, SCHEMA)
 
 
+def test_a_part_of_rows_that_share_a_long_prompt_is_written_in_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts_module, "GROUP_BYTES", 10_000)
+    schema = pa.schema([*SCHEMA, ("k", pa.int64())])
+    rows = [ok(0, sample, "x" * 4_000) for sample in range(10)]
+    taken: list[int] = []
+
+    def keep(group: Sequence[OutputRow]) -> pa.Table:
+        taken.append(len(group))
+        return pa.table({"k": [row.sample for row in group]})
+
+    part = tmp_path / part_name(0, write_part(rows, tmp_path / "part", schema, keep))
+    (tmp_path / "part").rename(part)
+    assert taken == [3, 3, 3, 1]
+    found = list(read_parts([part], schema))
+    assert [len(batch) for batch in found] == taken  # and read again group by group
+    assert [row["k"] for batch in found for row in batch.to_pylist()] == list(range(10))
+
+
 # ---- merge
 
 
@@ -139,10 +166,10 @@ def test_a_merge_keeps_every_row_in_order(parts_folder: Path, out_folder: Path, 
 
 def test_json_lines_hold_the_same_rows(parts_folder: Path, out_folder: Path) -> None:
     schema = Columns(token_ids=True).schema()
-    rows = [ok(0, prompt='\u2028"\n\0\x85é\U0001f98a'), bad(1), ok(2, sample=1)]
-    write_part(rows, parts_folder / "0", schema)
+    rows = [ok(0, prompt='\u2028"\n\0\x85é\U0001f98a'), bad(1), ok(2)]
+    part = commit_part(rows, parts_folder, schema=schema)
     out = out_folder / "out.jsonl"
-    merge([parts_folder / "0"], out, schema, 3)
+    merge([part], out, schema, 3)
     lines = out.read_bytes().split(b"\n")
     assert [json.loads(line) for line in lines[:-1]] == records(rows, schema)
     assert lines[-1] == b""
@@ -184,9 +211,7 @@ def test_large_rows_make_small_row_groups(
     parts_folder: Path, out_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_module, "GROUP_BYTES", 10_000)
-    parts = [parts_folder / str(row) for row in range(9)]
-    for row, part in enumerate(parts):
-        write_part([ok(row, prompt="x" * 4000)], part, SCHEMA)
+    parts = [commit_part([ok(row, prompt="x" * 4000)], parts_folder, row) for row in range(9)]
     merge(parts, out_folder / "o.parquet", SCHEMA, 9)
     assert 4 <= pq.ParquetFile(out_folder / "o.parquet").num_row_groups <= 5
 
@@ -224,7 +249,7 @@ def test_the_plan_is_in_the_file(parts_folder: Path, out_folder: Path) -> None:
     merge(parts, out, SCHEMA, len(rows))
     assert pq.read_schema(out).metadata.keys() == {b"batchgen"}
     for metadata in (pq.read_schema(out).metadata, pq.read_metadata(out).metadata):
-        assert json.loads(metadata[b"batchgen"]) == PLAN.to_json()
+        assert json.loads(metadata[b"batchgen"]) == replace(PLAN, rows=2).to_json()
 
 
 def test_columns_are_zstd_with_page_checksums(parts_folder: Path, out_folder: Path) -> None:
@@ -285,17 +310,24 @@ def flip_a_byte(part: Path) -> None:
     part.write_bytes(data)
 
 
-def other_columns(part: Path) -> None:
-    part.unlink()
-    write_part([ok(0)], part, Columns(token_ids=True).schema())
+def swap(part: Path) -> None:
+    other = min(part.parent.iterdir())
+    data = other.read_bytes()
+    part.write_bytes(data)
 
 
-FAULTS = {
-    "flipped byte": (flip_a_byte, "the part is damaged"),
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "flipped byte": (flip_a_byte, "the part is damaged: .*; the same command makes it again"),
     "cut": (lambda part: os.truncate(part, 100), "the part is damaged"),
-    "gone": (lambda part: part.unlink(), "the part is damaged"),
-    "other columns": (other_columns, "the part has other columns"),
-    "too few rows": (lambda part: (part.unlink(), write_part([ok(0)], part, SCHEMA)), "the parts hold 31 rows, not 60"),
+    "emptied": (lambda part: os.truncate(part, 0), "the part is damaged"),
+    "another part": (swap, "the part is damaged"),
+    "gone": (lambda part: part.unlink(), "the part cannot be read .No such file or directory.; the same command"),
+    "a folder": (lambda part: (part.unlink(), part.mkdir()), "the part cannot be read .Is a directory"),
+    "other columns": (
+        lambda part: commit_part([ok(0)], part.parent, 1, Columns(token_ids=True).schema()),
+        "the part has other columns",
+    ),
+    "too few rows": (lambda part: commit_part([ok(0)], part.parent, 1), "does not hold each of its 60 input rows"),
 }
 
 
@@ -307,7 +339,8 @@ def test_a_bad_part_leaves_the_output_as_it_was(
 ) -> None:
     parts, rows = write_parts(parts_folder, [30, 30])
     spoil, message = FAULTS[fault]
-    spoil(parts[1])
+    if isinstance(other := spoil(parts[1]), Path):
+        parts[1] = other
     out = out_folder / f"out.{suffix}"
     if previous is not None:
         out.write_bytes(previous)
@@ -315,6 +348,23 @@ def test_a_bad_part_leaves_the_output_as_it_was(
         merge(parts, out, SCHEMA, len(rows))
     assert "\n" not in str(caught.value)
     assert [path.read_bytes() for path in out_folder.iterdir()] == ([] if previous is None else [previous])
+
+
+def test_every_flipped_byte_of_a_part_is_found_before_it_is_read(tmp_path: Path) -> None:
+    """Also in the footer, where Arrow has no checksums; nothing but an OutputError is raised."""
+    part = commit_part([ok(0), bad(1)], tmp_path)
+    data = part.read_bytes()
+    assert count_part(part)[0] == 2
+    found = 0
+    with open(part, "r+b", buffering=0) as file:
+        for at, byte in enumerate(data):
+            os.pwrite(file.fileno(), bytes([byte ^ (1 << at % 8)]), at)
+            with suppress(OutputError):
+                found -= count_part(part)[0]
+            found += 1
+            os.pwrite(file.fileno(), bytes([byte]), at)
+    assert found == len(data)
+    assert count_part(part)[0] == 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
@@ -336,12 +386,12 @@ def test_an_exception_in_the_middle_leaves_nothing(
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_a_full_disk_is_an_output_error_and_leaves_nothing(parts_folder: Path, out_folder: Path, suffix: str) -> None:
     rows = [ok(row, prompt=os.urandom(50).hex()) for row in range(2000)]
-    write_part(rows, parts_folder / "0", SCHEMA)
+    part = commit_part(rows, parts_folder)
     out = out_folder / f"out.{suffix}"
     size = sum(path.stat().st_size for path in parts_folder.iterdir())
     for limit in (0, 100, size // 2, size - 200):
         with file_size_limit(limit), pytest.raises(OutputError, match=r"out\.\w+: cannot be written: File too large;"):
-            merge([parts_folder / "0"], out, SCHEMA, len(rows))
+            merge([part], out, SCHEMA, len(rows))
         assert list(out_folder.iterdir()) == []
 
 

@@ -3,19 +3,24 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.errors import BatchgenError
+from batchgen.input.prompts import Cut
 from batchgen.job import Job
 from batchgen.output.ledger import work_directory
+from batchgen.review import forecast as forecast_module
 from batchgen.review.forecast import ChunkCost, Forecast, Pace, chunk_cost, forecast_job, measure
 from batchgen.run import run_job
 from batchgen.types import Chunk, SamplingParams, TokenizedRequest
+from tests.support.inputs import not_utf8, parquet
 from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
 from tests.test_worker import setup
@@ -54,6 +59,19 @@ def test_a_forecast_counts_what_a_run_then_does_and_writes_nothing(job, tmp_path
     assert len(forecast.chunks) == 5
     assert forecast.seconds is not None
     assert forecast.seconds > 0
+
+
+def test_chunks_end_where_those_of_a_run_end_and_kept_values_are_read(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast_module, "Cut", partial(Cut, chunk_bytes=300))
+    source = parquet(tmp_path, {"prompt": ["x" * 100] * 4, "k": not_utf8(pa.string())})
+    job = make_job(source, tmp_path / "o.jsonl", str(model), SamplingParams(max_tokens=5), keep=("k",))
+    forecast = forecast_job(job, measure_time=False)
+    assert [chunk.samples for chunk in forecast.chunks] == [
+        1,
+        1,
+    ]  # three rows: two equal ones, one rejected
+    (reject,) = forecast.rejects.values()
+    assert (reject.rows, "JSON is to hold it" in reject.example) == (1, True)
 
 
 def test_rejects_are_gathered_by_reason_with_the_first_places(job):

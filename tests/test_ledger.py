@@ -49,7 +49,7 @@ def write_chunk(ledger: Ledger, chunk: int, reasons: tuple[Reason, ...] = ()) ->
         OutputRow(row, 0, None, "a", "b", 1, 1, "stop", "ok", None, None) for row in range(4 * chunk, 4 * chunk + 4)
     ]
     path = ledger.attempt / f"{chunk:08d}.parquet"
-    receipt = Receipt(chunk, str(path), "", 4, 4, 4, 0, 0, 4, 4, reasons=reasons)
+    receipt = Receipt(chunk, str(path), "", 4, 4, 4, 0, 0, 4, 4, reasons=reasons, plan=ledger.read_plan().digest)
     return receipt.finished(write_part(rows, path, with_receipt(SCHEMA, receipt)), 0.5)
 
 
@@ -318,10 +318,36 @@ def test_a_file_whose_name_fits_its_bytes_still_needs_a_receipt(out):
     for number, data in enumerate([b"not a Parquet file", b""], 5):
         sha256 = hashlib.sha256(data).hexdigest()
         (work_directory(out) / "parts" / f"{number:08d}-{sha256[:16]}.parquet").write_bytes(data)
-    bare = work_directory(out) / "bare.parquet"
+    bare = out.with_name("bare.parquet")
     sha256 = write_part([], bare, SCHEMA)
     bare.rename(work_directory(out) / "parts" / f"00000007-{sha256[:16]}.parquet")
     assert resumed_chunks(out) == [0]
+
+
+def test_a_part_that_another_plan_made_is_made_again(out):
+    """Whole, with the name of its bytes: copied from another work directory, or left by an edit of plan.json."""
+    other, changed = out.with_name("other.parquet"), replace(PLAN, parameters=replace(PLAN.parameters, seed=7))
+    interrupted_run(out)
+    interrupted_run(other, plan=changed)
+    parts(out)[0].unlink()
+    shutil.copy(parts(other)[0], work_directory(out) / "parts")
+    assert resumed_chunks(out) == [1, 2]
+    assert resumed_chunks(other, changed) == [0, 1, 2]
+    (work_directory(other) / "plan.json").write_text(json.dumps(PLAN.to_json()))
+    assert resumed_chunks(other) == []
+
+
+def test_what_is_not_batchgens_is_never_taken_for_a_work_directory_nor_removed(out):
+    work = work_directory(out)
+    (work / "labels").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"labels: not batchgen's, .* move it away"):
+        interrupted_run(out)
+    assert tree(work) == {"labels": None}
+    (work / "labels").rmdir()
+    with open_ledger(out) as ledger:
+        ledger.adopt(PLAN)
+        (work / "notes.txt").write_text("mine")  # during the run
+    assert tree(work) == {"notes.txt": b"mine"}
 
 
 def test_the_attempts_of_killed_runs_are_deleted(out):

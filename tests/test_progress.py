@@ -1,6 +1,7 @@
 """progress.py: progress adds up, and the status file is one whole JSON object that says how the run ended."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,15 @@ from batchgen.progress import (
     Reporter,
     StatusFile,
     WorkerState,
-    add_progress,
     exit_code_of,
+    outcome,
     reporting,
     status_path,
+    to_follow,
     words_of,
 )
-from batchgen.workers.marker import Sighting
+from batchgen.workers.marker import Phase, Sighting
+from batchgen.workers.outlook import add_progress
 from batchgen.workers.supply import Deadline
 
 COUNTS = Counter(input_rows=30, ok=5, rejected=2, failed=1)
@@ -32,7 +35,7 @@ COUNTS = Counter(input_rows=30, ok=5, rejected=2, failed=1)
 
 
 def sighting(chunk: int, rows: int, in_flight: tuple[int, ...] = ()) -> Sighting:
-    return Sighting(100 + chunk, 0, True, chunk, rows, 10 * rows, 20 * rows, in_flight, ())
+    return Sighting(100 + chunk, 0, Phase.ROWS, chunk, rows, 10 * rows, 20 * rows, in_flight, ())
 
 
 def test_progress_is_what_is_committed_and_what_workers_report_of_other_chunks():
@@ -111,7 +114,7 @@ def test_before_the_first_row_there_is_no_estimate(status):
 
 def test_the_end_is_kept(status):
     status.update(Progress(90, 90, 600, 300, 10.0), COUNTS)
-    status.finish("finished", COUNTS, 3, None)
+    status.write("finished", COUNTS, 3)
     end = read(status)
     assert (end["state"], end["exit_code"], end["rows_done"], end["eta_seconds"]) == ("finished", 3, 90, None)
 
@@ -139,15 +142,22 @@ def test_a_status_that_cannot_be_written_is_logged_once_and_the_run_continues(tm
     status = StatusFile(tmp_path / "nowhere" / "s.json", "o")
     for rows in range(3):
         status.update(Progress(rows, 3, 0, 0, 1.0), COUNTS)
-    status.finish("finished", COUNTS, 0, None)
     assert len(caplog.records) == 1
-    assert "the status is no longer written: No such file" in caplog.text
+    assert "the status cannot be written: No such file" in caplog.text
+    (tmp_path / "nowhere").mkdir()  # a disk that was full for a moment
+    status.write("finished", COUNTS, 0)
+    assert read(status)["state"] == "finished"
+
+
+def test_a_status_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "s.json")
+    assert progress.read_status(tmp_path / "s.json") == {}
 
 
 def test_without_a_path_nothing_is_written(tmp_path):
     status = StatusFile(None, "o")
     status.update(Progress(1, 3, 0, 0, 1.0), COUNTS)
-    status.finish("finished", COUNTS, 0, None)
+    status.write("finished", COUNTS, 0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,6 +202,37 @@ def test_the_status_has_the_words_of_standard_error(status, error, state, code):
     assert end["error"] == words_of(error)
     if code in SIGNALS:
         assert end["error"] == f"{SIGNALS[code]}: 30 of 90 rows are kept; run the same command again to resume"
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [(SystemExit(143), "finished", 3), (KeyboardInterrupt(), "finished", 3), (OutputError("no room"), "failed", 1)],
+)
+def test_a_signal_after_the_output_is_complete_does_not_change_how_the_run_ended(status, error, state, code):
+    published = []
+    reporter = Reporter(lambda _: Progress(90, 90, 0, 640, 0.0), COUNTS, Counter(), status)
+    reporter.is_published = lambda: bool(published)
+    with reporting(reporter):
+        reporter.summarise("o.parquet", 90, Counter(), 1, "")
+    assert outcome() is None
+    published.append(True)
+    with pytest.raises(type(error)), reporting(reporter):
+        raise error
+    end = read(status)
+    assert (end["state"], end["exit_code"]) == (state, code)
+    assert words_of(SystemExit(143)) == "terminated: the output is complete: o.parquet"
+    assert outcome().exit_code == 3
+    to_follow["o.parquet"] = ""
+    assert outcome() is None  # the command has more to write
+    to_follow.clear()
+
+
+def test_a_run_of_which_nothing_is_kept_says_so_when_it_is_stopped(status, monkeypatch):
+    monkeypatch.setitem(to_follow, "o.parquet", "nothing is kept")
+    reporter = Reporter(lambda _: Progress(32, 90, 0, 640, 0.0), COUNTS, Counter(), status)
+    with pytest.raises(KeyboardInterrupt), reporting(reporter):
+        raise KeyboardInterrupt
+    assert read(status)["error"] == "interrupted: nothing is kept"
 
 
 def test_a_retry_that_is_stopped_does_not_say_that_it_resumes(status):

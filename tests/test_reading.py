@@ -84,6 +84,12 @@ def test_columns_that_no_run_wrote_are_named(output, tmp_path, change, line):
         read_plan(rewritten(output, tmp_path, change))
 
 
+def test_a_row_without_a_number_is_named(output, tmp_path):
+    nulls = pa.array([None] * N, pa.int64())
+    with pytest.raises(InputError, match="row is null in a row; it was changed"):
+        list(read_batches(rewritten(output, tmp_path, lambda table: table.set_column(0, "row", nulls))))
+
+
 def test_another_programs_text_is_text(output, tmp_path):
     text = pa.array(["x"] * N, pa.large_string())
     assert read_plan(rewritten(output, tmp_path, lambda table: table.set_column(4, "completion", text)))

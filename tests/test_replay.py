@@ -1,6 +1,7 @@
 """replay.py: rows that a run wrote are generated again as they were; a changed row is named."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,14 @@ def test_rows_of_a_run_are_generated_again(output, model):
     assert done.differences == ()
 
 
+def test_an_output_that_changes_while_it_is_read_is_named(output, tmp_path, monkeypatch):
+    path = Path(shutil.copy(output, tmp_path))
+    read = module.read_input_rows
+    monkeypatch.setattr(module, "read_input_rows", lambda *args: (shutil.copy(output, tmp_path), read(*args))[1])
+    with pytest.raises(InputError, match=r"out\.parquet: the file was changed while it was being read; verify it when"):
+        replay(path, 4)
+
+
 @pytest.mark.parametrize("on_too_long", ["truncate-left", "shorten"])
 def test_cut_and_empty_prompts_are_generated_again(folder, tmp_path, model, on_too_long):
     job = make_job(folder / "p.jsonl", tmp_path / "out.parquet", str(model), on_too_long=on_too_long)
@@ -136,7 +145,7 @@ def test_one_bit_of_a_log_probability_is_a_difference(output, tmp_path):
     assert line.startswith("row 0, sample 0: logprobs differs from place 0: ")
 
 
-@pytest.mark.parametrize("key", ["batchgen", "numpy", "blas", "batch_invariant"])
+@pytest.mark.parametrize("key", ["batchgen", "numpy", "blas", "batch_invariant", "numpy_kernels", "regex"])
 def test_values_are_compared_and_a_note_says_so_if_the_arithmetic_differs(output, tmp_path, key):
     def nudge(rows):
         first_ok(rows)["logprobs"][0] += 1e-5

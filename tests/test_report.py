@@ -139,6 +139,14 @@ def test_equal_outputs_give_equal_pages(real, tmp_path):
     write_report(real, tmp_path / "a.html")
     write_report(real, tmp_path / "b.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    write_report(real, tmp_path / "a.html")
+
+
+def test_only_a_report_is_replaced_by_a_report(real, tmp_path):
+    (tmp_path / "a.html").write_text("<!doctype html><p>mine")
+    with pytest.raises(OutputError, match="no report of batchgen; choose another name, or move it away"):
+        write_report(real, tmp_path / "a.html")
+    assert (tmp_path / "a.html").read_text() == "<!doctype html><p>mine"
 
 
 def test_the_page_needs_nothing_but_itself(real):

@@ -323,10 +323,13 @@ def test_work_for_one_address_is_not_resumed_for_another(job: Job, store: Proxy,
         with pytest.raises(BatchgenError, match="stopped"):
             run_job(job)
     with pytest.raises(
-        UsageError, match="the work there is for s3://out/april/; resume that run, or choose another --work-dir"
+        BusyError, match="the work there is for s3://out/april/; resume that run, or choose another --work-dir"
     ):
         run_job(change(job, out="s3://out/other/april/"))
-    run_job(job)
+    monkeypatch.chdir(work_dir(job))
+    with pytest.raises(BusyError, match="the work there is for s3://out/april/; resume that run, or choose another"):
+        run_job(change(job, out="april/", work_dir=None))
+    assert run_job(job).resumed == N
 
 
 # ---- two runs

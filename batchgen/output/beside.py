@@ -1,7 +1,6 @@
 """The plan of an output that has no place for it: beside JSON lines (OUTPUT.plan.json), and in an object's metadata.
 
-Beside JSON lines, it is written before they get their name, and holds their SHA-256: a file of that name is either the
-one that the plan made, or known not to be.
+Beside JSON lines, it is written before they get their name, and holds their SHA-256: no other file passes for them.
 """
 
 import json

@@ -5,6 +5,7 @@ ever written under the final name: only a file that was closed, counted and sync
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,19 +16,19 @@ import pyarrow as pa
 
 from batchgen.errors import OutputError, UsageError
 from batchgen.files import replacing
-from batchgen.input.prompts import Facts, Prompts
+from batchgen.input.kept import json_text, json_values
+from batchgen.input.prompts import Facts
 from batchgen.options import say
 from batchgen.output.beside import read_beside, write_beside
 from batchgen.output.ledger import Ledger
-from batchgen.output.parts import GROUP_ROWS, METADATA_KEY, open_writer, read_parts
-from batchgen.output.place import SUFFIXES, check_folder, is_json_lines, output_errors, refuse_input, refuse_link
+from batchgen.output.parts import GROUP_BYTES, GROUP_ROWS, METADATA_KEY, check_count, in_order, open_writer, read_parts
+from batchgen.output.place import KEPT, SUFFIXES, check_folder, is_json_lines, output_errors, refuse_input, refuse_link
 from batchgen.output.reading import read_stored
-from batchgen.output.rows import Rows, Stored
+from batchgen.output.rows import LocalOutput, Stored
 from batchgen.output.schema import Columns, choose_columns
 from batchgen.plan import Plan
 from batchgen.types import SamplingParams
 
-GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
 GROUP_BATCHES = 512
 
 WriteRows: TypeAlias = Callable[[Iterable[pa.RecordBatch], BinaryIO, pa.Schema, Plan], None]
@@ -62,6 +63,14 @@ def write_parquet(batches: Iterable[pa.RecordBatch], file: BinaryIO, schema: pa.
     write_groups(batches, file, schema.with_metadata(metadata))
 
 
+def write_json_lines(batches: Iterable[pa.RecordBatch], file: BinaryIO, *_: object) -> None:
+    """One object a line, keys in the schema's order; it has no b"\\n" within, as JSON escapes control characters."""
+    for batch in batches:
+        columns = map(json_values, batch.columns)
+        rows = (dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True))
+        file.write("".join(json_text(row) + "\n" for row in rows).encode())
+
+
 def count_rows(
     batches: Iterable[pa.RecordBatch], expected: int, path: Path, statuses: Counter[str]
 ) -> Iterator[pa.RecordBatch]:
@@ -69,24 +78,16 @@ def count_rows(
     for batch in batches:
         statuses.update(batch["status"].to_pylist())
         yield batch
-    if (rows := statuses.total()) != expected:
-        remedy = f"run again with {say('restart', True)}"
-        raise OutputError(f"{path}: the parts hold {rows} rows, not {expected}; {remedy}")
+    check_count(path, statuses.total(), expected)
 
 
 @dataclass(frozen=True, slots=True)
-class FileOutput:
+class FileOutput(LocalOutput):
     """A file that `write` fills with all rows; it appears complete or not at all."""
 
-    path: Path
-    prompts: Prompts
     write: WriteRows
     token_ids: bool = False
     has_answers: bool = False  # to an OpenAI batch file
-
-    @property
-    def where(self) -> Path:
-        return self.path
 
     @property
     def format(self) -> str:
@@ -119,20 +120,19 @@ class FileOutput:
             return replace(columns, token_ids=True)
         return columns
 
-    def rows_to_do(self, facts: Facts) -> Rows:
-        return Rows(facts.rows)
-
-    def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
-        return ledger.adopt(plan, automatic, restart)
-
     def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
         """Merge the parts; memory is one row group, whatever their number."""
-        self.replace_rows(read_parts(ledger.parts(), schema), plan, schema, rows)
+        self.replace_rows(ledger, read_parts(ledger.parts(), schema), plan, schema, rows)
 
-    def replace_rows(self, batches: Iterable[pa.RecordBatch], plan: Plan, schema: pa.Schema, rows: int) -> None:
-        """Make these batches the file; OutputError unless they hold `rows` rows and can be written."""
+    def replace_rows(
+        self, ledger: Ledger, batches: Iterable[pa.RecordBatch], plan: Plan, schema: pa.Schema, rows: int
+    ) -> None:
+        """Make these batches the file; OutputError unless they are those of the plan's rows, `rows` in all."""
         statuses: Counter[str] = Counter()
-        with output_errors(self.path), replacing(self.path) as file:
-            self.write(count_rows(batches, rows, self.path, statuses), file, schema, plan)
+        with output_errors(self.path, KEPT), replacing(self.path) as file:
+            counted = count_rows(batches, rows, self.path, statuses)
+            again = f"run again with {say('restart', True)}"
+            self.write(in_order(counted, plan.rows, self.path, again), file, schema, plan)
             if is_json_lines(self.path):
                 write_beside(self.path, file, Stored(plan, statuses))
+            ledger.made = os.fstat(file.fileno())

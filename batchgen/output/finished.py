@@ -1,7 +1,4 @@
-"""A finished output is not lost by a slip: the same job finds it complete, and another is refused.
-
-And a status file is true after a run that had nothing to watch.
-"""
+"""A finished output is not lost by a slip, and a status file is true after a run that had nothing to watch."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +22,8 @@ from batchgen.progress import (
     words_of,
 )
 
-OF_THE_MACHINE = frozenset({"batchgen", "numpy", "blas", "batch_invariant"})  # a complete output stays so on another
+# a complete output stays so on another
+OF_THE_MACHINE = frozenset({"batchgen", "numpy", "blas", "batch_invariant", "numpy_kernels", "regex"})
 
 
 def find_finished(
@@ -33,12 +31,17 @@ def find_finished(
 ) -> Counter[str] | None:
     """The rows, by status, of the output that this plan has made already; None if there is work to do.
 
-    Only what was asked for is compared: input, model, options. Raises UsageError naming what differs, and OutputError
-    for what batchgen did not write, unless this run, or the one that it resumes, may replace the output; anything may
-    replace one without an ok row.
+    Only what was asked for is compared: input, model, options. Raises an error if something else is there, unless this
+    run, or the one that it resumes, may replace it; anything may replace an output without an ok row. A run that died
+    when it had only to clear up is not made again, whatever it may.
     """
     free = automatic | OF_THE_MACHINE
-    unfinished = None if restart else ledger.unfinished()
+    published, unfinished = (None, None) if restart else (ledger.read_published(), ledger.unfinished())
+    if published and not published.conflict(plan, free):
+        with suppress(InputError):
+            stored = output.stored()
+            if stored and not stored.plan.conflict(plan, free):
+                return stored.statuses
     if ledger.overwrite or (unfinished and (ledger.may_replace() or unfinished.conflict(plan, free))):
         return None  # claim refuses a conflict with the unfinished run
     remedy = f"choose another name for the output, or pass {say('overwrite', True)} to replace it"
@@ -68,10 +71,7 @@ def summarise_finished(job: Job, output: Output, rows: int, statuses: Counter[st
 
 @contextmanager
 def correcting_status(job: Job) -> Iterator[None]:
-    """If the block, a run, raises before it is watched, say so in the status file that an earlier run has left.
-
-    Not if another run writes that file, or it is about a finished output which this run may not replace.
-    """
+    """If the block, a run, raises before it is watched, say so in the status file that an earlier run has left."""
     watched.clear()
     try:
         yield
@@ -83,6 +83,7 @@ def correcting_status(job: Job) -> Iterator[None]:
 
 
 def _note_failure(job: Job, error: BaseException) -> None:
+    """Not if another run writes that file, or it is about a finished output which this run may not replace."""
     out = local_path(job.output)
     if not out.name:  # such as . and /
         return

@@ -81,10 +81,7 @@ def _completion(samples: Sequence[Row], digest: str, plan: Plan, tokenizer: Toke
 
 
 def make_answer(samples: Sequence[Row], digest: str, plan: Plan, tokenizer: Tokenizer) -> Json:
-    """The answer to one request, from its rows of the output; the digest makes its ids.
-
-    The answer to a rejected request has status code 400, as the API's would; that to a failed one has no response.
-    """
+    """The answer to one request, from its rows of the output: with status code 400 to a rejected one, as the API's."""
     first = samples[0]
     answer = {"id": f"batch_req_{digest}", "custom_id": first["id"], "response": None, "error": None}
     if first["status"] == "failed":

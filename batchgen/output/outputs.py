@@ -11,9 +11,8 @@ from batchgen.input.prompts import Facts, Prompts
 from batchgen.job import OutputOptions
 from batchgen.options import say
 from batchgen.output.dataset import Dataset
-from batchgen.output.file import FileOutput, write_parquet
-from batchgen.output.ledger import Ledger, is_dataset
-from batchgen.output.lines import write_json_lines
+from batchgen.output.file import FileOutput, write_json_lines, write_parquet
+from batchgen.output.ledger import Ledger, is_dataset, old_dataset
 from batchgen.output.openai import answers_writer
 from batchgen.output.place import is_json_lines
 from batchgen.output.retried import RetriedFile
@@ -56,10 +55,7 @@ class Output(Protocol):
         """The columns of every row, fixed before the first."""
 
     def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
-        """Adopt the plan, or the plan of the run to resume, and hold the place; returns the plan that holds.
-
-        automatic names the fields of the plan that nobody asked for. Raises UsageError naming what differs.
-        """
+        """Hold the place, and adopt the plan or that of the run to resume; returns the plan that holds. See Ledger."""
 
     def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
         """Make the committed parts the output, which must then hold so many rows."""
@@ -99,7 +95,8 @@ def _open_local(text: str, options: OutputOptions, prompts: Prompts, load_tokeni
         raise UsageError(f"{say('work_dir')}: a local output keeps its work beside it; {remedy}")
     if not path.name:
         raise UsageError(f"{say('output')} {text!r} is not a file name; name one, such as completions.parquet")
-    if not (options.format == "dataset" or text.endswith("/") or is_dataset(path)):
+    was_dataset = is_dataset(path) or is_dataset(old_dataset(path))
+    if not (options.format == "dataset" or text.endswith("/") or was_dataset):
         return _make_file(path, options, prompts, load_tokenizer)
     if options.retry_failed:
         what = "wants a finished .parquet file, and this is a dataset"
@@ -121,10 +118,7 @@ def _open_upload(text: str, options: OutputOptions, prompts: Prompts, load_token
 
 
 def open_output(options: OutputOptions, prompts: Prompts, load_tokenizer: LoadTokenizer) -> Output:
-    """The output that the options ask for, after its check; BatchgenError if the place cannot be used.
-
-    load_tokenizer is called if an answer to an OpenAI batch file names tokens.
-    """
+    """The output that the options ask for, after its check; BatchgenError if the place cannot be used."""
     check_keep(prompts.options.keep)
     text = str(options.path)
     choose = _open_upload if is_address(text) else _open_local

@@ -1,35 +1,46 @@
 """Parts: the finished rows of one chunk as a Parquet file, with the chunk's receipt in its metadata."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.errors import OutputError
 from batchgen.files import PART, sha256_of
+from batchgen.limits import reached_limit, reason_of
 from batchgen.options import say
-from batchgen.output.place import output_errors
+from batchgen.output.place import KEPT, output_errors
 from batchgen.output.schema import rows_to_table
 from batchgen.types import OutputRow, Reason, Receipt
 
 GROUP_ROWS = 65_536  # of a row group at most
+GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
 BATCH_ROWS = 8_192
 RECEIPT_KEY = "batchgen_receipt"
+MADE_AGAIN = "the same command makes it again"
 METADATA_KEY = "batchgen"  # in the metadata of a file of all rows: the plan
 FEW_VALUES = ["finish_reason", "status", "error", "parameters"]  # worth a dictionary; other columns rarely repeat
 
+KeptOf: TypeAlias = Callable[[Sequence[OutputRow]], pa.Table | None]  # the input's columns of these rows
 PARQUET_OPTIONS: dict[str, object] = {
     "compression": "zstd",
     "use_dictionary": FEW_VALUES,
     "write_statistics": ["row", "sample", "status"],
     "write_page_checksum": True,
 }
+
+
+def open_parquet(raw: BinaryIO) -> pq.ParquetFile:
+    """Read a file in this thread alone, with its checksums verified; pre_buffer would start threads."""
+    return pq.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True)
 
 
 @contextmanager
@@ -46,36 +57,103 @@ def open_writer(file: BinaryIO, schema: pa.Schema) -> Iterator[pq.ParquetWriter]
 
 
 def part_name(chunk: int, sha256: str) -> str:
-    """What the ledger calls a part: its chunk and the start of its SHA-256."""
     return f"{chunk:08d}-{sha256[:16]}.parquet"
 
 
-def write_part(rows: Sequence[OutputRow], path: Path, schema: pa.Schema, kept: pa.Table | None = None) -> str:
-    """Write one chunk's rows to a new file, on disk when this returns its SHA-256; equal rows give equal bytes.
+def _groups(rows: Sequence[OutputRow]) -> Iterator[Sequence[OutputRow]]:
+    """The rows in groups of about GROUP_BYTES of text: samples of a row share its prompt until they are written."""
+    begin = size = 0
+    for at, row in enumerate(rows):
+        size += len(row.prompt or "") + len(row.completion or "")
+        if size >= GROUP_BYTES:
+            yield rows[begin : at + 1]
+            begin, size = at + 1, 0
+    if begin < len(rows) or not rows:
+        yield rows[begin:]
 
-    kept is a table of the columns that come from the input, as long as rows.
-    """
-    with output_errors(path):
+
+def write_part(rows: Sequence[OutputRow], path: Path, schema: pa.Schema, keep: KeptOf = lambda _: None) -> str:
+    """Write one chunk's rows to a new file, on disk when this returns its SHA-256; equal rows give equal bytes."""
+    with output_errors(path, KEPT):
         with open(path, "xb") as file:
             with open_writer(file, schema) as writer:
-                writer.write_table(rows_to_table(rows, schema, kept), row_group_size=GROUP_ROWS)
+                for group in _groups(rows):
+                    writer.write_table(rows_to_table(group, schema, keep(group)), row_group_size=GROUP_ROWS)
             file.flush()
             os.fsync(file.fileno())
         return sha256_of(path)
 
 
+@contextmanager
+def open_part(path: Path) -> Iterator[tuple[pq.ParquetFile, str]]:
+    """Open a committed part, whose name must hold its SHA-256: no damage reaches Arrow; OutputError names the part."""
+    match = PART.fullmatch(path.name)
+    try:
+        with open(path, "rb") as raw:
+            sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+            if not match or sha256[:16] != match[2]:
+                raise OutputError(f"{path}: the part is damaged: it is not what was committed; {MADE_AGAIN}")
+            raw.seek(0)
+            with open_parquet(raw) as file:
+                yield file, sha256
+    except (OSError, pa.ArrowException) as error:
+        if reached_limit(error):
+            raise
+        raise OutputError(f"{path}: the part cannot be read ({reason_of(error)}); {MADE_AGAIN}") from error
+
+
+def group_batches(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of a file of ours; none is larger than a row group, which is bounded in bytes."""
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(
+            BATCH_ROWS, row_groups=[group], columns=columns and list(columns), use_threads=False
+        )
+
+
 def read_parts(parts: Iterable[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield the parts' record batches in order, with their checksums verified; OutputError names a damaged part."""
+    """Yield the record batches of committed parts in order; see open_part."""
     for part in parts:
-        try:
-            with open(part, "rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
-                if not file.schema_arrow.equals(schema):
-                    what = "the part has other columns than this run's"
-                    raise OutputError(f"{part}: {what}; run again with {say('restart', True)}")
-                yield from file.iter_batches(BATCH_ROWS, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            reason = str(error).split("\n")[0]
-            raise OutputError(f"{part}: the part is damaged ({reason}); delete it and run again") from error
+        with open_part(part) as (file, _):
+            if not file.schema_arrow.equals(schema):
+                what = "the part has other columns than this run's"
+                raise OutputError(f"{part}: {what}; run again with {say('restart', True)}")
+            yield from group_batches(file)
+
+
+def read_numbers(parts: Iterable[Path]) -> Iterator[pa.RecordBatch]:
+    """Yield the columns of committed parts that say which rows they hold; see open_part."""
+    for part in parts:
+        with open_part(part) as (file, _):
+            yield from group_batches(file, ["row", "sample"])
+
+
+def in_order(batches: Iterable[pa.RecordBatch], rows: int, where: Path | str, remedy: str) -> Iterator[pa.RecordBatch]:
+    """Yield the batches; OutputError unless they hold the samples of each of so many input rows, in order."""
+    last = -1
+    for batch in batches:
+        numbers, is_first = batch["row"].to_numpy(), batch["sample"].to_numpy() == 0
+        if not np.array_equal(np.diff(numbers, prepend=last), is_first):
+            break
+        last = int(numbers[-1]) if len(numbers) else last
+        yield batch
+    else:
+        if last == rows - 1:
+            return
+    what = f"does not hold each of its {rows:,} input rows in its place; something is wrong after row {last}"
+    raise OutputError(f"{where}: {what}; {remedy}")
+
+
+def count_part(part: Path) -> tuple[int, str]:
+    """The rows and the SHA-256 of a committed part; see open_part."""
+    with open_part(part) as (file, sha256):
+        return file.metadata.num_rows, sha256
+
+
+def check_count(where: Path | str, rows: int, expected: int) -> None:
+    """Raise OutputError unless the parts of an output that is to be published hold the expected number of rows."""
+    if rows != expected:
+        remedy = f"run again with {say('restart', True)}"
+        raise OutputError(f"{where}: the parts hold {rows} rows, not {expected}; {remedy}")
 
 
 def with_receipt(schema: pa.Schema, receipt: Receipt) -> pa.Schema:
@@ -87,16 +165,13 @@ def with_receipt(schema: pa.Schema, receipt: Receipt) -> pa.Schema:
 def read_receipt(path: Path) -> Receipt | None:
     """The receipt of a committed part, or None if the file is not what its name says."""
     match = PART.fullmatch(path.name)
-    if not match or not path.is_file():
-        return None
-    sha256 = sha256_of(path)
-    if sha256[:16] != match[2]:
+    if not match or path.is_symlink() or not path.is_file():
         return None
     try:
-        with open(path, "rb") as file:
-            values = json.loads(pq.read_schema(file).metadata[RECEIPT_KEY.encode()])
+        with open_part(path) as (file, sha256):
+            values = json.loads(file.schema_arrow.metadata[RECEIPT_KEY.encode()])
         reasons = tuple(Reason(**reason) for reason in values.pop("reasons", ()))
         receipt = Receipt(**values, path=path.name, sha256=sha256, reasons=reasons)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
+    except (OutputError, KeyError, TypeError, ValueError):
         return None
     return receipt if receipt.chunk == int(match[1]) else None

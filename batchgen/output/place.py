@@ -6,8 +6,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from batchgen.errors import OutputError
-from batchgen.files import temporary_path
+from batchgen.files import PLAN_SUFFIX, STATUS_SUFFIX, WORK_SUFFIX, temporary_path
+from batchgen.limits import reached_limit
 
+# Not another path: the next run would begin anew there.
+KEPT = "make room or correct that, and run the same command again: finished chunks are kept"
 SUFFIXES = (".parquet", ".jsonl")
 
 
@@ -16,19 +19,26 @@ def is_json_lines(path: Path) -> bool:
 
 
 @contextmanager
-def output_errors(path: Path) -> Iterator[None]:
+def output_errors(path: Path, remedy: str = "make room or choose another path") -> Iterator[None]:
     """Turn an OSError into an OutputError that names the output."""
     try:
         yield
     except OSError as error:
+        if reached_limit(error):
+            raise
         reason = error.strerror or str(error)
-        raise OutputError(f"{path}: cannot be written: {reason}; make room or choose another path") from error
+        raise OutputError(f"{path}: cannot be written: {reason}; {remedy}") from error
+
+
+def _check_length(path: Path) -> None:
+    """Raise OSError for a name that is too long, of the longest file beside the output."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        temporary_path(path.with_name(path.name + STATUS_SUFFIX)).lstat()  # exists() and the like would answer False
 
 
 def refuse_link(path: Path) -> None:
     """Raise OutputError for a symbolic link, and OSError for a name that is too long."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        temporary_path(path).lstat()  # the longest of the names; is_symlink and the like would answer False
+    _check_length(path)
     if path.is_symlink():
         raise OutputError(f"{path}: a symbolic link, which would be replaced; name the file it points to")
 
@@ -40,12 +50,23 @@ def refuse_input(path: Path, inputs: Sequence[Path]) -> None:
             raise OutputError(f"{path}: this is the input {source}; choose another name for the output")
 
 
-def check_folder(path: Path, inputs: Sequence[Path]) -> None:
-    """Raise OutputError if the output's folder is read as input, is missing, or takes no files.
+def _refuse_beside(path: Path, inputs: Sequence[Path]) -> None:
+    """Raise OutputError if a run would write over an input beside the output, or is to write where runs work."""
+    place, remedy = path.absolute().parent.resolve() / path.name, "choose another name for the output"
+    written = [place.with_name(place.name + suffix) for suffix in (STATUS_SUFFIX, PLAN_SUFFIX, WORK_SUFFIX)]
+    for source in inputs:
+        if {source.resolve(), *source.resolve().parents} & {*written}:
+            raise OutputError(f"{path}: the run would write over the input {source} or remove it; {remedy}")
+    for folder in (place, *place.parents):
+        if folder.name.endswith(WORK_SUFFIX) and (folder == place or (folder / "lock").exists()):
+            raise OutputError(f"{path}: {folder} is the place of a run's work, which is removed at its end; {remedy}")
 
-    inputs are files, and directories whose files are all read. The check for permission creates a file: permission
-    bits say nothing for root and on a read-only mount.
-    """
+
+def check_folder(path: Path, inputs: Sequence[Path]) -> None:
+    """Raise OutputError if the output's folder is read as input, is missing, or takes no files."""
+    with output_errors(path):
+        _check_length(path)
+        _refuse_beside(path, inputs)
     for source in inputs:
         if source.is_dir() and path.parent.resolve().is_relative_to(source.resolve()):
             raise OutputError(f"{path}: it would be in the input {source} and be read with it; choose another folder")
@@ -53,7 +74,7 @@ def check_folder(path: Path, inputs: Sequence[Path]) -> None:
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
         raise OutputError(f"{path}: {folder} is {what}; create it (mkdir -p) or choose another")
-    try:
+    try:  # permission bits say nothing for root and on a read-only mount
         tempfile.TemporaryFile(dir=folder).close()  # noqa: SIM115  # made and gone
     except OSError as error:
         raise OutputError(f"{path}: the folder cannot be written: {error.strerror}; choose another") from error

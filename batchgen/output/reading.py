@@ -12,19 +12,17 @@ import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
 from batchgen.files import PART, SUCCESS, parse_json
+from batchgen.limits import reason_of
 from batchgen.output.ledger import is_dataset, parse_plan
-from batchgen.output.parts import BATCH_ROWS, METADATA_KEY
+from batchgen.output.parts import METADATA_KEY, group_batches, open_parquet
 from batchgen.output.place import is_json_lines
 from batchgen.output.rows import Stored
+from batchgen.output.schema import OWN
 from batchgen.plan import Plan
 
 _NUMBERS = ("row", "sample", "prompt_tokens", "completion_tokens")
+NEVER_NULL = {"row", "sample", "status"}
 _TEXTS = ("id", "prompt", "completion", "finish_reason", "status", "error")
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = str(error).split("\n")[0]
-    return InputError(f"{path}: not a Parquet file, or a damaged one ({reason}); take the file as batchgen wrote it")
 
 
 @contextmanager
@@ -33,18 +31,18 @@ def _file_errors(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; check the name") from error
-    except OSError as error:
-        if error.strerror:
-            raise InputError(f"{path}: {error.strerror}; check the name") from error
-        raise _damaged(path, error) from error  # Arrow's own, such as a page whose checksum is wrong
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise _damaged(path, error) from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        reason = reason_of(error)
+        if getattr(error, "strerror", None):  # else it is Arrow's own, such as a page whose checksum is wrong
+            raise InputError(f"{path}: {reason}; check the name") from error
+        what = f"not a Parquet file, or a damaged one ({reason})"
+        raise InputError(f"{path}: {what}; take the file as batchgen wrote it") from error
 
 
 @contextmanager
 def open_output_file(path: Path) -> Iterator[pq.ParquetFile]:
     """Open an output's Parquet file; InputError if it is missing or damaged, also for what is read later."""
-    with _file_errors(path), open(path, "rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
+    with _file_errors(path), open(path, "rb") as raw, open_parquet(raw) as file:
         yield file
 
 
@@ -103,10 +101,7 @@ def _name_writer(text: bytes) -> str:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of the run that made an output, from its metadata.
-
-    Raises InputError if the file is not an output of batchgen: not Parquet, no plan, or columns changed.
-    """
+    """The plan of the run that made an output, from its metadata; InputError if it is none of batchgen's outputs."""
     text, schema = _read_metadata(path)
     try:
         plan = parse_plan(text)
@@ -122,7 +117,11 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
     """Yield an output's record batches, of all or some columns, in order; InputError if a file is damaged."""
     for file_path in output_files(path):
         with open_output_file(file_path) as file:
-            yield from file.iter_batches(BATCH_ROWS, columns=columns and list(columns))
+            for batch in group_batches(file, columns):
+                for name in NEVER_NULL & {*batch.schema.names}:
+                    if batch[name].null_count:
+                        raise InputError(f"{path}: {name} is null in a row; it was changed")
+                yield batch
 
 
 def read_stored(path: Path) -> Stored:
@@ -144,11 +143,17 @@ def check_rows(path: Path, plan: Plan, rows: int) -> None:
 
 
 def read_input_rows(path: Path, rows: Sequence[int]) -> pa.Table:
-    """All output rows of some input rows, in order. Row groups without any of them are not read."""
-    tables = []
-    for file in output_files(path):
-        with _file_errors(file), open(file, "rb") as raw:
-            tables.append(pq.read_table(raw, filters=[("row", "in", list(rows))]))
+    """All output rows of some input rows, in order, without kept columns, whose values Python may not hold."""
+    wanted, tables = pa.array(rows, pa.int64()), []
+    for file_path in output_files(path):
+        with open_output_file(file_path) as file:
+            names = [name for name in file.schema_arrow.names if name in OWN]
+            tables.append(file.schema_arrow.empty_table().select(names))
+            for group in range(file.num_row_groups):
+                found = pc.is_in(file.read_row_group(group, ["row"], use_threads=False)["row"], wanted)
+                if pc.any(found).as_py():
+                    tables.append(file.read_row_group(group, names, use_threads=False).filter(found))
+                    tables[-1].validate(full=True)
     return pa.concat_tables(tables)
 
 

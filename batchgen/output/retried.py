@@ -1,31 +1,39 @@
 """A finished file whose failed rows are generated again; its other rows stay as they are."""
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen.errors import BusyError, OutputError, UsageError
+from batchgen.files import sha256_of
 from batchgen.input.prompts import Facts
 from batchgen.options import say
 from batchgen.output.file import FileOutput
 from batchgen.output.ledger import Ledger, refuse_conflict, work_directory
-from batchgen.output.parts import read_parts
-from batchgen.output.reading import open_output_file, read_batches, read_plan
+from batchgen.output.parts import in_order, read_parts
+from batchgen.output.reading import open_output_file, read_batches, read_plan, read_stored
 from batchgen.output.rows import Rows
+from batchgen.output.schema import Columns
 from batchgen.plan import Plan
-from batchgen.types import Reason, add_reasons
+from batchgen.types import Reason, SamplingParams, add_reasons
 
 
-def find_failed(path: Path) -> Rows:
-    """The input rows of an output that failed, and the number of its other output rows by status."""
+def find_failed(path: Path, rows: int) -> Rows:
+    """The input rows of an output that failed, of so many, and the number of its other output rows by status.
+
+    OutputError if its rows are no longer in the input's order, in which new ones take their places.
+    """
     failed: set[int] = set()
     staying: Counter[str] = Counter()
     reasons: dict[str, Reason] = {}
-    for batch in read_batches(path, ["row", "status", "error"]):
+    batches = read_batches(path, ["row", "sample", "status", "error"])
+    for batch in in_order(batches, rows, path, "it was changed: take the file as batchgen wrote it"):
         is_failed = pc.field("status") == "failed"
         failed.update(batch.filter(is_failed)["row"].to_pylist())
         staying.update(batch.filter(~is_failed)["status"].to_pylist())
@@ -36,29 +44,39 @@ def find_failed(path: Path) -> Rows:
     return Rows(len(failed), frozenset(failed), staying, reasons.values())
 
 
-def replace_failed(path: Path, new: pa.Table) -> Iterator[pa.RecordBatch]:
-    """Yield an output's record batches, in order, with the new rows in the place of the failed ones.
+def _by_row(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Each input row's number and output rows; those of one row may come in several pieces."""
+    for batch in batches:
+        begin = 0
+        for row, samples in groupby(batch["row"].to_pylist()):
+            length = sum(1 for _ in samples)
+            yield row, batch.slice(begin, length)
+            begin += length
 
-    Memory is that of the new rows and one batch.
-    """
-    with open_output_file(path) as file:
-        schema = file.schema_arrow.remove_metadata()
-    new = new.cast(schema)
+
+def replace_failed(path: Path, new: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield an output's record batches, in order, with the new rows, in order, in the place of the failed ones."""
+    again = groupby(_by_row(new), key=itemgetter(0))
     for batch in read_batches(path):
-        failed = batch.filter(pc.field("status") == "failed")["row"]
-        staying = pa.Table.from_batches([batch.filter(pc.field("status") != "failed")], schema)
-        table = pa.concat_tables([staying, new.filter(pc.is_in(new["row"], failed))])
-        yield from table.sort_by([("row", "ascending"), ("sample", "ascending")]).combine_chunks().to_batches()
+        begin = 0
+        for at in pc.indices_nonzero(pc.equal(batch["status"], "failed")).to_pylist():
+            if begin < at:
+                yield batch.slice(begin, at - begin)
+            yield from (piece for _, piece in next(again, (None, ()))[1])
+            begin = at + 1
+        if begin < len(batch):
+            yield batch.slice(begin)
 
 
+@dataclass(frozen=True, slots=True)
 class RetriedFile(FileOutput):
     """A Parquet file that is read first, and replaced once its failed rows are done."""
 
-    __slots__ = ()
+    seen: list[str] = field(default_factory=list)  # its SHA-256 when its failed rows were looked for
 
     def check(self) -> None:
         """Raise UsageError or OutputError unless there is a Parquet file that can be replaced."""
-        super().check()
+        FileOutput.check(self)
         if self.format != "parquet":
             what = "wants a finished .parquet file, which says how it was made"
             raise UsageError(f"{self.path}: {say('retry_failed', True)} {what}")
@@ -68,8 +86,18 @@ class RetriedFile(FileOutput):
             raise OutputError(f"{self.path}: no such file; run without {say('retry_failed', True)} first")
 
     def rows_to_do(self, facts: Facts) -> Rows:
-        read_plan(self.path)  # refuses a file that is not an output
-        return find_failed(self.path)
+        plan = read_stored(self.path).plan  # refuses a file that is not a whole output
+        self.seen[:] = [sha256_of(self.path)]
+        return find_failed(self.path, plan.rows)
+
+    def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
+        """The columns of the new rows; OutputError unless the file has just these."""
+        columns = FileOutput.columns(self, facts, sampling)
+        with open_output_file(self.path) as file:
+            if not file.schema_arrow.equals(columns.schema(facts.kept)):
+                what = "another program changed its columns, or their types or order"
+                raise OutputError(f"{self.path}: {what}; take the file as batchgen wrote it")
+        return columns
 
     def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
         """Adopt the plan of this retry; UsageError unless the file's own plan makes the same rows."""
@@ -83,5 +111,16 @@ class RetriedFile(FileOutput):
     def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
         """Put the parts' rows in the place of the failed ones; the file keeps the plan that made it."""
         if ledger.committed:
-            new = pa.Table.from_batches(read_parts(ledger.parts(), schema), schema)
-            self.replace_rows(replace_failed(self.path, new), read_plan(self.path), schema, rows)
+            self._check_unchanged()
+            batches = self._held(replace_failed(self.path, read_parts(ledger.parts(), schema)))
+            self.replace_rows(ledger, batches, read_plan(self.path), schema, rows)
+
+    def _held(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the batches, which are read of the file that was looked at first."""
+        yield from batches
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        if not self.path.exists() or [sha256_of(self.path)] != self.seen:
+            what = "the file was changed while its failed rows were generated"
+            raise OutputError(f"{self.path}: {what}; it stays as it is: run again to retry those that it has now")

@@ -48,6 +48,9 @@ class Columns:
         return pa.schema([*fields, *(kept or ())])
 
 
+OWN = frozenset(Columns(token_ids=True, logprobs=True, prompt_index=True).schema().names)  # no kept column's names
+
+
 def choose_columns(prompts: Prompts, facts: Facts, sampling: SamplingParams, *, token_ids: bool) -> Columns:
     """The columns that a run may need: log-probabilities if the run, or a row that may, asks for them."""
     rows_may_ask = prompts.openai or prompts.options.row_params
@@ -57,10 +60,9 @@ def choose_columns(prompts: Prompts, facts: Facts, sampling: SamplingParams, *, 
 
 def check_keep(keep: Sequence[str]) -> None:
     """Raise UsageError for a column that is kept twice, or whose name the output needs for a column of its own."""
-    own = Columns(token_ids=True, logprobs=True, prompt_index=True).schema().names
     for column in keep:
         named = f"{say('keep')} {column!r}"
-        if column in own:
+        if column in OWN:
             raise UsageError(f"{named}: the output has a column of its own by that name; rename the input's")
         if keep.count(column) > 1:
             raise UsageError(f"{named}: named {keep.count(column)} times; name it once")

@@ -217,24 +217,21 @@ class Store:
 
     def get(self, name: str) -> bytes | None:
         """An object's bytes, or None if it is not there."""
-        try:
-            with self._named_errors():
-                return bytes(in_thread(lambda: self.api.get(self.place, name).bytes()))
-        except OutputError as error:
-            if isinstance(error.__cause__, FileNotFoundError) and "NoSuchBucket" not in str(error.__cause__):
-                return None
-            raise
+        return self._find(lambda: bytes(self.api.get(self.place, name).bytes()))
 
     def find_note(self, name: str) -> str | None:
         """The note in an object's metadata, "" if it has none; None if there is no such object."""
+        found = self._find(lambda: self.api.get(self.place, name, options={"head": True}))
+        return None if found is None else str(found.attributes.get(NOTE, ""))
+
+    def _find(self, get: Callable[[], T]) -> T | None:
         try:
             with self._named_errors():
-                found = in_thread(lambda: self.api.get(self.place, name, options={"head": True}))
+                return in_thread(get)
         except OutputError as error:
             if isinstance(error.__cause__, FileNotFoundError) and "NoSuchBucket" not in str(error.__cause__):
                 return None
             raise
-        return str(found.attributes.get(NOTE, ""))
 
     def list(self) -> dict[str, tuple[int, str]]:
         """Every object's size and tag."""

@@ -11,27 +11,30 @@ _SUCCESS is there, which is put last, and only if there is none; a run that repl
 
 import json
 import logging
+import posixpath
+import re
 import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchgen.errors import BusyError, InputError, OutputError, UsageError
-from batchgen.files import PART, SUCCESS, parse_json, sha256_of
+from batchgen.files import PART, SUCCESS, read_object
 from batchgen.input.prompts import Facts, Prompts
 from batchgen.output.beside import read_note, write_note
 from batchgen.output.dataset import Dataset
 from batchgen.output.file import FileOutput
-from batchgen.output.ledger import Ledger, parse_plan, run_name
+from batchgen.output.ledger import Ledger, is_held, parse_plan, run_name
+from batchgen.output.parts import count_part
 from batchgen.output.place import SUFFIXES, check_folder
 from batchgen.output.rows import Rows, Stored
 from batchgen.output.schema import Columns
-from batchgen.output.store import Address, Store, in_thread, in_threads, open_store
+from batchgen.output.store import Address, Store, in_thread, in_threads, is_address, open_store
 from batchgen.plan import Plan
 from batchgen.types import SamplingParams
 
@@ -48,17 +51,8 @@ REMEDY = "run the same command again to resume"
 # ---- before the run
 
 
-def _read_object(data: bytes | None) -> Mapping[str, object]:
-    """A JSON object, or an empty one if the data is not one."""
-    try:
-        value = parse_json(data or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _refuse_claim(store: Store, data: bytes | None, run: str | None) -> None:
-    claim = _read_object(data)
+    claim = read_object(data)
     if run is None or claim.get("run") != run:
         who = f"another run writes there ({claim.get('directory')} on {claim.get('host')})"
         remedy = "resume that run, or, if it is gone for good, delete what is below the prefix"
@@ -76,7 +70,7 @@ def _refuse_others(store: Store, run: str | None) -> None:
     strange = sorted(name for name in names if name not in (CLAIM, SUCCESS) and not PART.fullmatch(name))
     if strange:
         what = f"something other than a dataset of batchgen is there ({strange[0]})"
-        raise OutputError(f"{store.where}: {what}; choose another prefix")
+        raise OutputError(f"{store.where}: {what}; choose another prefix, or move it away")
     if SUCCESS in names:  # complete: find_finished decides
         return
     if CLAIM in names:
@@ -86,20 +80,27 @@ def _refuse_others(store: Store, run: str | None) -> None:
         raise OutputError(f"{store.where}: {what}; choose another prefix, or delete them first")
 
 
+def _place(text: str) -> PurePosixPath:
+    """An address without keys and options, in the one of its spellings that can be compared."""
+    scheme, _, path = text.partition("?")[0].partition("://")
+    path = posixpath.normpath(unquote(re.sub("^[^/@]*@", "", path)).strip("/"))
+    return PurePosixPath(scheme.lower().replace("s3a", "s3"), path)
+
+
 def check_address(address: Address, prompts: Prompts) -> None:
     """Raise an error for what an address alone shows to be wrong."""
     if address.name and Path(address.name).suffix.lower() not in SUFFIXES:
         remedy = f"a file ends in {' or '.join(SUFFIXES)}, and a dataset in /"
         raise UsageError(f"{address.where}: neither a file nor a dataset: {remedy}")
-    if address.where in [source.where for source in prompts.sources]:
+    inputs = {_place(source.where) for source in prompts.sources}
+    if (place := _place(address.where)) in inputs:
         raise OutputError(f"{address.where}: this is the input; choose another name for the output")
+    if any(place.is_relative_to(_place(name)) for name in prompts.options.names if is_address(name)):
+        raise OutputError(f"{address.where}: it would be in the input and be read with it; choose another folder")
 
 
 def check_store(address: Address, run: str | None) -> None:
-    """Raise an error for a place that cannot be written, or that is another run's; `run` names ours.
-
-    The check puts an object, below a name that readers skip, and deletes it again.
-    """
+    """Raise an error for a place that cannot be written, or that is another run's; `run` names ours."""
     store = open_store(address, retries=CHECK_RETRIES)
     if not address.name:
         _refuse_others(store, run)
@@ -125,9 +126,9 @@ def _read_record(path: Path) -> dict[str, SentPart]:
     """Uploaded parts by name, without a line that a kill cut short."""
     sent = {}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        values = _read_object(line)
+        values = read_object(line)
         if values.keys() == SentPart.__dataclass_fields__.keys():
-            part = SentPart(**values)  # type: ignore[arg-type]
+            part = SentPart(**values)
             sent[part.name] = part
     return sent
 
@@ -137,11 +138,7 @@ def _is_there(sent: SentPart | None, found: tuple[int, str] | None) -> bool:
 
 
 def _send(store: Store, part: Path) -> SentPart:
-    sha256 = sha256_of(part)
-    if sha256[:16] not in part.name:
-        raise OutputError(f"{part}: the part is damaged; it will be made again")
-    with open(part, "rb") as file:
-        rows = pq.read_metadata(file).num_rows
+    rows, sha256 = count_part(part)
     return SentPart(part.name, rows, part.stat().st_size, sha256, store.put(part.name, part))
 
 
@@ -168,7 +165,7 @@ def send_parts(store: Store, parts: Sequence[Path], record: Path) -> list[SentPa
 
 def _part_names(success: bytes) -> set[object]:
     """The parts of a complete dataset."""
-    parts = _read_object(success).get("parts", [])
+    parts = read_object(success).get("parts", [])
     return {part["name"] for part in parts} if isinstance(parts, list) else set()
 
 
@@ -176,11 +173,11 @@ def read_dataset(store: Store) -> Stored | None:
     """What is known of a complete dataset; InputError if it is not as its _SUCCESS says."""
     if (data := store.get(SUCCESS)) is None:
         return None
-    success = _read_object(data)
+    success = read_object(data)
     try:
         plan = parse_plan(data)
-        stored = Stored(plan, Counter(success["statuses"]))  # type: ignore[call-overload]
-        parts = {part["name"]: part["bytes"] for part in success["parts"]}  # type: ignore[attr-defined]
+        stored = Stored(plan, Counter(success["statuses"]))
+        parts = {part["name"]: part["bytes"] for part in success["parts"]}
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{store.where}: {SUCCESS} is not that of this version ({error})") from error
     there = store.list()
@@ -191,11 +188,11 @@ def read_dataset(store: Store) -> Stored | None:
 
 def _find_other(store: Store, ledger: Ledger, plan: Plan) -> Mapping[str, object] | None:
     """The _SUCCESS of another run, which this one is to replace; OutputError if it may not."""
-    if (data := store.get(SUCCESS)) is None or _is_own(_read_object(data), ledger.run_name(), plan):
+    if (data := store.get(SUCCESS)) is None or _is_own(read_object(data), ledger.run_name(), plan):
         return None
     if not ledger.may_replace():
         raise OutputError(f"{store.where}: {COMPLETED}")
-    return _read_object(data)
+    return read_object(data)
 
 
 def claim_prefix(store: Store, ledger: Ledger, plan: Plan) -> None:
@@ -205,7 +202,7 @@ def claim_prefix(store: Store, ledger: Ledger, plan: Plan) -> None:
     old = _find_other(store, ledger, plan)
     if old is None and store.get(SUCCESS) is not None:  # it was killed when it had only to clear up
         return
-    if old and _read_object(store.get(CLAIM)).get("run") == old.get("run"):
+    if old and read_object(store.get(CLAIM)).get("run") == old.get("run"):
         store.delete([CLAIM])  # what the complete dataset's run has left
     directory = str(ledger.directory.resolve())
     claim = json.dumps({"run": run, "host": socket.gethostname(), "directory": directory}).encode()
@@ -216,12 +213,10 @@ def claim_prefix(store: Store, ledger: Ledger, plan: Plan) -> None:
         logger.warning("%s: this store has no conditional put: no other run may write there meanwhile", store.where)
 
 
-def publish_dataset(store: Store, ledger: Ledger, plan: Plan) -> None:
-    """Upload the parts that are not there yet, and make them a dataset; the prefix is claimed.
-
-    ledger.sent lists uploaded parts, for the next run if this one does not end. Raises OutputError if the store fails
-    for good, or another run's _SUCCESS is there that this one may not replace.
-    """
+def publish_dataset(store: Store, ledger: Ledger, plan: Plan, rows: int) -> None:
+    """Upload the parts that are not there yet, and make them a dataset of `rows` rows; the prefix is claimed."""
+    claim_prefix(store, ledger, plan)  # again: it may be another's by now, or have something else in it
+    ledger.check_parts(plan, rows)  # damage must not cost an older dataset
     if _find_other(store, ledger, plan) is not None:
         store.delete([SUCCESS])  # before the first part changes: readers wait for the new one
     if store.get(SUCCESS) is None:
@@ -233,13 +228,11 @@ def publish_dataset(store: Store, ledger: Ledger, plan: Plan) -> None:
         if there != success:
             store.delete([one.name for one in sent if one.name not in _part_names(there)])
             raise OutputError(f"{store.where}: {COMPLETED}")
+    ledger.published = True
     try:
         store.delete([CLAIM])
     except OutputError as error:  # the dataset is complete all the same
         logger.warning("%s; %s can be deleted", error, CLAIM)
-
-
-# ---- one object
 
 
 def publish_file(store: Store, path: Path, note: str = "") -> None:
@@ -292,9 +285,7 @@ class Upload:
         return self.local.rows_to_do(facts)
 
     def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
-        plan = self.local.claim(ledger, plan, automatic, restart)
-        ledger.claim_destination(self.where)
-        return plan
+        return self.local.claim(ledger, plan, automatic, restart)
 
 
 @dataclass(frozen=True)
@@ -321,6 +312,13 @@ class DatasetUpload(Upload):
 
     local: Dataset
 
+    def check(self) -> None:
+        """See Upload; a claim that this work directory's last run has left beside its _SUCCESS is removed."""
+        super().check()
+        run = None if is_held(self.path) else run_name(self.path)
+        if run and all(read_object(self.store.get(name)).get("run") == run for name in (SUCCESS, CLAIM)):
+            self.store.delete([CLAIM])
+
     def stored(self) -> Stored | None:
         return read_dataset(self.store)
 
@@ -331,4 +329,4 @@ class DatasetUpload(Upload):
 
     def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
         with add_remedy(ledger):
-            publish_dataset(self.store, ledger, plan)
+            publish_dataset(self.store, ledger, plan, rows)

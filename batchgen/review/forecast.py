@@ -7,11 +7,9 @@ The time is a sum over chunks of costs measured on this machine with rows of the
 A decode step costs `step` for reading the weights, however many sequences it serves, and `sequence` for each of them.
 """
 
-import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from batchgen.engine.engine import kv_bytes_per_token
 from batchgen.engine.sequence import expand
 from batchgen.errors import BatchgenError
 from batchgen.gpt2.kv_cache import BLOCK
-from batchgen.input.prompts import Prompts
+from batchgen.input.prompts import Cut, Prompts
 from batchgen.input.validation import make_check
 from batchgen.job import Job
 from batchgen.models.model import Model
@@ -41,12 +39,12 @@ from batchgen.planning import (
     default_kv_bytes,
     fitting_jobs,
     make_plan,
-    plan_chunks,
     probe_arithmetic,
 )
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, Reason, Rejected, RowParameters, TokenizedRequest
 from batchgen.workers.complete import to_prompts
+from batchgen.workers.outlook import Lengths
 from batchgen.workers.pool import end_workers, exit_codes, keep_executor, no_interrupts_to_workers, take_executor
 from batchgen.workers.worker import WorkerSetup, load_engine
 from batchgen.workers.workers import worker_setup
@@ -76,18 +74,14 @@ class Pace:
     stop: float  # the probability that a sequence ends at a token
 
     def expected_tokens(self, max_tokens: float) -> float:
-        if self.stop == 0:
-            return max_tokens
-        if self.stop >= 1:
-            return 1.0
-        return -math.expm1(max_tokens * math.log1p(-self.stop)) / self.stop
+        return Lengths(max_tokens, self.stop).expected()
 
     def seconds(self, chunk: ChunkCost, max_batch: int) -> float:
         if not chunk.samples:
             return 0.0
         mean = chunk.sum_max_tokens / chunk.samples
         generated = chunk.samples * self.expected_tokens(mean)
-        longest = chunk.max_tokens if self.stop == 0 else min(chunk.max_tokens, math.log(chunk.samples + 1) / self.stop)
+        longest = Lengths(chunk.max_tokens, self.stop).longest(chunk.samples)
         steps = max(longest, generated / max_batch)
         return self.prompt * chunk.prompt_tokens + self.step * steps + self.sequence * generated
 
@@ -118,7 +112,6 @@ class Forecast:
     rows: int = 0
     rejects: dict[str, Reject] = field(default_factory=dict)  # by reason, without what it quotes
     lengths: Counter[int] = field(default_factory=Counter)  # prompt tokens -> rows
-    prompt_tokens_read: int = 0
     shared_tokens: int = 0
     duplicates: int = 0
     chunks: list[ChunkCost] = field(default_factory=list)
@@ -147,11 +140,7 @@ class Forecast:
 
 
 def forecast_job(job: Job, *, measure_time: bool = True, show: int = 0) -> Forecast:
-    """Read the whole input as a run would, and measure a few of its rows; writes nothing.
-
-    show is how many of the first prompts it keeps. Raises the BatchgenError that a run would raise before its first
-    row; without a job.output.path, nothing is checked of an output.
-    """
+    """Read the whole input as a run would, measure a few of its rows, and keep the first prompts; writes nothing."""
     prompts = Prompts.open(job.input, spool=Path(tempfile.gettempdir()))
     output = open_output(job.output, prompts, lambda: model.load_tokenizer()) if job.output.path else None
     model = Model.open(job.model)
@@ -167,10 +156,11 @@ def forecast_job(job: Job, *, measure_time: bool = True, show: int = 0) -> Forec
     sample: list[TokenizedRequest] = []
     tokenizer = model.load_tokenizer()
     check = make_check(tokenizer, model.config.n_ctx, job.policy)
-    asked = (one for one in prompts.requests(job.sampling) if rows.numbers is None or one.row in rows.numbers)
-    items = count_rows(map(check, asked), forecast, sample, max(rows.count // SAMPLE_ROWS, 1))
-    items = show_first(items, forecast, show, tokenizer)
-    for chunk in plan_chunks(items, plan.chunk_rows):
+    cut = Cut(plan.chunk_rows, rows.numbers, as_json=setting.format == "jsonl")
+    for chunk in prompts.chunks(facts, job.sampling, check, cut):
+        for item in chunk.items:
+            count_row(item, forecast, sample, max(rows.count // SAMPLE_ROWS, 1))
+            show_first(item, forecast, show, tokenizer)
         forecast.chunks.append(chunk_cost(chunk, forecast, share=plan.share_prefixes))
     add_memory(forecast, job, plan, model)
     if measure_time and sample:
@@ -181,44 +171,40 @@ def forecast_job(job: Job, *, measure_time: bool = True, show: int = 0) -> Forec
 
 def is_finished(output: Output, job: Job, plan: Plan, automatic: frozenset[str]) -> bool:
     """Whether a run would find the output complete; the BatchgenError with which it would refuse another job's."""
-    ledger = Ledger(output.path, overwrite=job.output.overwrite and not job.output.retry_failed)
+    overwrite = job.output.overwrite and not job.output.retry_failed
+    ledger = Ledger(output.path, where=output.where, overwrite=overwrite)
+    ledger.refuse_other()
     if find_finished(output, ledger, plan, automatic, job.work.restart) is not None:
         return True
     ledger.find_resumed(plan, automatic, job.work.restart)
     return False
 
 
-def count_rows(
-    items: Iterable[TokenizedRequest | Rejected], forecast: Forecast, sample: list[TokenizedRequest], every: int
-) -> Iterator[TokenizedRequest | Rejected]:
-    """Pass the rows on, count them in the forecast, and keep every n-th in the sample."""
-    for item in items:
-        forecast.rows += 1
-        if isinstance(item, Rejected):
-            reason = Reason.of(item)
-            places = forecast.rejects.setdefault(reason.kind, Reject(reason.text))
-            places.rows += 1
-            if len(places.places) < PLACES_SHOWN:
-                places.places.append(item.place)
-            forecast.output_rows += 1
-        else:
-            forecast.output_rows += len(item.prompts) * item.params.n
-            forecast.lengths[len(item.prompt_token_ids)] += 1
-            if item.row % every == 0 and len(sample) < SAMPLE_ROWS:
-                sample.append(item)
-        yield item
+def count_row(
+    item: TokenizedRequest | Rejected, forecast: Forecast, sample: list[TokenizedRequest], every: int
+) -> None:
+    """Count a row in the forecast, and keep every n-th in the sample."""
+    forecast.rows += 1
+    if isinstance(item, Rejected):
+        reason = Reason.of(item)
+        places = forecast.rejects.setdefault(reason.kind, Reject(reason.text))
+        places.rows += 1
+        if len(places.places) < PLACES_SHOWN:
+            places.places.append(item.place)
+        forecast.output_rows += 1
+    else:
+        forecast.output_rows += len(item.prompts) * item.params.n
+        forecast.lengths[len(item.prompt_token_ids)] += 1
+        if item.row % every == 0 and len(sample) < SAMPLE_ROWS:
+            sample.append(item)
 
 
-def show_first(
-    items: Iterable[TokenizedRequest | Rejected], forecast: Forecast, show: int, tokenizer: Tokenizer
-) -> Iterator[TokenizedRequest | Rejected]:
-    """Pass the rows on, and keep the text of the first prompts: of their tokens, so cut and trimmed as they are."""
-    for item in items:
-        if isinstance(item, TokenizedRequest) and len(forecast.first) < show:
-            name = f"row {item.row}" if item.id is None else item.id
-            ids = item.prompt_token_ids
-            forecast.first.append(Shown(name, len(ids), tokenizer.decode(ids)))
-        yield item
+def show_first(item: TokenizedRequest | Rejected, forecast: Forecast, show: int, tokenizer: Tokenizer) -> None:
+    """Keep the text of the first prompts: of their tokens, so cut and trimmed as they are."""
+    if isinstance(item, TokenizedRequest) and len(forecast.first) < show:
+        name = f"row {item.row}" if item.id is None else item.id
+        ids = item.prompt_token_ids
+        forecast.first.append(Shown(name, len(ids), tokenizer.decode(ids)))
 
 
 def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool) -> ChunkCost:
@@ -243,7 +229,6 @@ def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool) -> ChunkCost:
             n = 1 if params.greedy else params.n
             read, samples, total = read + len(ids) - shared, samples + n, total + n * params.max_tokens
             longest = max(longest, params.max_tokens)
-    forecast.prompt_tokens_read += read
     return ChunkCost(read, samples, longest, total)
 
 
@@ -333,7 +318,7 @@ class TimedStep:
 
 def time_steps(setup: WorkerSetup, requests: list[TokenizedRequest]) -> list[TimedStep]:
     """Time steps until MEASURED_STEPS of them have followed the last prompt, or until nothing is left."""
-    engine, tokenizer = load_engine(setup)
+    engine, tokenizer, _ = load_engine(setup)
     prompts = [prompt for request in requests for prompt in to_prompts(request, tokenizer)]
     sequences = {(sequence.prompt.row, sequence.sample) for sequence in expand(prompts)}  # without equal ones
     unread = {row for row, _ in sequences}

@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 from batchgen import __version__
 from batchgen.engine.probe import one_blas_thread
 from batchgen.errors import BatchgenError, InputError, ModelError, UsageError
+from batchgen.files import Stamp, stamp_of
 from batchgen.input.validation import make_check
 from batchgen.models.model import Model
 from batchgen.models.registry import list_models
 from batchgen.options import say
-from batchgen.output.reading import check_rows, read_batches, read_input_rows, read_plan
+from batchgen.output.reading import check_rows, output_files, read_batches, read_input_rows, read_plan
 from batchgen.plan import Plan, read_parameters
 from batchgen.planning import check_memory, probe_arithmetic
 from batchgen.types import Chunk, OutputRow, Request, SamplingParams
@@ -49,11 +50,8 @@ class Replay:
 
 
 def replay(path: Path, n_rows: int, seed: int | None = None, model: str | None = None) -> Replay:
-    """Generate n_rows random input rows of an output again, and compare all their samples with the file's.
-
-    `model` is where to find the model, if not under the name in the file; its hash must be the file's. The same seed
-    chooses the same rows. Raises a BatchgenError if nothing can be compared.
-    """
+    """Generate n_rows random input rows of an output again, and compare all their samples with the file's."""
+    stamps = list_stamps(path)
     plan = read_plan(path)
     found = find_same_model(path, plan, model)
     rows, ok = count_rows(path, plan)
@@ -61,6 +59,8 @@ def replay(path: Path, n_rows: int, seed: int | None = None, model: str | None =
         seed = int.from_bytes(os.urandom(4))
     chosen = np.sort(np.random.default_rng(seed).choice(ok, min(n_rows, len(ok)), replace=False)).tolist()
     kept = read_input_rows(path, chosen)
+    if list_stamps(path) != stamps:
+        raise InputError(f"{path}: the file was changed while it was being read; verify it when nothing writes it")
     check_memory(found.name, found.config, found.bytes)
     found.verify()
     notes = list_notes(plan, found)
@@ -80,6 +80,14 @@ def replay(path: Path, n_rows: int, seed: int | None = None, model: str | None =
         notes=tuple(notes),
         differences=tuple(list_differences(kept, made, columns, exact=not notes)),
     )
+
+
+def list_stamps(path: Path) -> list[Stamp]:
+    """The stamp of each file of an output; nothing for one that is missing."""
+    try:
+        return [stamp_of(file) for file in output_files(path)]
+    except FileNotFoundError:
+        return []
 
 
 def find_same_model(path: Path, plan: Plan, model: str | None) -> Model:
@@ -106,8 +114,6 @@ def count_rows(path: Path, plan: Plan) -> tuple[int, npt.NDArray[np.int64]]:
     """How many input rows the output holds, and the numbers of the ok ones; all must be there, in order."""
     ok, last, rows = [np.zeros(0, np.int64)], -1, 0
     for batch in read_batches(path, ["row", "sample", "status"]):
-        if any(column.null_count for column in batch.columns):
-            raise InputError(f"{path}: row, sample or status is null near row {last}; it was changed")
         numbers = batch["row"].to_numpy()
         steps = np.diff(numbers, prepend=last)
         if not np.isin(steps, (0, 1)).all():
@@ -127,11 +133,13 @@ def count_rows(path: Path, plan: Plan) -> tuple[int, npt.NDArray[np.int64]]:
 def list_notes(plan: Plan, model: Model) -> list[str]:
     """Why the rows cannot be compared bit for bit; empty if they can."""
     arithmetic = probe_arithmetic(model)
-    here = {"batchgen": __version__, "numpy": arithmetic.numpy, "blas": arithmetic.blas}
+    here = {"batchgen": __version__} | {
+        name: getattr(arithmetic, name) for name in ("numpy", "blas", "numpy_kernels", "regex")
+    }
     notes = [
         f"the file was made with {name} {getattr(plan, name)}, this is {value}"
         for name, value in here.items()
-        if getattr(plan, name) != value
+        if getattr(plan, name) not in ("", value)
     ]
     if not plan.batch_invariant:
         notes.append("the file was made where a row's bits depend on its batch (batch_invariant is false)")
@@ -203,6 +211,7 @@ def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dic
     with one_blas_thread:
         engine = map_engine(model, tokenizer)
         rows = complete_chunk(Chunk(0, items), plan.parameters, engine, tokenizer)
+    model.check_unchanged()
     return {(row.row, row.sample): row for row in rows}
 
 

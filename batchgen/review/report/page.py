@@ -29,15 +29,10 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _VOID = Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">')
 
 
-def write_report(path: Path, out: Path) -> Path:
-    """Write the report on the output at `path` as one HTML file, whole or not at all; equal outputs give equal pages.
-
-    Raises InputError if the output is not one of batchgen's, OutputError if `out` cannot be written, and BatchgenError
-    if the plotting library is not installed.
-    """
+def write_report(path: Path, out: Path) -> None:
+    """Write the report on an output as one HTML file, whole or not at all; equal outputs give equal pages."""
     check_page(path, out)
     write_page(out, render(path))
-    return out
 
 
 def write_page(out: Path, page: str) -> None:
@@ -46,6 +41,13 @@ def write_page(out: Path, page: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f"{out}: cannot be written: {reason}; make room or choose another path") from error
+
+
+def _is_page(out: Path) -> bool:
+    """Whether a file is a report, or empty: nothing is lost with it."""
+    with open(out, "rb") as file:
+        start = file.read(1000)
+    return not start or _POLICY.encode() in start
 
 
 def check_page(path: Path, out: Path) -> None:
@@ -60,6 +62,8 @@ def check_page(path: Path, out: Path) -> None:
         raise OutputError(f"{out}: {what}; name a file")
     if path.exists() and out.exists() and out.samefile(path):
         raise UsageError(f"{out}: is the output itself; choose another name for the page")
+    if out.is_file() and not _is_page(out):
+        raise OutputError(f"{out}: a file that is no report of batchgen; choose another name, or move it away")
     if not out.parent.is_dir():
         raise OutputError(f"{out}: {out.parent} is not a folder; create it (mkdir -p) or choose another")
 
@@ -284,7 +288,7 @@ def reproduce(plan: Plan, path: Path) -> Iterator[Markup]:
     yield element("pre", element("code", visible(plan.command_line(output=path.name))), class_="card")
     note = f"INPUT is the file of {plan.rows} rows with sha256 {plan.input}. "
     note += (
-        "The rows are the same bit for bit if batch_invariant is yes and batchgen, numpy and blas are as above."
+        "The rows are the same bit for bit if batch_invariant is yes and versions, blas and numpy_kernels are as above."
         if plan.batch_invariant
         else "The bits of a row depend on its batch: the same chunks and batches give the same rows."
     )
