@@ -1,8 +1,7 @@
 """Options, declared once: a field of a record says what it is on the command line, in a row and in Python.
 
-A record is a frozen dataclass whose fields are made by `option`. The command line is built from the declarations
-(jobs/flatten.py), `arguments` turns a record back into the words of a command, `check_ranges` holds a record to what
-its fields may be, and `say` names an option in an error as the caller knows it.
+A record is a frozen dataclass whose fields are made by `option`. jobs/flatten.py builds the command line of them,
+`arguments` turns a record back into words, and `say` names an option in an error as the caller knows it.
 """
 
 import dataclasses

@@ -24,8 +24,9 @@ from batchgen.jobs.panels import Command, panel_of
 from batchgen.jobs.plan import plan
 from batchgen.jobs.report import discard_stdout, one_line
 from batchgen.jobs.verify import verify
+from batchgen.limits import reached_limit
 from batchgen.options import use_flags
-from batchgen.progress import SIGNALS, exit_code_of, words_of, words_of_stop
+from batchgen.progress import SIGNALS, exit_code_of, outcome, words_of, words_of_stop
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,13 @@ def main() -> None:
     _handle_signals()
     try:
         app(prog_name="batchgen")
-    except (BatchgenError, MemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, (BatchgenError, OSError)) and reached_limit(error) is None:
+            raise
         _say(words_of(error))
+        if isinstance(error, OSError):
+            discard_stdout()  # it may be the file that cannot be written
         sys.exit(exit_code_of(error))
-    except OSError as error:
-        _say(words_of(error))
-        discard_stdout()  # it may be the file that cannot be written
-        sys.exit(1)
     except KeyboardInterrupt:
         _stop(130)
     except SystemExit as end:
@@ -80,10 +81,15 @@ def main() -> None:
 
 
 def _handle_signals() -> None:
-    """The first signal ends the run in order, the second immediately; ignored ones (nohup, `&` in a script) stay so."""
+    """The first signal ends the run in order, the second immediately; ignored ones (nohup, `&` in a script) stay so.
+
+    A terminal that is closed sends SIGHUP, and more than once.
+    """
     seen: list[int] = []
 
-    def terminate(number: int, frame: object) -> NoReturn:
+    def terminate(number: int, frame: object) -> None:
+        if seen and number == signal.SIGHUP:
+            return
         if seen:
             _stop(128 + number)
         seen.append(number)
@@ -93,16 +99,21 @@ def _handle_signals() -> None:
         last_resort.start()
         sys.exit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, terminate)
 
 
 def _open_missing_streams() -> None:
-    """Open the streams that a shell closed (`>&-`): the next opened file would take their number and their output."""
+    """Open the streams that a shell closed (`>&-`): the next opened file would take their number and their output.
+
+    And wait for readers that are slow: what does not fit into a pipe that does not block is lost.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
+    for output in (1, 2):
+        os.set_blocking(output, True)
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = sys.stderr or os.fdopen(2, "w")
 
@@ -119,7 +130,7 @@ def _stop(code: int) -> NoReturn:
     try:
         _say(words_of_stop(code))
     finally:
-        os._exit(code)
+        os._exit(done.exit_code if (done := outcome()) else code)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ def convert(
         convert_checkpoint(src, directory, name=directory.name, replace=replace, on_progress=show)
     tokenizer = Model.load(directory).load_tokenizer()
     for what, word, ids in (
-        ("every prompt begins with", "and", tokenizer.begin_ids),
-        ("completions end at", "or", tokenizer.end_ids),
+        ("every prompt begins with", "and", tokenizer.special.begin),
+        ("completions end at", "or", tokenizer.special.end),
     ):
         if tokens := [f"{one_line(tokenizer.token_text(token))} (id {token})" for token in ids]:
             typer.echo(f"{what} {f' {word} '.join(tokens)}")
-    if not tokenizer.end_ids:
+    if not tokenizer.special.end:
         typer.echo("completions end at no token: only at max_tokens, a stop string or a stop token")
     typer.echo(f"{directory}: converted; use it with --model {dst}")

@@ -30,10 +30,7 @@ _ESCAPED = {"n": "line feed", "t": "tab", "r": "carriage return", "x": "byte", "
 
 
 def flatten(*leave_out: str) -> Callable[[Command], Command]:
-    """Give a command the options of the records that it takes, but for the fields to leave out, which keep defaults.
-
-    The command raises UsageError for a text that is not a value of its option.
-    """
+    """Give a command the options of the records that it takes, but for the fields to leave out, which keep defaults."""
     return lambda command: _flattened(command, frozenset(leave_out))
 
 

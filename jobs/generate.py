@@ -17,7 +17,7 @@ from batchgen.jobs.html_report import page_beside
 from batchgen.jobs.progress import ProgressStyle, showing_progress
 from batchgen.models.model import Model
 from batchgen.output.store import is_address
-from batchgen.progress import Summary
+from batchgen.progress import Summary, to_follow
 from batchgen.review.report.page import check_page, write_report
 from batchgen.run import run_job
 from batchgen.types import SamplingParams
@@ -51,6 +51,7 @@ def generate(
     job = Job(input, output, model, sampling, policy, work)
     check_standard_output(job)
     page = report_page(job) if html_report else None
+    to_follow.update({str(Path(output.path)): ""} if page else {})
     style = "none" if quiet else progress
     with report.destination(job) as written, showing_progress(style) as on_progress:
         summary = run_job(written, on_progress=on_progress, open_model=open_or_fetch(style) if fetch else Model.open)
@@ -58,6 +59,7 @@ def generate(
         summary = replace(summary, output=report.STDOUT)
     if page:
         write_report(Path(output.path), page)
+        to_follow.clear()
     if not quiet:
         with report.to_whoever_reads():
             _print_summary(summary, show, page)
@@ -69,6 +71,8 @@ def check_standard_output(job: Job) -> None:
     """Refuse what cannot go to standard output."""
     if report.is_stdout(job) and job.work.backend != "loky":
         raise UsageError("-o -: a cluster's nodes write to a folder that all share; name a file there")
+    if report.is_stdout(job) and sys.__stdout__ is None:
+        raise UsageError("-o -: standard output is closed; name a file, or redirect it: > completions.jsonl")
     if report.is_stdout(job) and job.output.format == "dataset":
         raise UsageError("-o -: a dataset is a folder of files; name one, such as completions/")
 

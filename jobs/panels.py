@@ -1,7 +1,4 @@
-"""--help: the groups of commands, and for each command the options that people use, with the others by group.
-
-Text in plain lines: a table of Rich cuts flags and words at 80 columns.
-"""
+"""--help: the groups of commands, and for each command the options that people use, with the others by group."""
 
 from inspect import cleandoc
 from textwrap import fill
@@ -30,7 +27,7 @@ def panel_of(command: str) -> str:
 
 
 class Command(TyperCommand):
-    """A command whose help fits any width, without a flag or a word cut."""
+    """A command whose help is plain lines of any width: a table of Rich cuts flags and words at 80 columns."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         arguments = [one.metavar or one.name for one in self.get_params(ctx) if one.param_type_name == "argument"]

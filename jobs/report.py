@@ -12,15 +12,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from batchgen.errors import OutputError
 from batchgen.job import Job
-from batchgen.progress import Summary
+from batchgen.output.parts import open_parquet
+from batchgen.progress import Summary, to_follow, words_of
 from batchgen.types import RowParameters
 
 STDOUT = Path("-")
 REASONS_SHOWN = 8
+_SHOWN = ["row", "id", "prompt", "completion", "status", "error"]
 
 
 @contextmanager
@@ -45,6 +47,7 @@ def destination(job: Job) -> Iterator[Job]:
         return
     with TemporaryDirectory(prefix="batchgen-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "stdout.jsonl"
+        to_follow[str(path)] = "nothing is kept of a run to standard output; name a file for one that resumes"
         yield replace(job, output=replace(job.output, path=path, status=False))
         _copy_to_stdout(path)
 
@@ -129,8 +132,13 @@ def parameter_lines(found: RowParameters) -> Iterator[str]:
 
 
 def sample_lines(output: Path, n: int) -> Iterator[str]:
-    """The first n rows of the output, a paragraph each."""
-    for row in _first_rows(output, n):
+    """The first n rows of the output, a paragraph each; the output is complete, whether they can be shown or not."""
+    try:
+        rows = _first_rows(output, n)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        yield one_line(f"note: the first rows cannot be shown ({words_of(error)})")
+        return
+    for row in rows:
         name = row["id"] if row["id"] is not None else f"row {row.get('row', '?')}"
         if row["status"] == "ok":
             yield f"[{_printable(name)}] {_printable(row['prompt'])} ->{_printable(row['completion'])}"
@@ -145,8 +153,8 @@ def _first_rows(output: Path, n: int) -> list[dict[str, Any]]:
         with open(output, encoding="utf-8") as file:
             lines = [json.loads(line) for line in islice(file, n)]
         return list(islice((row for line in lines for row in _rows_of_line(line)), n))
-    with open(output, "rb") as raw, pq.ParquetFile(raw) as table:
-        rows: list[dict[str, Any]] = next(table.iter_batches(n)).to_pylist()
+    with open(output, "rb") as raw, open_parquet(raw) as table:
+        rows: list[dict[str, Any]] = next(table.iter_batches(n, columns=_SHOWN, use_threads=False)).to_pylist()
     return rows
 
 

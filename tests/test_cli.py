@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,14 @@ import pytest
 from typer.testing import CliRunner
 
 from batchgen import __version__
+from batchgen.errors import InputError
 from batchgen.generator import Generator
 from batchgen.jobs import cli
 from batchgen.jobs.report import harmless, one_line
+from batchgen.output.ledger import Ledger
+from batchgen.progress import state_of, to_follow, watched, words_of
 from batchgen.types import SamplingParams
+from tests.support.command import batchgen as run_here
 from tests.support.models import write_byte_model
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +79,24 @@ def run(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
 
 
 # ---- successful runs
+
+
+@pytest.mark.parametrize(
+    ("output", "more"), [("./o.parquet", "--report"), ("deep//o.parquet", "--report"), ("o/", "--report"), ("-", "-q")]
+)
+def test_a_command_is_not_done_before_its_page_or_its_copy_is(here, batchgen, monkeypatch, output, more):
+    """A signal between the output and these must not end it with 0."""
+    seen = []
+
+    def run_job(job, **_):
+        seen.append(str(Path(job.output.path)) in to_follow)
+        raise InputError("stopped")
+
+    (here / "deep").mkdir()
+    monkeypatch.setattr("batchgen.jobs.generate.run_job", run_job)
+    assert batchgen("generate", "p.jsonl", "-o", output, more)[0] == 1
+    to_follow.clear()
+    assert seen == [True]
 
 
 def test_a_job_prints_its_counts_its_output_and_some_rows(here, batchgen):
@@ -257,11 +280,12 @@ def test_the_version_is_shown(batchgen):
 # ---- standard input and output, several inputs, kept columns
 
 
-def test_standard_input_to_standard_output_is_json_lines_and_the_rest_is_on_standard_error(here, model):
+def test_standard_input_to_standard_output_is_json_lines_and_the_rest_is_on_standard_error(here, model, monkeypatch):
     arguments = ["generate", "-", "-o", "-", "--keep", "tag", "--max-tokens", 4, "--model", model]
-    lines = b'{"prompt": "Once", "tag": [1]}\nnonsense\n{"prompt": "upon"}\n'
-    environment = {"TMPDIR": str(here)}
-    done = run(*arguments, input=lines, capture_output=True, env=environment)
+    given = here.parent / "given.jsonl"
+    given.write_bytes(b'{"prompt": "Once", "tag": [1]}\nnonsense\n{"prompt": "upon"}\n')
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
+    done = run_here(*arguments, stdin=given)
     assert done.returncode == 3
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["row"], row["status"], row["tag"]) for row in rows] == [
@@ -273,8 +297,7 @@ def test_standard_input_to_standard_output_is_json_lines_and_the_rest_is_on_stan
     assert done.stderr.decode().startswith("3 rows: 2 ok, 1 rejected, 0 failed\n")
     assert done.stderr.decode().endswith("output: -\n")
     assert os.listdir(here) == ["p.jsonl"]
-    again = run(*arguments, input=lines, capture_output=True, env=environment)
-    assert again.stdout == done.stdout
+    assert run_here(*arguments, stdin=given).stdout == done.stdout
 
 
 def test_a_run_over_standard_input_is_resumed_with_the_same_bytes(here, batchgen, monkeypatch):
@@ -294,6 +317,53 @@ def test_a_run_over_standard_input_is_resumed_with_the_same_bytes(here, batchgen
     give(prompts)
     code, out, _ = batchgen(*arguments)
     assert (code, out.splitlines()[0]) == (0, "2 rows: 2 ok, 0 rejected, 0 failed (2 of them by an earlier run)")
+
+
+def test_a_signal_in_the_clean_up_after_the_output_is_complete(here, batchgen, monkeypatch):
+    """Exit code and status are those of the finished job; the next command clears up. `-o -` has still to copy."""
+    arguments = ["generate", "p.jsonl", "--max-tokens", 4, "--overwrite", "-o"]
+    clear = Ledger._clear
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_clear", lambda self, *kept: sys.exit(143) if kept else clear(self))
+        patch.setattr(os, "_exit", sys.exit)
+        assert batchgen(*arguments, "out.parquet")[::2] == (
+            0,
+            "batchgen: terminated: the output is complete: out.parquet\n",
+        )
+        assert batchgen(*arguments, "-")[:2] == (143, "")
+    status = json.loads((here / "out.parquet.status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("finished", 0)
+    assert (here / "out.parquet.batchgen").exists()
+    code, out, _ = batchgen(*arguments, "out.parquet")
+    assert (code, "complete: there was nothing to do" in out) == (0, True)
+    assert sorted(os.listdir(here)) == ["out.parquet", "out.parquet.status.json", "p.jsonl"]
+
+
+def test_a_closed_terminal_ends_a_run_in_order_however_often_it_says_so(monkeypatch):
+    """It sends SIGHUP to the group, and the shell does too."""
+    watched.clear()
+    monkeypatch.setattr(cli.threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    try:
+        cli._handle_signals()
+        with pytest.raises(SystemExit, match="129"):
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        assert (state_of(SystemExit(129)), words_of(SystemExit(129))[:8]) == ("stopped", "hung up;")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_the_reader_of_standard_output_may_be_slow():
+    """What does not fit into a pipe that does not block is lost, and Python says nothing."""
+    before = os.get_blocking(1)
+    try:
+        os.set_blocking(1, False)
+        cli._open_missing_streams()
+        assert os.get_blocking(1)
+    finally:
+        os.set_blocking(1, before)
 
 
 def test_the_reader_of_standard_output_may_stop(here, model):
@@ -579,12 +649,12 @@ def test_a_full_disk_behind_standard_output_is_one_line():
 
 
 def test_messages_can_be_json_lines(here, model):
-    command = ["generate", "p.jsonl", "-o", "o.parquet", "--model", model, "--log-json", "--show", 0]
-    done = run(*command, capture_output=True, text=True)
+    arguments = ["generate", "p.jsonl", "-o", "o.parquet", "--model", model, "--log-json", "--show", 0]
+    done = run_here(*arguments)
     assert done.returncode == 0
     [last] = map(json.loads, done.stderr.splitlines())
     assert (last["level"], last["message"], last["exit_code"], last["ok"]) == ("info", "finished", 0, 2)
-    refused = run(*command[:-2], "--max-tokens", 0, capture_output=True, text=True)
+    refused = run_here(*arguments[:-2], "--max-tokens", 0)
     [line] = map(json.loads, refused.stderr.splitlines())
     assert (refused.returncode, line["level"]) == (2, "error")
     assert "max_tokens 0 is out of range" in line["message"]

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -29,13 +30,14 @@ from batchgen.output.ledger import work_directory
 from batchgen.output.schema import Columns
 from batchgen.run import run_job
 from batchgen.types import Chunk, Receipt, Rejected, SamplingParams
-from batchgen.workers.blame import MAX_LOSSES
+from batchgen.workers.blame import MAX_LOSSES, STALL_SECONDS
 from batchgen.workers.cluster import connection, driver, lease, pool
 from batchgen.workers.cluster.messages import Event, NodeSetup, Order, Reply
 from batchgen.workers.supply import Deadline
 from batchgen.workers.worker import WorkerSetup
 from batchgen.workers.workers import open_workers
 from tests.support.clusters import ROOT, Cluster, DaskCluster, MissingError, RayCluster, free_port, kill, wait_for
+from tests.support.command import batchgen
 from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
 from tests.support.plans import plan_for
@@ -64,21 +66,14 @@ def running(kind: str, folder: Path, **more: object) -> Iterator[Cluster]:
         cluster.stop()
 
 
-@pytest.fixture(scope="module")
-def dask(tmp_path_factory):
-    with running("dask", tmp_path_factory.mktemp("dask")) as cluster:
+@pytest.fixture(params=KINDS, scope="module")
+def cluster(request, tmp_path_factory) -> Iterator[Cluster]:
+    """One of each kind for all tests of this module; pytest runs those of one kind before those of the other."""
+    with running(request.param, tmp_path_factory.mktemp(request.param)) as cluster:
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def ray(tmp_path_factory):
-    with running("ray", tmp_path_factory.mktemp("ray")) as cluster:
-        yield cluster
-
-
-@pytest.fixture(params=["dask", "ray"])
-def cluster(request) -> Cluster:
-    return request.getfixturevalue(request.param)
+on_dask = pytest.mark.parametrize("cluster", ["dask"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +169,11 @@ def test_a_cluster_writes_what_one_machine_writes(cluster, prepared, tmp_path):
     assert wait_for(lambda: not cluster.nodes() and not cluster.generating())  # they end with the run
 
 
-def test_a_cluster_resumes_a_run_of_one_machine_and_the_reverse(dask, prepared, tmp_path, monkeypatch):
+@on_dask
+def test_a_cluster_resumes_a_run_of_one_machine_and_the_reverse(cluster, prepared, tmp_path, monkeypatch):
     out = tmp_path / "out.parquet"
     for first, second in ((plain_job, job_on), (job_on, plain_job)):
-        makers = {plain_job: (prepared, out), job_on: (dask, prepared, out)}
+        makers = {plain_job: (prepared, out), job_on: (cluster, prepared, out)}
         with pytest.raises(BatchgenError, match="cut short"), cut_short(monkeypatch, 5):
             run_job(first(*makers[first]))
         assert 0 < parts(out) < CHUNKS
@@ -201,8 +197,9 @@ def cut_short(monkeypatch, chunks: int) -> Iterator[None]:
         yield
 
 
-def test_workers_of_a_cluster_are_used_as_those_of_this_machine(dask, prepared, tmp_path):
-    model, options = Model.open(str(prepared[0])), WorkOptions(backend="dask", scheduler=dask.address)
+@on_dask
+def test_workers_of_a_cluster_are_used_as_those_of_this_machine(cluster, prepared, tmp_path):
+    model, options = Model.open(str(prepared[0])), WorkOptions(backend="dask", scheduler=cluster.address)
     with open_workers(options, model, tmp_path) as workers:
         assert workers.slots == 2
         for n in (3, 1):
@@ -215,19 +212,12 @@ def test_workers_of_a_cluster_are_used_as_those_of_this_machine(dask, prepared, 
     assert not (tmp_path / lease.NAME).exists()
 
 
-def test_a_model_is_copied_to_the_nodes_cache_once_and_checked(dask, prepared, tmp_path):
-    cache = tmp_path / "cache"
-    job = job_on(dask, prepared, tmp_path / "out.parquet", model_cache=cache)
-    run_job(job)
-    [copy] = cache.iterdir()
-    assert job.output.path.read_bytes() == prepared[2]
-    before = copy.stat()
-    run_job(job)
-    assert copy.stat() == before
-    shard = next(copy.glob("h0.mlp.c_fc.w.npy"))
-    shard.write_bytes(shard.read_bytes()[:-4])
-    with pytest.raises(BatchgenError, match=r"node .*h0\.mlp\.c_fc\.w\.npy: expected .* bytes"):
-        run_job(job)
+@on_dask
+def test_a_cluster_runs_from_the_nodes_cache(cluster, prepared, tmp_path):
+    out, cache = tmp_path / "out.parquet", tmp_path / "cache"
+    run_job(job_on(cluster, prepared, out, model_cache=cache))
+    assert len(list(cache.iterdir())) == 1
+    assert out.read_bytes() == prepared[2]
 
 
 # ---- processes that die
@@ -250,36 +240,20 @@ def test_the_output_is_the_same_if_an_engines_worker_is_killed(cluster, prepared
     assert wait_for(lambda: not cluster.nodes() and not cluster.generating())
 
 
-def test_the_output_is_the_same_if_a_node_process_or_its_worker_is_killed(dask, prepared, tmp_path):
+@on_dask
+def test_the_output_is_the_same_if_a_node_process_or_its_worker_is_killed(cluster, prepared, tmp_path):
     out = tmp_path / "out.parquet"
-    with Disturbed(out, 2, lambda: [kill(pid) for pid in dask.nodes()[:1]]) as one:  # noqa: SIM117
-        with Disturbed(out, 6, lambda: [kill(pid) for pid in dask.generating()[:1]]) as other:
-            assert run_job(job_on(dask, prepared, out)).ok == ROWS
+    with Disturbed(out, 2, lambda: [kill(pid) for pid in cluster.nodes()[:1]]) as one:  # noqa: SIM117
+        with Disturbed(out, 6, lambda: [kill(pid) for pid in cluster.generating()[:1]]) as other:
+            assert run_job(job_on(cluster, prepared, out)).ok == ROWS
     assert one.done
     assert other.done
     assert out.read_bytes() == prepared[2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_lost_scheduler_ends_the_run_and_the_next_one_finishes(kind, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(connection, "SILENCE_SECONDS", 5.0)
-    out = tmp_path / "out.parquet"
-    with running(kind, tmp_path / "cluster") as cluster:
-        # Ray's workers finish their tasks without a head: if only its GCS is killed, a short run may complete.
-        victims = lambda: [cluster.scheduler.pid] if kind == "dask" else cluster.head_processes()  # noqa: E731
-        with Disturbed(out, 3, lambda: [kill(pid) for pid in victims()]) as disturbed:  # noqa: SIM117
-            with pytest.raises(StoppedError, match=f"{kind} at .*{cluster.port} is lost.* run the same command") as end:
-                run_job(job_on(cluster, prepared, out))
-        assert disturbed.done
-        assert end.value.exit_code == 75
-        assert 3 <= parts(out) < CHUNKS
-        assert wait_for(lambda: not cluster.nodes() and not cluster.generating())
-    assert run_job(plain_job(prepared, out)).resumed >= 3 * CHUNK_ROWS
-    assert out.read_bytes() == prepared[2]
-
-
-def test_a_client_that_dies_is_a_lost_scheduler(dask):
-    with connection.connect("dask", dask.address) as here:
+@on_dask
+def test_a_client_that_dies_is_a_lost_scheduler(cluster):
+    with connection.connect("dask", cluster.address) as here:
         assert here.slots == 2
         kill(here._driver.pid)
         with pytest.raises(StoppedError, match=r"dask at tcp://.* is lost: its client ended"):
@@ -306,14 +280,15 @@ def test_a_killed_run_leaves_no_process_and_the_next_one_finishes(cluster, prepa
     os.kill(run.process.pid, signal.SIGKILL)
     run.finish()
     assert wait_for(lambda: not cluster.nodes() and not cluster.generating(), 20)  # sooner than a lease gets stale
-    run_job(job_on(cluster, prepared, run.out))
+    run_job(plain_job(prepared, run.out))
     assert run.out.read_bytes() == prepared[2]
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "inter")]
-)
-def test_a_stopped_run_prints_one_line_and_leaves_no_process(cluster, prepared, tmp_path, number, code, word):
+STOPS = {"dask": (signal.SIGTERM, 143, "terminated"), "ray": (signal.SIGINT, 130, "inter")}
+
+
+def test_a_stopped_run_prints_one_line_and_leaves_no_process(cluster, prepared, tmp_path):
+    number, code, word = STOPS[cluster.backend]
     run = Run(cluster, prepared, tmp_path / "out.parquet")
     run.wait_for_parts(3)
     (os.killpg if number == signal.SIGINT else os.kill)(run.process.pid, number)  # Ctrl-C goes to all of them
@@ -325,6 +300,7 @@ def test_a_stopped_run_prints_one_line_and_leaves_no_process(cluster, prepared, 
     assert sorted(os.listdir(work_directory(run.out))) == ["lock", "parts", "plan.json"]
 
 
+@on_dask  # a node finds the rows, of whichever kind the cluster is
 def test_rows_that_kill_hang_or_break_their_worker_fail(cluster, prepared, tmp_path, caplog):
     words = {3: "kill-first", 17: "raise-last", 30: "hang-first", 45: "kill-first-once"}
     model = write_byte_model(tmp_path / "model")
@@ -350,19 +326,12 @@ def test_rows_that_kill_hang_or_break_their_worker_fail(cluster, prepared, tmp_p
 
 def refused(prepared: tuple, folder: Path, *options: object, code: int) -> str:
     """The one line that a command prints."""
-    command = [sys.executable, "-m", "batchgen", "generate", prepared[1], "-o", folder / "out.parquet"]
-    done = subprocess.run(
-        [str(word) for word in [*command, "--model", prepared[0], *options]],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    said = [line for line in done.stderr.splitlines() if not re.fullmatch(r"\d+ of \d+ rows.*", line)]
+    out = folder / "out.parquet"
+    done = batchgen("generate", prepared[1], "-o", out, "--model", prepared[0], *options)
+    said = [line for line in done.stderr.decode().splitlines() if not re.fullmatch(r"\d+ of \d+ rows.*", line)]
     assert (done.returncode, len(said)) == (code, 1), done.stderr
-    assert not (folder / "out.parquet").exists()
-    assert not work_directory(folder / "out.parquet").exists() or not parts(folder / "out.parquet")
+    assert not out.exists()
+    assert not work_directory(out).exists() or not parts(out)
     return said[0]
 
 
@@ -466,6 +435,8 @@ def test_a_node_process_never_uses_the_name_of_a_part_twice(setup):
     ("changes", "message"),
     [
         ({"numpy": "1.0"}, r"NumPy .*, and the run was planned with 1\.0; install the same"),
+        ({"regex": "1.0"}, r"regex .*, and the run was planned with 1\.0; install the same"),
+        ({"numpy_kernels": "exp NONE"}, r"its NumPy is 'add .*', and .* 'exp NONE': .* same NPY_DISABLE_CPU_FEATURES"),
         ({"blas": "openblas 0.3 Haswell"}, r"planned with 'openblas 0.3 Haswell': .* same OPENBLAS_CORETYPE"),
         (
             {"attempt": "/nowhere/attempt"},
@@ -491,15 +462,28 @@ def test_an_unfit_node_reports_its_name_and_the_reason(setup, changes, message):
     assert re.search(message, str(reply.error))
 
 
-def test_workers_with_other_kernels_end_the_run_before_a_row_is_written(prepared, tmp_path):
+def test_a_node_with_other_kernels_says_so(setup, monkeypatch):
     from batchgen.engine.probe import blas_info
 
     other = "Nehalem" if blas_info().core_type != "Nehalem" else "Haswell"
-    with running("dask", tmp_path / "cluster", workers=1, OPENBLAS_CORETYPE=other) as cluster:
-        out = tmp_path / "out.parquet"
-        with pytest.raises(BatchgenError, match=f"node .* BLAS is .*{other}.* OPENBLAS_CORETYPE"):
-            run_job(job_on(cluster, prepared, out))
-        assert parts(out) == 0
+    monkeypatch.setenv("OPENBLAS_CORETYPE", other)
+    [reply] = asked(setup, rejected_chunk(0))
+    assert re.search(f"node .* BLAS is .*{other}.* OPENBLAS_CORETYPE", str(reply.error))
+
+
+def test_a_model_is_copied_to_the_nodes_cache_once_and_checked(setup, tmp_path):
+    setup = replace(setup, model_cache=str(tmp_path / "cache"))
+    assert asked(setup, rejected_chunk(0))[0].receipt
+    [copy] = (tmp_path / "cache").iterdir()
+    before = copy.stat()
+    assert asked(setup, rejected_chunk(0))[0].receipt
+    assert copy.stat() == before
+    shard = next(copy.glob("h0.mlp.c_fc.w.npy"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    other_run = replace(setup, attempt=str(tmp_path / "other"))  # a node checks every shard once in a run
+    Path(other_run.attempt).mkdir()
+    [reply] = asked(other_run, rejected_chunk(0))
+    assert re.search(r"node .*h0\.mlp\.c_fc\.w\.npy: expected .* bytes", str(reply.error))
 
 
 # ---- the lease
@@ -643,9 +627,43 @@ def test_chunks_that_are_out_far_too_long_are_given_out_anew(setup, monkeypatch,
     assert "given out anew" in caplog.text
 
 
+def test_chunks_that_are_out_again_have_twice_as_long_until_one_answers(setup):
+    """A node that searches for rows that hang takes long, and it must end once."""
+    this = pool.ClusterPool(Scripted(lambda ticket, chunk: []), setup)
+    this.longest = 1.0
+    taken = []
+    for patience in (1, 2, 4):
+        for late in (-1.0, 1.0):
+            this._give_out(rejected_chunk(0))
+            this._answered = time.monotonic() - patience * STALL_SECONDS - late
+            taken.append(len(list(this._take_back_overdue())))
+    assert taken == [0, 2, 0, 2, 0, 2]
+    assert not this._out
+
+
+def test_a_run_that_was_stopped_does_not_take_its_scheduler_for_lost(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    def stop(timeout: float) -> Event:
+        clock.now += 1000.0
+        raise Empty
+
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    cluster = Scripted(lambda ticket, chunk: [])
+    cluster._heard, cluster._asked, cluster._events = 0.0, 0.0, SimpleNamespace(get=stop)
+    assert [cluster.event(0.0) for _ in range(3)] == [None] * 3
+
+
 def test_a_task_that_cannot_run_at_all_ends_the_run_and_says_what_nodes_need(setup):
     cluster = Scripted(lambda ticket, chunk: [Event(ticket, error="ModuleNotFoundError: No module named 'batchgen'")])
     with pytest.raises(BatchgenError, match=r"No module named 'batchgen'\); all nodes need this batchgen, "):
+        list(pool.ClusterPool(cluster, setup).receipts(map(rejected_chunk, range(3))))
+
+
+def test_an_unfit_node_ends_the_run(setup):
+    reply = pickle.dumps(Reply("node", error=BatchgenError("node n1: its BLAS is another")))
+    cluster = Scripted(lambda ticket, chunk: [Event(ticket, reply=reply)])
+    with pytest.raises(BatchgenError, match="node n1: its BLAS is another"):
         list(pool.ClusterPool(cluster, setup).receipts(map(rejected_chunk, range(3))))
 
 
@@ -690,3 +708,23 @@ def test_a_scheduler_that_falls_silent_is_lost(setup):
         StoppedError, match="script at here is lost: it sent nothing for .* run the same command to resume"
     ):
         list(pool.ClusterPool(cluster, setup).receipts(iter([rejected_chunk(0)])))
+
+
+# ---- the last of each cluster
+
+
+def test_a_lost_scheduler_ends_the_run_and_the_next_one_finishes(cluster, prepared, tmp_path, monkeypatch):
+    """It kills the cluster of all tests above."""
+    monkeypatch.setattr(connection, "SILENCE_SECONDS", 5.0)
+    out, kind = tmp_path / "out.parquet", cluster.backend
+    # Ray's workers finish their tasks without a head: if only its GCS is killed, a short run may complete.
+    victims = lambda: [cluster.scheduler.pid] if kind == "dask" else cluster.head_processes()  # noqa: E731
+    with Disturbed(out, 3, lambda: [kill(pid) for pid in victims()]) as disturbed:  # noqa: SIM117
+        with pytest.raises(StoppedError, match=f"{kind} at .*{cluster.port} is lost.* run the same command") as end:
+            run_job(job_on(cluster, prepared, out))
+    assert disturbed.done
+    assert end.value.exit_code == 75
+    assert 3 <= parts(out) < CHUNKS
+    assert wait_for(lambda: not cluster.nodes() and not cluster.generating())
+    assert run_job(plain_job(prepared, out)).resumed >= 3 * CHUNK_ROWS
+    assert out.read_bytes() == prepared[2]

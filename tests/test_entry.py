@@ -74,12 +74,9 @@ def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):
         run_job(job)
 
 
-def test_a_limit_on_processes_is_named(tmp_path, monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(pool, "take_executor", refuse)
-    (tmp_path / "p.jsonl").write_text('{"prompt": "Once"}\n')
-    job = make_job(tmp_path / "p.jsonl", tmp_path / "o.parquet", write_byte_model(tmp_path / "bytes"), jobs=1)
-    with pytest.raises(BatchgenError, match=r"cannot be started: .*Resource temporarily unavailable; lower --jobs"):
-        run_job(job)
+def test_a_variable_that_keeps_a_library_from_its_import_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_DEPTH", "abc")
+    done = batchgen(sys.executable, "-m", "batchgen", "--version", cwd=tmp_path)
+    [line] = done.stderr.splitlines()
+    assert line.startswith('batchgen: cannot be imported: ValueError("invalid literal')
+    assert "LOKY_MAX_DEPTH" in line

@@ -1,16 +1,22 @@
 """marker.py: what a worker writes of itself, another process reads."""
 
+import errno
 import os
 from pathlib import Path
 
 from batchgen.engine.engine import LARGEST_BATCH
 from batchgen.engine.sequence import Work
-from batchgen.workers.marker import Marker, read_sightings
+from batchgen.workers.marker import Marker, Phase, read_sightings
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def test_a_marker_shows_what_its_worker_does(tmp_path):
     marker = Marker.open(tmp_path, 4)
-    marker.add(1, 20, 300)
+    marker.add(1, 20)
+    marker.set_completion_tokens(300)
     marker.set_in_flight([7, 8], [1, 2, 3])
     [seen] = read_sightings(tmp_path)
     assert (seen.pid, seen.chunk) == (os.getpid(), 4)
@@ -19,14 +25,54 @@ def test_a_marker_shows_what_its_worker_does(tmp_path):
     marker.set_in_flight([1])
     assert read_sightings(tmp_path)[0].pulse > seen.pulse
     assert read_sightings(tmp_path)[0].in_flight == (1,)
-    assert read_sightings(tmp_path)[0].working
+    assert read_sightings(tmp_path)[0].phase
     marker.finish()
     [seen] = read_sightings(tmp_path)
-    assert (seen.working, seen.rows, seen.in_flight) == (False, 1, ())
+    assert (seen.phase, seen.rows, seen.in_flight) == (Phase.IDLE, 1, ())
+
+
+def test_a_marker_shows_its_phase_and_the_step_of_a_row_alone(tmp_path):
+    marker = Marker.open(tmp_path, 4)
+    shown = []
+    for act in (
+        lambda: None,
+        lambda: marker.on_step([], []),  # a prompt that is read in several passes
+        lambda: marker.on_step([7], []),
+        lambda: marker.on_step([], [7]),
+        lambda: marker.set_in_flight([7]),
+        lambda: marker.on_step([8], []),
+        lambda: marker.finish(Phase.WRITING),
+        lambda: marker.finish(),
+        lambda: Marker.open(tmp_path, 5),
+    ):
+        act()
+        [seen] = read_sightings(tmp_path)
+        shown.append((seen.phase, seen.in_flight, seen.step if seen.in_flight else 0))
+    assert shown == [
+        (Phase.STARTING, (), 0),
+        (Phase.ROWS, (), 0),
+        *[(Phase.ROWS, (7,), step) for step in (1, 2, 3)],
+        (Phase.ROWS, (8,), 1),
+        (Phase.WRITING, (), 0),
+        (Phase.IDLE, (), 0),
+        (Phase.STARTING, (), 0),
+    ]
+
+
+def test_what_cannot_be_read_now_is_left_out(tmp_path, monkeypatch):
+    """A network drive that does not answer: the thread that looks at the workers goes on."""
+    Marker.open(tmp_path, 4)
+    for owner, name in ((Path, "read_bytes"), (os, "scandir")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            assert read_sightings(tmp_path) == []
+    assert len(read_sightings(tmp_path)) == 1
 
 
 def test_the_next_chunk_counts_from_zero_and_the_pulse_continues(tmp_path):
-    Marker.open(tmp_path, 4).add(1, 20, 300)
+    marker = Marker.open(tmp_path, 4)
+    marker.add(1, 20)
+    marker.set_completion_tokens(300)
     before = read_sightings(tmp_path)[0].pulse
     Marker.open(tmp_path, 5)
     [seen] = read_sightings(tmp_path)
@@ -59,7 +105,7 @@ def test_an_abandoned_chunk_counts_for_nothing(tmp_path):
     sighting = marker.abandon()
     assert (sighting.rows, sighting.completion_tokens, sighting.suspects, sighting.running) == (1, 2, (7,), (8,))
     [seen] = read_sightings(tmp_path)
-    assert (seen.working, seen.chunk, seen.rows, seen.completion_tokens, seen.in_flight) == (False, 4, 0, 0, ())
+    assert (seen.phase, seen.chunk, seen.rows, seen.completion_tokens, seen.in_flight) == (Phase.IDLE, 4, 0, 0, ())
 
 
 def test_a_marker_shows_the_work_of_the_engine_and_the_rows_of_chunks_from_their_first_step_on(tmp_path):

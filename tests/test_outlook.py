@@ -17,7 +17,7 @@ from batchgen.models.model import Model
 from batchgen.planning import plan_chunks
 from batchgen.types import SamplingParams, TokenizedRequest
 from batchgen.workers.complete import complete_chunk, map_engine
-from batchgen.workers.marker import RECORD, Marker, Sighting, _sighting
+from batchgen.workers.marker import RECORD, Marker, Phase, Sighting, _sighting
 from batchgen.workers.outlook import Outlook
 from tests.support.models import write_byte_model
 
@@ -151,6 +151,6 @@ def test_numbers_that_do_not_agree_give_an_estimate_and_no_error(counts):
     """A marker may be read while its worker writes it."""
     outlook = Outlook(100)
     for seconds, numbers in enumerate(counts):
-        sightings = [Sighting(pid, 0, True, pid, 0, 0, 0, (), (), 10, 10, Work(*numbers)) for pid in range(2)]
+        sightings = [Sighting(pid, 0, Phase.ROWS, pid, 0, 0, 0, (), (), 10, 10, Work(*numbers)) for pid in range(2)]
         left = outlook.look(sightings, (), 0, 10.0 * seconds)
         assert left is None or left >= 0

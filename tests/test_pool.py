@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -18,7 +20,7 @@ from batchgen.job import Job
 from batchgen.output.ledger import Ledger, work_directory
 from batchgen.run import run_job
 from batchgen.types import SamplingParams
-from batchgen.workers import pool
+from batchgen.workers import blame, pool
 from batchgen.workers.marker import read_sightings
 from batchgen.workers.supply import Deadline
 from tests.support import poison
@@ -35,14 +37,9 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("pool")
 
 
-def end_idle_workers() -> None:
-    for _, executor in pool._idle.pop(os.getpid(), []):
-        pool.end_workers(executor)
-
-
 @pytest.fixture
 def job(folder, monkeypatch):
-    """Make a job of 60 rows, some of which may be poison: {row: its first word}."""
+    """Make a job of 60 rows, some of which may be poison: {row: its first word}. The workers stay for other tests."""
     model = write_byte_model(folder / "bytes")
     monkeypatch.setattr(pool, "run_chunk", poison.run_chunk)
 
@@ -54,8 +51,13 @@ def job(folder, monkeypatch):
         return make_job(path, folder / "out" / "out.parquet", str(model), PARAMS, status=False, **values)
 
     (folder / "out").mkdir()
-    yield make
-    end_idle_workers()
+    return make
+
+
+@pytest.fixture
+def one_trial(monkeypatch):
+    """A row fails when it has ended one worker alone: each costs a second."""
+    monkeypatch.setattr(blame, "SAME_STEP", 1)
 
 
 def deaths(folder: Path) -> Counter[str]:
@@ -70,37 +72,33 @@ def rows_of(job: Job) -> list[dict]:
 # ---- rows that end their workers
 
 
-@pytest.mark.parametrize(
-    ("word", "reason", "times"),
-    [
-        ("kill-first", r"its worker died \(SIGKILL\(-9\)\)", 2),
-        ("exit-first", r"its worker died \(UNKNOWN\(7\)\)|its worker died", 2),
-        ("raise-first", "its worker raised ValueError: no good: raise-first", 2),
-        ("hang-first", r"its worker took no step for 2 s \(--row-timeout\)", 2),
-        ("memory-first", r"its worker died \(out of memory\)", 2),
-        ("kill-last", r"its worker died \(SIGKILL\(-9\)\)", 2),
-        ("raise-last", "its worker raised ValueError", 2),
-        ("raise-middle", "its worker raised ValueError", 3),
-        ("kill-middle", r"its worker died \(SIGKILL\(-9\)\)", 4),
-    ],
-)
-def test_a_row_that_ends_every_worker_fails(job, folder, word, reason, times):
-    this = job({17: word})
+def test_a_row_that_ends_every_worker_fails(job, folder, monkeypatch):
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.1)
+    ends = {
+        "kill-first": (r"its worker died \(SIGKILL\(-9\)\)", 6),
+        "raise-first": ("its worker raised ValueError: no good: raise-first", 6),
+        "hang-first": (r"its worker took no step for 0\.5 s \(--row-timeout\)", 6),
+        "memory-first": (r"its worker died \(out of memory\)", 6),
+        "kill-last": (r"its worker died \(SIGKILL\(-9\)\)", 6),
+        "kill-middle": (r"its worker died \(SIGKILL\(-9\)\)", 7),
+    }
+    words = {10 * n + 7: word for n, word in enumerate(ends)}
+    this = job(words, chunk_rows=10, row_timeout=0.5, jobs=1)
     summary = run_job(this)
     rows = rows_of(this)
     assert [row["row"] for row in rows] == list(range(60))
-    assert {row["row"] for row in rows if row["status"] != "ok"} == {17}
-    assert rows[17]["status"] == "failed"
-    assert rows[17]["error"].startswith("prompts.jsonl:18: its worker ")
-    assert re.search(reason, rows[17]["error"])
-    assert rows[17]["prompt"] == f"{word} 17"
-    assert rows[17]["prompt_tokens"] == len(rows[17]["prompt"])
-    assert rows[17]["completion"] is None
-    assert (summary.ok, summary.failed, summary.exit_code) == (59, 1, 3)
-    assert deaths(folder) == {word: times}
+    assert {row["row"] for row in rows if row["status"] == "failed"} == words.keys()
+    for n, word in words.items():
+        assert re.match(rf"prompts.jsonl:{n + 1}: {ends[word][0]}, also with this row alone; --retry", rows[n]["error"])
+        assert rows[n]["prompt"] == f"{word} {n}"
+        assert rows[n]["prompt_tokens"] == len(rows[n]["prompt"])
+        assert rows[n]["completion"] is None
+    assert (summary.ok, summary.failed, summary.exit_code) == (54, 6, 3)
+    assert deaths(folder) == {word: times for word, (_, times) in ends.items()}
     assert os.listdir(this.output.path.parent) == ["out.parquet"]
 
 
+@pytest.mark.usefixtures("one_trial")
 def test_all_such_rows_of_a_chunk_are_found(job, folder):
     words = {3: "exit-first", 4: "kill-last", 5: "raise-first", 50: "kill-first"}
     this = job(words)
@@ -115,7 +113,7 @@ def test_all_such_rows_of_a_chunk_are_found(job, folder):
 
 @pytest.mark.parametrize("word", ["kill-first-once", "kill-middle-once", "memory-first-once", "raise-last-once"])
 def test_the_output_is_the_same_if_a_worker_dies_once(job, folder, word):
-    this = job({17: word})
+    this = job({17: word}, jobs=1)
     with pytest.MonkeyPatch.context() as undisturbed:
         undisturbed.setattr(pool, "run_chunk", pool_run_chunk)
         run_job(this)
@@ -172,11 +170,13 @@ def test_if_workers_keep_dying_the_run_ends_and_keeps_what_is_done(job, monkeypa
     assert run_job(this).ok == 60
 
 
-def test_if_every_row_ends_its_worker_no_row_is_blamed(job, folder):
+@pytest.mark.usefixtures("one_trial")
+def test_if_every_row_ends_its_worker_no_row_is_blamed(job, folder, monkeypatch):
+    monkeypatch.setattr(blame, "MAX_FAILED", 2)
     this = job(dict.fromkeys(range(60), "raise-first"), chunk_rows=30)
     with pytest.raises(BatchgenError, match="no row was identified as the cause"):
         run_job(this)
-    assert deaths(folder).total() < 40
+    assert deaths(folder).total() <= 5
 
 
 def dies_at_once(*_: object) -> None:
@@ -193,17 +193,28 @@ def cannot_write(*_: object) -> None:
     raise OutputError("part: no space")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the state of a process is Linux's")
+def test_a_process_that_is_stopped_waits_and_one_that_runs_or_is_gone_does_not():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert pool._is_waiting(process.pid)
+        process.kill()
+    assert not pool._is_waiting(process.pid)
+    assert not pool._is_waiting(os.getpid())
+
+
 # ---- failed rows are tried again
 
 
 def cure(monkeypatch) -> None:
-    """No poison from here on: end the workers that have it."""
-    end_idle_workers()
+    """No poison from here on."""
     monkeypatch.setattr(pool, "run_chunk", pool_run_chunk)
 
 
+@pytest.mark.usefixtures("one_trial")
 def test_retry_failed_tries_only_the_failed_rows_and_changes_no_other(job, folder, monkeypatch):
-    this = job({17: "kill-first", 40: "raise-first", 41: "raise-last"})
+    this = job({17: "kill-first", 40: "raise-first", 41: "raise-last"}, jobs=1)
     run_job(this)
     before = rows_of(this)
     cure(monkeypatch)
@@ -217,8 +228,9 @@ def test_retry_failed_tries_only_the_failed_rows_and_changes_no_other(job, folde
     assert os.listdir(this.output.path.parent) == ["out.parquet"]
 
 
+@pytest.mark.usefixtures("one_trial")
 def test_a_row_that_fails_again_can_be_retried_again(job, monkeypatch):
-    this = job({17: "raise-first", 40: "raise-first-once"})
+    this = job({17: "raise-first", 40: "raise-first-once"}, jobs=1)
     run_job(this)
     again = change(this, retry_failed=True)
     summary = run_job(again)
@@ -230,8 +242,9 @@ def test_a_row_that_fails_again_can_be_retried_again(job, monkeypatch):
     assert this.output.path.read_bytes() == bytes_before
 
 
+@pytest.mark.usefixtures("one_trial")
 def test_kept_columns_stay_with_rows_that_fail_and_are_retried(job, monkeypatch):
-    this = job({17: "kill-first", 40: "raise-first"})
+    this = job({17: "kill-first", 40: "raise-first"}, jobs=1)
     lines = [json.loads(line) for line in this.input.files[0].read_text().splitlines()]
     this.input.files[0].write_text("".join(json.dumps(line | {"k": [n]}) + "\n" for n, line in enumerate(lines)))
     this = change(this, keep=("k",))
@@ -242,8 +255,9 @@ def test_kept_columns_stay_with_rows_that_fail_and_are_retried(job, monkeypatch)
     assert [row["k"] for row in rows_of(this)] == [[n] for n in range(60)]
 
 
+@pytest.mark.usefixtures("one_trial")
 def test_retry_failed_makes_what_an_undisturbed_run_makes(job, monkeypatch):
-    this = job({17: "kill-first"})
+    this = job({17: "kill-first"}, jobs=1)
     run_job(this)
     cure(monkeypatch)
     run_job(change(this, retry_failed=True))
@@ -252,8 +266,9 @@ def test_retry_failed_makes_what_an_undisturbed_run_makes(job, monkeypatch):
     assert retried.equals(pq.read_table(this.output.path), check_metadata=True)
 
 
+@pytest.mark.usefixtures("one_trial")
 def test_an_interrupted_retry_does_not_block_another_run(job, monkeypatch):
-    this = job({17: "raise-first"})
+    this = job({17: "raise-first"}, jobs=1)
     run_job(this)
     cure(monkeypatch)
     with monkeypatch.context() as patch:
@@ -264,6 +279,7 @@ def test_an_interrupted_retry_does_not_block_another_run(job, monkeypatch):
     assert (run_job(this).ok, os.listdir(this.output.path.parent)) == (60, ["out.parquet"])
 
 
+@pytest.mark.usefixtures("one_trial")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -280,7 +296,7 @@ def test_an_interrupted_retry_does_not_block_another_run(job, monkeypatch):
     ],
 )
 def test_only_a_finished_output_of_the_same_options_can_be_retried(job, changes, message):
-    this = job({17: "raise-first"})
+    this = job({17: "raise-first"}, jobs=1)
     run_job(this)
     out = this.output.path.parent
     pq.write_table(pq.read_table(this.output.path).replace_schema_metadata(None), out / "foreign.parquet")
@@ -298,9 +314,10 @@ def test_only_a_finished_output_of_the_same_options_can_be_retried(job, changes,
 # ---- the log
 
 
+@pytest.mark.usefixtures("one_trial")
 def test_the_log_names_the_lost_chunk_and_the_failed_row(job, caplog):
     with caplog.at_level(logging.WARNING):
-        run_job(job({17: "kill-first"}))
+        run_job(job({17: "kill-first"}, jobs=1))
     assert "chunk 1: its worker died (SIGKILL(-9)); it is done again, after" in caplog.text
     assert "prompts.jsonl:18: its worker died" in caplog.text
 

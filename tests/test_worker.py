@@ -8,20 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from batchgen.gpt2.config import GPT2Config
+from batchgen.models.model import Model
 from batchgen.output.ledger import work_directory
 from batchgen.output.schema import Columns
 from batchgen.planning import default_kv_bytes
 from batchgen.progress import status_path
 from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
-from batchgen.workers import complete
-from batchgen.workers.marker import read_sightings
+from batchgen.workers import complete, worker
+from batchgen.workers.marker import Phase, read_sightings
 from batchgen.workers.worker import ChunkError, WorkerSetup, run_chunk
+from tests.support.command import batchgen
 from tests.support.models import BYTES, write_byte_model
 
 pytestmark = pytest.mark.processes
@@ -42,7 +45,12 @@ def attempt(tmp_path: Path) -> str:
 
 
 def setup(model: Path, **changes) -> WorkerSetup:
-    values = {"model": str(model), "model_hash": "", "kv_bytes": default_kv_bytes(BYTES), "max_batch": 8}
+    values = {
+        "model": str(model),
+        "model_hash": Model.load(model).hash,
+        "kv_bytes": default_kv_bytes(BYTES),
+        "max_batch": 8,
+    }
     values |= {
         "share_prefixes": True,
         "columns": Columns(token_ids=True),
@@ -127,8 +135,8 @@ def test_only_sampled_rows_have_a_seed(model, attempt):
     assert len({row["seed"] for row in rows if row["row"] == 98}) == 3
 
 
-def test_a_worker_is_sent_paths_and_numbers_and_no_weights():
-    assert len(pickle.dumps(setup(Path("/models/tales")))) < 1000
+def test_a_worker_is_sent_paths_and_numbers_and_no_weights(model):
+    assert len(pickle.dumps(setup(model))) < 1000
 
 
 # ---- its marker
@@ -149,7 +157,27 @@ def test_the_error_of_a_chunk_carries_the_rows_in_flight(model, attempt, monkeyp
     assert error.value.sighting.suspects[0] in {97, 98, 100, 101, 109}
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
     [seen] = read_sightings(Path(attempt))
-    assert (seen.working, seen.rows) == (False, 0)
+    assert (seen.phase, seen.rows) == (Phase.IDLE, 0)
+
+
+def test_no_row_is_in_flight_while_the_part_is_written(model, attempt, monkeypatch):
+    seen = []
+    write = worker._write_part
+    monkeypatch.setattr(
+        worker, "_write_part", lambda *args: (seen.extend(read_sightings(Path(attempt))), write(*args))[1]
+    )
+    for chunk in (MIXED, Chunk(0, (rejected(0),))):
+        run_chunk(setup(model), chunk, attempt)
+    assert [(one.phase, one.in_flight) for one in seen] == [(Phase.WRITING, ())] * 2
+
+
+def test_a_row_that_the_engine_refuses_is_named_and_does_not_end_the_job(model, attempt):
+    """Only a ChunkError is the chunk's own; the pool then fails the rows in flight, if they raise again."""
+    beyond = replace(request(98, max_tokens=4), prompt_token_ids=(97, 257))
+    chunk = Chunk(3, (request(97, max_tokens=4), beyond, request(99, max_tokens=4)))
+    with pytest.raises(ChunkError, match="row 98: token id 257 is outside the vocabulary of 257") as error:
+        run_chunk(setup(model), chunk, attempt)
+    assert error.value.sighting.in_flight == (98,)
 
 
 # ---- the parent's death
@@ -176,27 +204,20 @@ def wait_for(condition, seconds: float) -> bool:
     return bool(value)
 
 
+def arguments(model: Path, prompts: Path, out: Path) -> list[object]:
+    options = ["--model", model, "--chunk-rows", 8, "--jobs", 2, "--max-tokens", 16, "--temperature", 0.7]
+    return ["generate", prompts, "-o", out, *options, "--show", 0]
+
+
 class Run:
     """`batchgen generate` with two workers in its own session, to be interrupted."""
 
     def __init__(self, model: Path, prompts: Path, out: Path) -> None:
         self.out = out
-        options = ["--model", model, "--chunk-rows", 8, "--jobs", 2, "--max-tokens", 16, "--temperature", 0.7]
-        self.command = [
-            sys.executable,
-            "-m",
-            "batchgen.jobs.cli",
-            "generate",
-            prompts,
-            "-o",
-            out,
-            *options,
-            "--show",
-            0,
-        ]
+        command = [sys.executable, "-m", "batchgen.jobs.cli", *arguments(model, prompts, out)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
-            list(map(str, self.command)),
+            list(map(str, command)),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -224,7 +245,7 @@ def disturbed(tmp_path_factory) -> tuple[Path, Path, bytes]:
     model = write_byte_model(folder / "slow", SLOW)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{"abcdefghij"[row % 10] * (1 + row % 40)}"}}\n' for row in range(120)))
-    assert Run(model, prompts, folder / "out.parquet").finish() == 0
+    assert batchgen(*arguments(model, prompts, folder / "out.parquet")).returncode == 0
     return model, prompts, (folder / "out.parquet").read_bytes()
 
 
@@ -249,7 +270,7 @@ def test_workers_die_with_a_killed_parent_and_the_next_run_finishes(disturbed, t
         assert wait_for(lambda run=run: processes_of(run.process.pid) == [], 15)  # loky alone leaves them for 25 s
         assert (run.finish(), run.said) == (-signal.SIGKILL, [])
         assert not out.exists()
-    assert Run(model, prompts, out).finish() == 0
+    assert batchgen(*arguments(model, prompts, out)).returncode == 0
     assert out.read_bytes() == expected
     assert sorted(os.listdir(tmp_path)) == ["out.parquet", "out.parquet.status.json"]
 
@@ -272,7 +293,7 @@ def test_end_by_signal_prints_one_line_that_the_status_has_too(disturbed, tmp_pa
     assert (status["state"], status["exit_code"], f"batchgen: {status['error']}") == ("stopped", code, line)
     assert wait_for(lambda: processes_of(run.process.pid) == [], 15)
     assert sorted(os.listdir(work_directory(run.out))) == ["lock", "parts", "plan.json"]
-    assert Run(model, prompts, run.out).finish() == 0
+    assert batchgen(*arguments(model, prompts, run.out)).returncode == 0
     assert run.out.read_bytes() == expected
 
 

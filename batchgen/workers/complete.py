@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from batchgen.engine.engine import MAX_BATCH, Engine
+from batchgen.engine.engine import MAX_BATCH, Engine, check_prompts
 from batchgen.engine.sequence import Completion, Prompt, sample_seeds
 from batchgen.models.model import Model
 from batchgen.planning import default_kv_bytes
 from batchgen.text.stopping import StopStrings, bad_word_ids, completed_text
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, Rejected, SamplingParams, TokenizedRequest
-from batchgen.workers.marker import RECORD, Marker
+from batchgen.workers.marker import RECORD, Marker, Phase
 
 
 def map_engine(
@@ -23,17 +23,14 @@ def map_engine(
     max_batch: int = MAX_BATCH,
     share_prefixes: bool = True,
 ) -> Engine:
-    """An engine over the model's shards, mapped and not read yet; kv_bytes None is automatic.
-
-    A model may have more rows of wte than tokens, or holes in its ids; such an id is never generated.
-    """
+    """An engine over the model's shards, mapped and not read yet; an id that no token has is never generated."""
     params, absent_ids = model.load_params(), tokenizer.absent_ids(model.config.n_vocab)
     if absent_ids:
         params["absent_ids"] = np.array(absent_ids)
     return Engine(
         params,
         model.config,
-        eos_ids=tokenizer.end_ids,
+        eos_ids=tokenizer.special.end,
         kv_bytes=default_kv_bytes(model.config) if kv_bytes is None else kv_bytes,
         max_batch=max_batch,
         share_prefixes=share_prefixes,
@@ -124,16 +121,20 @@ def _with_texts(completion: Completion, tokenizer: Tokenizer) -> tuple[tuple[tup
 def complete_chunk(
     chunk: Chunk, params: SamplingParams, engine: Engine, tokenizer: Tokenizer, marker: Marker | None = None
 ) -> list[OutputRow]:
-    """The chunk's output rows in order: every sample of every request, and a row for each rejected one.
-
-    params are the run's. marker shows what is done at each moment.
-    """
+    """The chunk's output rows in order: every sample of every request, and a row for each rejected one."""
     marker = marker or Marker(np.zeros(1, RECORD))
     requests = {item.row: item for item in chunk.items if isinstance(item, TokenizedRequest)}
     rows = {(item.row, 0): unfinished_row(item) for item in chunk.items if isinstance(item, Rejected)}
     marker.add(len(rows), 0)
     marker.begin(len(chunk.items), engine.work)
-    prompts = [prompt for request in requests.values() for prompt in to_prompts(request, tokenizer)]
+    prompts: list[Prompt] = []
+    for request in requests.values():
+        try:
+            prompts += to_prompts(request, tokenizer)
+            check_prompts(prompts[-len(request.prompts) :], engine.config)
+        except Exception:
+            marker.set_in_flight([request.row])  # to be blamed
+            raise
     seeds = {(p.row, sample): seed for p in prompts for sample, seed in enumerate(p.seeds, p.first_sample)}
     stop_strings = StopStrings(tokenizer) if any(prompt.params.stop for prompt in prompts) else None
     for completion in engine.generate(prompts, marker.on_step, stop_strings):
@@ -141,5 +142,5 @@ def complete_chunk(
         key = completion.row, completion.sample
         rows[key] = completed_row(requests[completion.row], completion, tokenizer, seeds[key], params)
         marker.add(int(completion.sample == 0), rows[key].prompt_tokens or 0)
-    marker.set_in_flight((), list(requests))  # while the part is written
+    marker.finish(Phase.WRITING)
     return [rows[key] for key in sorted(rows)]

@@ -1,13 +1,13 @@
 """The marker of a worker: a small mapped file with what the worker does now. It outlives the worker.
 
-The process that waits for the worker reads it: to show progress, to find a worker that hangs, and to find the rows
-that ended a worker.
+It shows progress, that a worker hangs, and the rows that ended a worker, to the process that waits for it.
 """
 
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ MAX_ROWS = 2 * LARGEST_BATCH
 RECORD = np.dtype(
     [
         ("pulse", np.int64),  # changes with everything that the worker does
-        ("working", np.int64),  # 1: on a chunk, 0: idle
+        ("phase", np.int64),
         ("chunk", np.int64),
         ("rows", np.int64),  # of the chunk that are done
         ("prompt_tokens", np.int64),  # of these rows
@@ -29,11 +29,21 @@ RECORD = np.dtype(
         ("n_suspects", np.int64),
         ("n_running", np.int64),
         ("in_flight", np.int64, MAX_ROWS),  # [n_suspects + n_running] rows, the suspects first
+        ("step", np.int64),  # how often in a row these rows were named
         ("begun", np.int64, 2),  # rows of this chunk, and of all chunks of the worker, from the first step on
         ("work", np.int64, len(Work().counts())),
     ]
 )
 COUNTS = ("rows", "prompt_tokens", "completion_tokens")
+
+
+class Phase(IntEnum):
+    """What a worker is at. Rows can end it, and `--row-timeout` counts, only while it is at rows."""
+
+    IDLE = 0  # as a bool, false
+    STARTING = 1  # a chunk: it maps the model, if it has not done so, and schedules the rows
+    ROWS = 2
+    WRITING = 3  # the part: all rows are complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,7 @@ class Sighting:
 
     pid: int
     pulse: int
-    working: bool
+    phase: Phase
     chunk: int
     rows: int
     prompt_tokens: int
@@ -56,6 +66,7 @@ class Sighting:
     chunk_rows: int = 0  # all rows of the chunk, from its first step on
     rows_begun: int = 0  # in all chunks of this worker
     work: Work = field(default_factory=Work)  # in all chunks of this worker
+    step: int = 1  # of a row that is in flight alone
 
     @property
     def in_flight(self) -> tuple[int, ...]:
@@ -72,11 +83,12 @@ class Marker:
         self._begun: npt.NDArray[np.int64] = self._record["begun"]
         self._work: npt.NDArray[np.int64] = self._record["work"]
         self._engine_work, self._rows = Work(), 0
+        self._named: list[int] = []  # the rows in flight
         self._begun[0] = 0
         self._record["chunk"] = chunk
-        for name in (*COUNTS, "n_suspects", "n_running"):
+        for name in (*COUNTS, "n_suspects", "n_running", "step"):
             self._record[name] = 0
-        self._record["working"] = 1
+        self._record["phase"] = Phase.STARTING
         self._record["pulse"] += 1
 
     @classmethod
@@ -91,15 +103,16 @@ class Marker:
         """The chunk has these rows; work is the engine's, and is read at each step."""
         self._rows, self._engine_work = rows, work
 
-    def add(self, rows: int, prompt_tokens: int, completion_tokens: int = 0) -> None:
+    def add(self, rows: int, prompt_tokens: int) -> None:
         """Count what is done."""
         self._record["rows"] += rows
         self._record["prompt_tokens"] += prompt_tokens
-        self._record["completion_tokens"] += completion_tokens
 
     def set_in_flight(self, suspects: Sequence[int], running: Sequence[int] = ()) -> None:
         """Name the rows that are next, before anything is done with them."""
         rows = [*suspects, *running][:MAX_ROWS]
+        self._record["step"] = self._record["step"] + 1 if rows == self._named else 1
+        self._named = rows
         self._in_flight[: len(rows)] = rows
         self._record["n_suspects"] = min(len(suspects), len(rows))
         self._record["n_running"] = max(len(rows) - len(suspects), 0)
@@ -111,6 +124,7 @@ class Marker:
             self._begun[:] = self._rows, self._begun[1] + self._rows
             self._rows = 0
         self._work[:] = self._engine_work.counts()
+        self._record["phase"] = Phase.ROWS
         self.set_in_flight(starting, running)
         self._record["completion_tokens"] += len(starting) + len(running)
 
@@ -118,11 +132,11 @@ class Marker:
         """Correct the count: a token that ends a sequence is not in it, and equal rows are generated only once."""
         self._record["completion_tokens"] = completion_tokens
 
-    def finish(self) -> None:
-        """The chunk is done; its counts stay until the next chunk."""
+    def finish(self, phase: Phase = Phase.IDLE) -> None:
+        """The chunk is done, or its rows are (WRITING); its counts stay until the next chunk."""
         self._work[:] = self._engine_work.counts()
+        self._record["phase"] = phase
         self.set_in_flight(())
-        self._record["working"] = 0
 
     def abandon(self) -> Sighting:
         """What the marker says now; then clear its counts, as nothing of the chunk will come."""
@@ -136,10 +150,10 @@ class Marker:
 def _sighting(pid: int, record: np.void) -> Sighting:
     n_suspects, n_running = int(record["n_suspects"]), int(record["n_running"])
     in_flight = tuple(record["in_flight"][: n_suspects + n_running].tolist())
-    numbers = {name: int(record[name]) for name in ("pulse", "chunk", *COUNTS)}
+    numbers = {name: int(record[name]) for name in ("pulse", "chunk", "step", *COUNTS)}
     return Sighting(
         pid=pid,
-        working=bool(record["working"]),
+        phase=Phase(int(record["phase"])),
         suspects=in_flight[:n_suspects],
         running=in_flight[n_suspects:],
         chunk_rows=int(record["begun"][0]),
@@ -150,10 +164,12 @@ def _sighting(pid: int, record: np.void) -> Sighting:
 
 
 def read_sightings(directory: Path) -> list[Sighting]:
-    """What the workers of an attempt do now; for a dead one, what it did last."""
-    sightings = []
-    for path in directory.glob("worker-*"):
-        with suppress(FileNotFoundError, IsADirectoryError):
+    """What the workers of an attempt do now; for a dead one, what it did last. What cannot be read now is left out."""
+    sightings, paths = [], []
+    with suppress(OSError):
+        paths = list(directory.glob("worker-*"))
+    for path in paths:
+        with suppress(OSError):
             data = path.read_bytes()
             if len(data) == RECORD.itemsize:  # otherwise it is just being made
                 sightings.append(_sighting(int(path.name.partition("-")[2]), np.frombuffer(data, RECORD)[0]))

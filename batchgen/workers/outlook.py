@@ -1,20 +1,42 @@
-"""The seconds that are left of a run, from the tokens that workers have done and those that are to do.
+"""How far a run is, and the seconds that are left: from the tokens that workers have done and those that are to do.
 
 Nothing here reads a file or asks for the time. A marker may be read while it is written: its numbers nearly agree.
 """
 
 import math
+from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from batchgen.engine.sequence import Work
-from batchgen.workers.marker import Sighting
+from batchgen.progress import Progress, WorkerState
+from batchgen.workers.marker import Phase, Sighting
 
 # What costs time, in generated tokens: about the same for all sizes of GPT-2, and errors even out over chunks.
 READ_COST = 0.4  # a prompt token
 STEP_COST = 32.0  # a step, besides its tokens: at the end of a chunk few sequences run
 RECENT = 2.0
 SURE_SECONDS = 2.0  # of work: before that, a step that ends just now makes the pace too high
+
+
+def add_progress(
+    done: Counter[str], resumed: Counter[str], sightings: Sequence[Sighting], committed: Container[int], rows: int
+) -> Progress:
+    """What is committed (`done`, of it `resumed` by earlier attempts) and what workers report; without the times."""
+    now = [sighting for sighting in sightings if sighting.chunk not in committed]
+    new = done - resumed
+    return Progress(
+        rows=min(done["input_rows"] + sum(s.rows for s in now), rows),
+        rows_in_all=rows,
+        prompt_tokens=new["prompt_tokens"] + sum(s.prompt_tokens for s in now),
+        completion_tokens=new["completion_tokens"] + sum(s.completion_tokens for s in now),
+        seconds=0.0,
+        resumed_rows=resumed["input_rows"],
+        workers=tuple(WorkerState(s.pid, s.chunk, s.rows, len(s.in_flight)) for s in sightings),
+    )
+
+
+# ---- the time left
 
 
 def cost(read: float, steps: float, generated: float) -> float:
@@ -32,6 +54,8 @@ class Lengths:
     def expected(self, age: float = 0.0) -> float:
         """Tokens that a sequence of this age will still have."""
         most = max(self.most - age, 0.0)
+        if self.stop >= 1:
+            return min(most, 1.0)
         return -math.expm1(most * math.log1p(-self.stop)) / self.stop if self.stop else most
 
     def longest(self, sequences: float, age: float = 0.0) -> float:
@@ -96,16 +120,13 @@ class Outlook:
     def look(
         self, sightings: Sequence[Sighting], committed: Container[int], rows_committed: int, seconds: float
     ) -> float | None:
-        """Seconds left at this time of the attempt; None in its first seconds.
-
-        A cluster has no markers here: rows are all that is known then.
-        """
+        """Seconds left at this time of the attempt; None in its first seconds."""
         now = [sighting for sighting in sightings if sighting.chunk not in committed]
         # A worker that has begun its next chunk no longer shows the one that is about to be committed.
         self._begun = max(self._begun, min(rows_committed + sum(s.chunk_rows for s in now), self.rows))
         self._chunk = max([self._chunk, *(sighting.chunk_rows for sighting in now)])
         self._learn(sightings, seconds)
-        if not sightings:
+        if not sightings:  # a cluster has no markers here: rows are all that is known
             new = rows_committed - self.resumed
             return (self.rows - rows_committed) * seconds / new if new else None
         is_sure = self._pace.value and self._pace.time > SURE_SECONDS
@@ -120,7 +141,7 @@ class Outlook:
             self._stop.add(new.stopped - old.stopped, new.generated - old.generated)
             self._seen[sighting.pid] = new
         if done and self._looked is not None:
-            busy = sum(sighting.working for sighting in sightings)
+            busy = sum(sighting.phase != Phase.IDLE for sighting in sightings)
             self._pace.add(done, (seconds - self._looked) * max(busy, 1))
         self._looked = seconds if done else self._looked
 

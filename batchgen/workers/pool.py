@@ -1,7 +1,6 @@
 """Worker processes of this machine: chunks out, receipts in; lost chunks are done again, workers that hang are killed.
 
-What to do after a loss is decided in blame.py. loky's executor is used directly, not joblib.Parallel: only futures
-say which chunk was lost.
+What to do after a loss is decided in blame.py. Not joblib.Parallel: only loky's futures say which chunk was lost.
 """
 
 import logging
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -26,10 +25,12 @@ from joblib.externals.loky.backend.resource_tracker import _resource_tracker as 
 from joblib.externals.loky.process_executor import ShutdownExecutorError
 
 from batchgen.errors import BatchgenError
+from batchgen.limits import FEW_THREADS, reached_limit, reason_of
 from batchgen.options import say
 from batchgen.types import Chunk, Receipt, TokenizedRequest
 from batchgen.workers.blame import (
     STALL_SECONDS,
+    UNSEEN,
     History,
     Loss,
     StallDetector,
@@ -38,6 +39,7 @@ from batchgen.workers.blame import (
     find_gone,
     find_guilty,
     next_trial,
+    stall_reason,
 )
 from batchgen.workers.marker import read_sightings
 from batchgen.workers.supply import Supply
@@ -46,6 +48,7 @@ from batchgen.workers.worker import OUT_OF_MEMORY, WorkerSetup, become_worker, r
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+OF_A_TERMINAL = {signal.SIGINT, signal.SIGHUP}  # Ctrl-C, and its end: sent to all processes
 IDLE_SECONDS = 10  # a worker without work ends after this
 
 ChunkFuture: TypeAlias = "Future[Receipt]"
@@ -63,19 +66,38 @@ def _start_trackers() -> None:
 
 @contextmanager
 def no_interrupts_to_workers() -> Iterator[None]:
-    """Processes started in this block inherit a mask: Ctrl-C reaches this process alone, which ends its workers.
-
-    And no file of the current folder is taken for a library of its name (random.py).
-    """
+    """Processes started in this block inherit a mask: a terminal's signals reach this one alone, which ends them."""
     safe_path = os.environ.get("PYTHONSAFEPATH", "")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    _start_trackers()  # their start would lift the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ["PYTHONSAFEPATH"] = "1"  # no file of the current folder is a library of its name, such as random.py
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_TERMINAL)
     try:
+        _start_trackers()  # which lifts the mask in part
+        signal.pthread_sigmask(signal.SIG_BLOCK, OF_A_TERMINAL)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.environ["PYTHONSAFEPATH"] = safe_path  # empty is as good as unset
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Start processes in this block, as in no_interrupts_to_workers; BatchgenError says what the system refuses."""
+    try:
+        with no_interrupts_to_workers():
+            yield
+    except (BrokenProcessPool, ShutdownExecutorError):
+        raise
+    except (OSError, RuntimeError) as error:
+        limit = reached_limit(error)
+        if limit is None and not isinstance(error, OSError):
+            raise
+        place = "semaphores need room in shared memory (/dev/shm)"
+        if isinstance(error, FileNotFoundError):
+            place = "the current folder was removed, and this command began in it"
+        name = getattr(error, "filename", None) or place
+        reason = limit or f"{reason_of(error)}: {name}; correct that"
+        kept = "finished chunks are kept: run the same command to resume"
+        raise BatchgenError(f"a worker process cannot be started: {reason}; {kept}") from error
 
 
 def start_failure() -> str:
@@ -105,8 +127,11 @@ def take_executor(jobs: int) -> ProcessPoolExecutor:
             if found == jobs and not is_over(executor):
                 return executor
             end_workers(executor)
-    with no_interrupts_to_workers():
-        return ProcessPoolExecutor(jobs, timeout=IDLE_SECONDS, initializer=become_worker, initargs=(os.getpid(),))
+    parent = (os.getpid(),)
+    with starting_workers():
+        executor = ProcessPoolExecutor(jobs, None, None, IDLE_SECONDS, None, become_worker, parent, FEW_THREADS)
+        executor._call_queue._start_thread()  # loky's own thread would start it, and die in silence if it cannot
+    return executor
 
 
 def keep_executor(jobs: int, executor: ProcessPoolExecutor) -> None:
@@ -122,7 +147,14 @@ def end_workers(executor: ProcessPoolExecutor) -> None:
     """Kill the workers. shutdown(kill_workers=True) fails in its thread if work was not given out yet."""
     for pid in list(executor._processes or ()):
         _kill(pid)
-    executor.shutdown(wait=True)
+    manager = executor._executor_manager_thread
+    executor.shutdown(wait=manager is None or manager.ident is not None)  # a thread that never started cannot be joined
+
+
+def has_lost_manager(executor: ProcessPoolExecutor) -> bool:
+    """Whether loky's thread that hands out chunks and notices dead workers has ended before its executor."""
+    manager = executor._executor_manager_thread
+    return manager is not None and not manager.is_alive() and not is_over(executor)
 
 
 def exit_codes(error: BaseException | None) -> str:
@@ -150,8 +182,7 @@ class Pool:
     def receipts(self, chunks: Iterator[Chunk]) -> Generator[Receipt, None, None]:
         """Do the chunks; yields their receipts as they come. Kills the workers if it is closed before its end.
 
-        Raises what reading `chunks` raises, when the chunks given out before are done; the BatchgenError of a worker
-        that cannot write; and one of its own if workers are lost again and again without a cause.
+        Raises what reading `chunks` raises, when the chunks given out before are done.
         """
         supply = Supply(chunks)
         futures: dict[ChunkFuture, Chunk] = {}
@@ -162,17 +193,18 @@ class Pool:
                     futures[self._submit(chunk)] = chunk
                 if not futures:
                     break
-                finished = self._wait(futures, stall, self._end_workers)
+                finished = self._wait(futures, stall, self._executor)
                 for future in [f for f in finished if f.exception() is None]:
                     del futures[future]
-                    self._history.add_progress()
+                    self._history.add_progress(future.result().ok)
                     self._has_done_one = True
                     self.longest = max(self.longest, future.result().seconds)
                     yield future.result()
                 if lost := [(futures.pop(future), future) for future in finished if future in futures]:
                     supply.again.extend(self._after_loss(lost))
         except BaseException:
-            self._end_workers()
+            if self._executor:
+                end_workers(self._executor)
             raise
         if self._executor:
             keep_executor(self.jobs, self._executor)
@@ -188,17 +220,13 @@ class Pool:
 
     def _submit(self, chunk: Chunk) -> ChunkFuture:
         while True:
-            try:
-                if self._executor is None or is_over(self._executor):
-                    self._executor = take_executor(self.jobs)
-                with suppress(BrokenProcessPool, ShutdownExecutorError):  # it broke just now; the next one is new
-                    return self._submit_to(self._executor, chunk, self.setup)
-            except OSError as error:
-                remedy = f"lower {say('jobs')}, or raise the limit on processes, open files or shared memory"
-                raise BatchgenError(f"a worker process cannot be started: {error}; {remedy}") from error
+            if self._executor is None or is_over(self._executor):
+                self._executor = take_executor(self.jobs)
+            with suppress(BrokenProcessPool, ShutdownExecutorError):  # it broke just now; the next one is new
+                return self._submit_to(self._executor, chunk, self.setup)
 
     def _submit_to(self, executor: ProcessPoolExecutor, chunk: Chunk, setup: WorkerSetup) -> ChunkFuture:
-        with no_interrupts_to_workers():
+        with starting_workers():
             future: ChunkFuture = executor.submit(run_chunk, setup, chunk, str(self.attempt))
         future.add_done_callback(self._note_dead)
         return future
@@ -209,24 +237,26 @@ class Pool:
             self._dead |= {sighting.pid for sighting in read_sightings(self.markers) if not _is_alive(sighting.pid)}
 
     def _wait(
-        self, futures: Collection[ChunkFuture], stall: StallDetector, end: Callable[[], None]
+        self, futures: Collection[ChunkFuture], stall: StallDetector, executor: ProcessPoolExecutor | None
     ) -> list[ChunkFuture]:
-        """The futures that have ended, at least one; all if the pool is broken. Kills workers that hang.
-
-        end() kills all workers; it is called if none of them begins a chunk.
-        """
-        stall.alive = time.monotonic()
+        """The futures that have ended, at least one; all if the pool is broken. Kills workers that hang."""
+        stall.silent = 0.0
         while True:
             finished, others = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
             if any(map(_is_broken, finished)):
                 finished |= wait(others, timeout=POLL_SECONDS).done  # loky fails them one after another
             if finished:
                 return list(finished)
-            for pid in stall.look(time.monotonic(), read_sightings(self.markers)):
+            sightings = read_sightings(self.markers)
+            waiting = [sighting.pid for sighting in sightings if _is_waiting(sighting.pid)]
+            for pid in stall.look(time.monotonic(), sightings, waiting):
                 self._hung.add(pid)
                 _kill(pid)
-            if stall.is_silent:
-                end()
+            if executor and has_lost_manager(executor):
+                what = "the thread that gives chunks to the workers has ended, perhaps at a limit on processes or files"
+                raise BatchgenError(f"{what}; finished chunks are kept: run the same command to resume")
+            if executor and stall.is_silent:  # no worker begins a chunk
+                end_workers(executor)
 
     def _after_loss(self, lost: Sequence[tuple[Chunk, ChunkFuture]]) -> list[Chunk]:
         """The chunks to do again, without the rows that end their worker."""
@@ -248,9 +278,10 @@ class Pool:
         culprits = find_culprits(losses, sightings, self._dead | self._hung)
         for sighting in find_gone(losses, sightings):
             (self.markers / f"worker-{sighting.pid}").unlink(missing_ok=True)
-        stall = f"took no step for {self.row_timeout:g} s ({say('row_timeout')})"
         return [
-            replace(loss, reason=stall) if loss.has_died and loss.sighting and loss.sighting.pid in self._hung else loss
+            replace(loss, reason=stall_reason(loss.sighting.phase, self.row_timeout))
+            if loss.has_died and loss.sighting.pid in self._hung
+            else loss
             for loss in culprits
         ]
 
@@ -277,17 +308,13 @@ class Pool:
         executor = take_executor(1)
         try:
             future = self._submit_to(executor, part, replace(self.setup, max_batch=1, share_prefixes=False))
-            self._wait([future], StallDetector(self.row_timeout), lambda: end_workers(executor))
+            self._wait([future], StallDetector(self.row_timeout), executor)
         finally:
             end_workers(executor)
         if future.exception() is None:
             return None
         loss = _loss(part, future)
         return next(iter(self._culprits([loss])), loss)
-
-    def _end_workers(self) -> None:
-        if self._executor is not None:
-            end_workers(self._executor)
 
 
 def _loss(chunk: Chunk, future: ChunkFuture) -> Loss:
@@ -298,7 +325,7 @@ def _loss(chunk: Chunk, future: ChunkFuture) -> Loss:
     if _is_broken(future):
         return Loss(chunk.index, f"died{exit_codes(error)}")
     reason = f"raised {' '.join(str(error).split())}"
-    return Loss(chunk.index, reason, has_died=False, sighting=getattr(error, "sighting", None))
+    return Loss(chunk.index, reason, has_died=False, sighting=getattr(error, "sighting", UNSEEN))
 
 
 def _is_broken(future: ChunkFuture) -> bool:
@@ -311,6 +338,13 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _is_waiting(pid: int) -> bool:
+    """Whether a process waits for the disk or is stopped, if this system says so."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] in {*"DTt"}
+    return False
 
 
 def _kill(pid: int) -> None:

@@ -1,27 +1,27 @@
 """What a worker process does: map the model, complete a chunk, write the part, send back a receipt.
 
-A worker is sent paths and small records, and keeps the model mapped for its next chunk. What it writes does not
-depend on which process runs the chunk.
+A worker keeps the model mapped for its next chunk. What it writes does not depend on which process runs the chunk.
 """
 
 import ctypes
+import errno
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from joblib.externals.loky import process_executor
 from threadpoolctl import threadpool_limits
 
 from batchgen.engine.engine import Engine
-from batchgen.errors import BatchgenError
+from batchgen.errors import ModelError, OutputError
 from batchgen.input.kept import kept_columns
+from batchgen.limits import reached_limit
 from batchgen.models.model import Model
-from batchgen.models.shards import load_manifest
 from batchgen.output.parts import with_receipt, write_part
 from batchgen.output.schema import Columns
 from batchgen.text.tokenizer import Tokenizer
@@ -38,7 +38,8 @@ class WorkerSetup:
     """All that a worker needs besides its chunk."""
 
     model: str  # directory
-    model_hash: str  # if another model is under this path now, it is mapped anew
+    model_hash: str
+    model_files: str = ""  # the files that the run has verified, as Model.files_hash; empty: none yet
     kv_bytes: int
     max_batch: int
     share_prefixes: bool
@@ -46,6 +47,7 @@ class WorkerSetup:
     params: SamplingParams  # the run's; a row may have others
     parent: int  # process id: the worker dies with it
     markers: str | None = None  # directory; None: the attempt's
+    plan: str = ""  # its digest
 
 
 class ChunkError(Exception):
@@ -71,11 +73,12 @@ def become_worker(parent: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def load_engine(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
-    """Map the model, once per process. One BLAS thread: two would change bits, and slow down two workers manyfold."""
-    threadpool_limits(1, user_api="blas")
-    directory = Path(setup.model)
-    model = Model(directory, load_manifest(directory))
+def load_engine(setup: WorkerSetup) -> tuple[Engine, Tokenizer, Model]:
+    """Map the model, once per process; ModelError if it is not the run's: it may have been replaced."""
+    threadpool_limits(1, user_api="blas")  # two would change bits, and slow down two workers manyfold
+    model = Model.load(Path(setup.model), setup.model_hash)
+    if model.files_hash != setup.model_files:  # the same model was put there anew, if it is the same
+        model.verify()
     tokenizer = model.load_tokenizer()
     engine = map_engine(
         model,
@@ -84,10 +87,10 @@ def load_engine(setup: WorkerSetup) -> tuple[Engine, Tokenizer]:
         max_batch=setup.max_batch,
         share_prefixes=setup.share_prefixes,
     )
-    return engine, tokenizer
+    return engine, tokenizer, model
 
 
-def make_receipt(chunk: Chunk, rows: Sequence[OutputRow], path: Path) -> Receipt:
+def make_receipt(chunk: Chunk, rows: Sequence[OutputRow], path: Path, plan: str = "") -> Receipt:
     """The counts of a chunk's rows; the part at `path` is not written yet."""
     generated = [row for row in rows if row.status == "ok"]
     reasons: dict[str, Reason] = {}
@@ -106,6 +109,7 @@ def make_receipt(chunk: Chunk, rows: Sequence[OutputRow], path: Path) -> Receipt
         space_ends=sum(map(_has_space_end, chunk.items)),
         special_texts=sum(isinstance(item, TokenizedRequest) and item.has_special_text for item in chunk.items),
         reasons=tuple(reasons.values()),
+        plan=plan,
     )
 
 
@@ -117,28 +121,28 @@ def _write_part(columns: Columns, chunk: Chunk, rows: Sequence[OutputRow], recei
     """Write the part that the receipt names, and the receipt into it; returns the part's SHA-256."""
     path = Path(receipt.path)
     path.unlink(missing_ok=True)  # of a worker that died
-    kept = kept_columns(chunk, rows)
-    return write_part(rows, path, with_receipt(columns.schema(kept.schema), receipt), kept)
+    schema = with_receipt(columns.schema(kept_columns(chunk, ()).schema), receipt)
+    return write_part(rows, path, schema, partial(kept_columns, chunk))
 
 
 def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
-    """Complete one chunk and write it as a part into the attempt's directory.
-
-    Raises ChunkError with the rows in flight, or a BatchgenError or OSError that concerns the whole job.
-    """
+    """Complete one chunk and write it as a part into the attempt's directory; ChunkError has the rows in flight."""
     started = time.monotonic()
     marker = Marker.open(Path(setup.markers or attempt), chunk.index)
     try:
-        engine, tokenizer = load_engine(setup)
+        engine, tokenizer, model = load_engine(setup)
         rows = complete_chunk(chunk, setup.params, engine, tokenizer, marker)
-        receipt = make_receipt(chunk, rows, Path(attempt, f"{chunk.index:08d}.parquet"))
+        model.check_unchanged()
+        receipt = make_receipt(chunk, rows, Path(attempt, f"{chunk.index:08d}.parquet"), setup.plan)
         marker.set_completion_tokens(receipt.completion_tokens)
         sha256 = _write_part(setup.columns, chunk, rows, receipt)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # the process is not usable; its marker names the rows
-    except (BatchgenError, OSError):
+    except (ModelError, OutputError, OSError):
         raise
-    except Exception as error:
+    except Exception as error:  # a UsageError or InputError is a row's own here
+        if reached_limit(error):  # no row is the cause; the parent says it
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         raise ChunkError(f"{type(error).__name__}: {error}", marker.abandon()) from error
     marker.finish()
     return receipt.finished(sha256, time.monotonic() - started)

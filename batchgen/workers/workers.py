@@ -1,12 +1,14 @@
 """Who does the chunks of a run: this machine's worker processes, or a cluster. open_workers chooses."""
 
+import multiprocessing
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from batchgen.errors import UsageError
 from batchgen.job import WorkOptions
 from batchgen.models.model import Model
 from batchgen.options import flags_in_use
@@ -22,25 +24,26 @@ from batchgen.workers.supply import Deadline
 from batchgen.workers.worker import WorkerSetup
 
 
-class Workers(Protocol):
+@dataclass(slots=True, kw_only=True)
+class Workers(ABC):
     """Who does the chunks: this machine's pool, or a cluster."""
 
+    options: WorkOptions
+    model: Model
+    attempt: Path
+    stack: ExitStack  # closes a run that is not at its end
+    jobs: int = 0  # chunks that `run` does at once, at most
+
     @property
+    @abstractmethod
     def slots(self) -> int:
         """Chunks that can be done at once; 0: a cluster without workers yet."""
 
-    @property
-    def jobs(self) -> int:
-        """Chunks that `run` does at once, at most."""
-
+    @abstractmethod
     def run(
         self, plan: Plan, columns: Columns, chunks: Iterator[Chunk], n_chunks: int, deadline: Deadline
     ) -> Iterator[Receipt]:
-        """Do the chunks, of which there are n_chunks; yields their receipts as they come.
-
-        When the deadline is near, no more chunks are taken. Raises what reading `chunks` raises, and a BatchgenError
-        if the run cannot go on.
-        """
+        """Do the n_chunks chunks, as many as the deadline allows; yields their receipts as they come."""
 
 
 def worker_setup(model: Model, plan: Plan, columns: Columns) -> WorkerSetup:
@@ -48,24 +51,19 @@ def worker_setup(model: Model, plan: Plan, columns: Columns) -> WorkerSetup:
     return WorkerSetup(
         model=str(model.directory.resolve()),
         model_hash=plan.model_hash,
+        model_files=model.files_hash,
         kv_bytes=plan.kv_bytes,
         max_batch=plan.batch_size,
         share_prefixes=plan.share_prefixes,
         columns=columns,
         params=plan.parameters,
         parent=os.getpid(),
+        plan=plan.digest,
     )
 
 
-@dataclass(slots=True)
-class LocalWorkers:
+class LocalWorkers(Workers):
     """Worker processes of this machine."""
-
-    options: WorkOptions
-    model: Model
-    attempt: Path
-    stack: ExitStack  # closes a run that is not at its end
-    jobs: int = 0
 
     @property
     def slots(self) -> int:
@@ -81,16 +79,11 @@ class LocalWorkers:
         return self.stack.enter_context(closing(receipts))
 
 
-@dataclass(slots=True)
-class ClusterWorkers:
+@dataclass(slots=True, kw_only=True)
+class ClusterWorkers(Workers):
     """Workers of a Dask or Ray cluster."""
 
-    options: WorkOptions
-    model: Model
-    attempt: Path
-    stack: ExitStack  # closes a run that is not at its end
     connection: Connection
-    jobs: int = 0
 
     @property
     def slots(self) -> int:
@@ -106,6 +99,8 @@ class ClusterWorkers:
             attempt=str(self.attempt.absolute()),
             numpy=plan.numpy,
             blas=plan.blas,
+            numpy_kernels=plan.numpy_kernels,
+            regex=plan.regex,
             model_cache=str(options.model_cache.absolute()) if options.model_cache else None,
             row_timeout=options.row_timeout,
             flags=flags_in_use(),
@@ -115,16 +110,21 @@ class ClusterWorkers:
         return self.stack.enter_context(closing(receipts))
 
 
+def refuse_daemon() -> None:
+    """Raise UsageError in a process that Python lets start no others; they would die with it."""
+    if multiprocessing.current_process().daemon:
+        what = "a daemonic process, such as a worker of multiprocessing.Pool, can start no workers"
+        raise UsageError(f"{what}; use concurrent.futures.ProcessPoolExecutor, or a process with daemon=False")
+
+
 @contextmanager
 def open_workers(options: WorkOptions, model: Model, attempt: Path) -> Iterator[Workers]:
-    """The workers of a run, which write into the directory `attempt`. When the block ends, so does the run.
-
-    Raises UsageError if the cluster's engine is not installed here, BatchgenError if no cluster answers.
-    """
+    """The workers of a run, which write into the directory `attempt`. When the block ends, so does the run."""
     with ExitStack() as stack:
         if options.backend == "loky":
-            yield LocalWorkers(options, model, attempt, stack)
+            refuse_daemon()
+            yield LocalWorkers(options=options, model=model, attempt=attempt, stack=stack)
         else:
             address = options.scheduler or options.address or "auto"
             connection = stack.enter_context(connect(options.backend, address))
-            yield ClusterWorkers(options, model, attempt, stack, connection)
+            yield ClusterWorkers(options=options, model=model, attempt=attempt, stack=stack, connection=connection)

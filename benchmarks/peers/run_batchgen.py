@@ -31,7 +31,7 @@ class Workers:
         self.tokenizer = model.load_tokenizer()
         self.setup = WorkerSetup(
             model=str(model.directory.resolve()),
-            model_hash="",
+            model_hash=model.hash,
             kv_bytes=default_kv_bytes(model.config),
             max_batch=MAX_BATCH,
             share_prefixes=True,

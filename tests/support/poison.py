@@ -31,7 +31,10 @@ def run_chunk(setup: worker.WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
             act(words.get(row, ""), when, partial(record, Path(setup.model).parent / DEATHS, words.get(row, "")))
 
     Marker.set_in_flight = set_in_flight  # type: ignore[method-assign]
-    return worker.run_chunk(setup, chunk, attempt)
+    try:
+        return worker.run_chunk(setup, chunk, attempt)
+    finally:
+        Marker.set_in_flight = _SET_IN_FLIGHT  # type: ignore[method-assign]  # the worker stays for other tests
 
 
 _SET_IN_FLIGHT = Marker.set_in_flight

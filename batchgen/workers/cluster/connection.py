@@ -103,7 +103,7 @@ class Connection:
         try:
             event = self._events.get(timeout=seconds)
         except Empty:
-            silence = time.monotonic() - self._heard
+            silence = now - self._heard  # not of the time now: this process may have been stopped since
             if silence <= SILENCE_SECONDS:
                 return None
             event = Event(error=f"it sent nothing for {silence:.0f} s")
@@ -146,8 +146,8 @@ class Connection:
 def connect(backend: str, address: str) -> Iterator[Connection]:
     """A connection while the block runs.
 
-    Raises UsageError if the engine is not installed, BatchgenError if no cluster answers. The latter has exit code 1,
-    not 75: a script that repeats a command after 75 would try a mistyped address for ever.
+    If no cluster answers, the exit code is 1, not 75: a script that repeats a command after 75 would try a mistyped
+    address for ever.
     """
     if find_spec(ENGINES[backend].module) is None:
         remedy = f"install it with: pip install {ENGINES[backend].module}"

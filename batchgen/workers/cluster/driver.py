@@ -1,8 +1,7 @@
 """python -m batchgen.workers.cluster.driver BACKEND ADDRESS: the only process that has an engine's client in it.
 
-Ray may abort the process that called it, and both engines put threads, signal handlers and their logs into it. In this
-process that harms nobody. It reads Orders from standard input and writes Events to standard output, both pickled. When
-the input ends, so does this process, and the engine cancels its tasks.
+Ray may abort the process that called it, and both engines put threads, signal handlers and their logs into it. It reads
+pickled Orders and writes Events; when its input ends, so does this process, and the engine cancels its tasks.
 """
 
 import os

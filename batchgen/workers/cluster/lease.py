@@ -1,8 +1,7 @@
 """A small file in the attempt's directory that shows node processes anywhere on the cluster that the run lives.
 
 The run changes its content every few seconds, and removes it at its end. A node process ends when it is gone, or has
-not changed for a minute by the node's own clock: the run is over, its machine is dead, or this node is cut off. A node
-opens the file and compares its content: times and clocks of a shared file system are not reliable.
+not changed for a minute by the node's own clock. Its content counts: times of a shared file system are not reliable.
 """
 
 import os

@@ -24,6 +24,8 @@ class NodeSetup:
     attempt: str
     numpy: str  # version
     blas: str  # Blas.kernels
+    numpy_kernels: str = ""  # these two may be unknown
+    regex: str = ""
     model_cache: str | None = None  # a directory of the node's own
     row_timeout: float | None = None
     flags: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)  # for options.use_flags
@@ -31,13 +33,10 @@ class NodeSetup:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The outcome of a chunk: a receipt, an error that ends the run, or neither: then the chunk is done again.
-
-    The receipt's path is relative to the attempt's directory.
-    """
+    """The outcome of a chunk: a receipt, an error that ends the run, or neither: then the chunk is done again."""
 
     host: str
-    receipt: Receipt | None = None
+    receipt: Receipt | None = None  # its path is relative to the attempt's directory
     size: int = 0  # of the part, in bytes
     error: BatchgenError | None = None
     lost: str = ""  # why there is neither
@@ -46,10 +45,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """To the driver: a chunk (the arguments of do_chunk); or a ticket to cancel; or, with ticket 0, the run's lease.
-
-    The driver removes the lease when the run is gone.
-    """
+    """To the driver: a chunk (the arguments of do_chunk); or a ticket to cancel; or, with ticket 0, the run's lease."""
 
     ticket: int
     arguments: tuple[str, str, bytes, bytes] | None = None
@@ -58,15 +54,12 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """From the driver: of a ticket, a pickled Reply or why it is lost; of none (0), the number of slots.
-
-    error ends the run: the task cannot run at all, or (ticket 0) there is no connection.
-    """
+    """From the driver: of a ticket, a pickled Reply or why it is lost; of none (0), the number of slots."""
 
     ticket: int = 0
     reply: bytes = b""
     lost: str = ""
-    error: str = ""
+    error: str = ""  # ends the run: the task cannot run at all, or (ticket 0) there is no connection
     slots: int = 0
 
 

@@ -1,8 +1,8 @@
 """python -m batchgen.workers.cluster.node VERSION PARENT: a node's side of a run, started by task.py for each task.
 
-It does chunks with a Pool of one worker, so rows, memory and BLAS are handled as on one machine: the worker may be
-killed, hang or run out of memory, and this process finds the row. The marker lies on the node's own disk, parts in a
-directory of this process under the attempt's. Their names are used once, because the engine may run a task twice.
+It does chunks with a Pool of one worker, which may be killed, hang or run out of memory as on one machine. The marker
+lies on the node's own disk, parts in a directory of this process under the attempt's, whose name is used once, because
+the engine may run a task twice.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from typing import BinaryIO, NoReturn
 
 from batchgen import __version__
 from batchgen.engine.engine import kv_bytes_per_token
-from batchgen.engine.probe import blas_info
+from batchgen.engine.probe import blas_info, numpy_kernels
 from batchgen.engine.scheduler import tokens_needed
-from batchgen.errors import BatchgenError, ModelError, OutputError
+from batchgen.errors import BatchgenError, OutputError
 from batchgen.files import lock, sync_path, temporary_path
 from batchgen.gpt2.config import GPT2Config
-from batchgen.models.shards import load_manifest, model_hash, verify_shards
+from batchgen.models.model import Model
 from batchgen.options import say, use_flags
 from batchgen.planning import WORKER_BYTES, available_memory
 from batchgen.types import Chunk
@@ -83,17 +83,20 @@ def make_marker_folder() -> Path:
 
 
 def check_versions(setup: NodeSetup) -> None:
-    """Rows have the same bits only with the same NumPy and the same kernels of its BLAS."""
-    numpy, kernels = version("numpy"), blas_info().kernels
-    if numpy != setup.numpy:
-        raise BatchgenError(
-            f"this node has NumPy {numpy}, and the run was planned with {setup.numpy}; install the same"
-        )
-    if kernels != setup.blas:
-        raise BatchgenError(
-            f"its BLAS is {kernels!r}, and the run was planned with {setup.blas!r}: rows would differ in their last "
-            "bits; start the workers and this command with the same OPENBLAS_CORETYPE, such as Haswell"
-        )
+    """Rows have the same bits only with the same NumPy and the same kernels of it and its BLAS; regex cuts words."""
+    for name, planned in (("NumPy", setup.numpy), ("regex", setup.regex)):
+        if (found := version(name.lower())) != planned and planned:
+            raise BatchgenError(
+                f"this node has {name} {found}, and the run was planned with {planned}; install the same"
+            )
+    blas = "BLAS", blas_info().kernels, setup.blas, "OPENBLAS_CORETYPE, such as Haswell"
+    numpy = "NumPy", numpy_kernels(), setup.numpy_kernels, "NPY_DISABLE_CPU_FEATURES; numpy.show_runtime() lists some"
+    for name, found, planned, variable in (blas, numpy):
+        if found != planned and planned:
+            raise BatchgenError(
+                f"its {name} is {found!r}, and the run was planned with {planned!r}: rows would differ in their last "
+                f"bits; start the workers and this command with the same {variable}"
+            )
 
 
 def check_memory(setup: WorkerSetup, config: GPT2Config) -> None:
@@ -107,26 +110,24 @@ def check_memory(setup: WorkerSetup, config: GPT2Config) -> None:
         )
 
 
-def prepare_model(setup: NodeSetup) -> Path:
-    """The model's directory to map; every shard is read and checked once per run and node."""
+def prepare_model(setup: NodeSetup) -> Model:
+    """The model to map; every shard is read and checked once per run and node, and again if it was replaced."""
     source, wanted = Path(setup.worker.model), setup.worker.model_hash
     directory = Path(setup.model_cache, wanted) if setup.model_cache else source
     with lock_here(str(directory)) as note:
         if setup.model_cache and not directory.exists():
-            copy_model(source, directory)
-        found = model_hash(load_manifest(directory))
-        if found != wanted:
-            raise ModelError(f"{directory}: has model {found}, and the run needs {wanted}; copy that model there")
-        checked = f"{setup.attempt} {wanted}".encode()
+            copy_model(source, directory, wanted)
+        model = Model.load(directory, wanted)
+        checked = f"{setup.attempt} {model.files_hash}".encode()
         if note.read() != checked:
-            verify_shards(directory)
+            model.verify()
             note.seek(0)
             note.truncate()
             note.write(checked)
-    return directory
+    return model
 
 
-def copy_model(source: Path, directory: Path) -> None:
+def copy_model(source: Path, directory: Path, wanted: str) -> None:
     """Copy a model to the node's cache; the copy gets its name when it is complete and verified."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(directory)
@@ -141,7 +142,7 @@ def copy_model(source: Path, directory: Path) -> None:
             f"{directory}: the model cannot be copied there ({reason}); make room, or choose another "
             f"{say('model_cache')}"
         ) from error
-    verify_shards(temporary)
+    Model.load(temporary, wanted).verify()  # another model may have taken its place meanwhile
     os.rename(temporary, directory)
 
 
@@ -168,10 +169,16 @@ class Node:
         self.attempt = Path(setup.attempt)
         check_versions(setup)
         model = prepare_model(setup)
-        check_memory(setup.worker, load_manifest(model).config)
+        check_memory(setup.worker, model.config)
         self.folder = self.attempt / f"node-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.folder.mkdir()
-        worker = replace(setup.worker, model=str(model), parent=os.getpid(), markers=str(private))
+        worker = replace(
+            setup.worker,
+            model=str(model.directory),
+            model_files=model.files_hash,
+            parent=os.getpid(),
+            markers=str(private),
+        )
         self._pool = Pool(worker, self.folder, 1, setup.row_timeout)
         self._done = 0
 

@@ -47,14 +47,10 @@ class ClusterPool:
         self._tickets = 0
         self._losses: Counter[int] = Counter()  # by chunk
         self._workers_seen = self._answered = time.monotonic()
+        self._patience = 1  # times the usual one
 
     def receipts(self, chunks: Iterator[Chunk]) -> Generator[Receipt, None, None]:
-        """Do the chunks; yields their receipts as they come. When it is closed, nodes stop what they do.
-
-        Raises what reading `chunks` raises, when the chunks given out before are done; the BatchgenError of a node
-        that is unfit for the run; one of its own if a chunk is lost again and again; StoppedError if the scheduler is
-        lost.
-        """
+        """Do the chunks as Pool.receipts does. When it is closed, nodes stop what they do."""
         supply = Supply(chunks)
         with hold_lease(self.attempt) as lease:
             self.connection.order(Order(0, lease=str(lease)))
@@ -69,7 +65,7 @@ class ClusterPool:
                 elif event.ticket in self._out:  # otherwise it is late, and the chunk was given out anew
                     chunk = self._out.pop(event.ticket)
                     receipt, reason = self._read_answer(chunk, event)
-                    self._answered = time.monotonic()
+                    self._answered, self._patience = time.monotonic(), 1
                     if receipt:
                         self.longest = max(self.longest, receipt.seconds)
                         yield receipt
@@ -127,14 +123,14 @@ class ClusterPool:
     def _take_back_overdue(self) -> Iterator[Chunk]:
         """All chunks that are out, to give them out anew, if no answer came for far longer than a chunk takes.
 
-        The engine still counts on a node whose file system hangs; or its slots are busy with other tasks. A late
-        answer does not count.
+        The engine may count on a node whose file system hangs. Or a node still searches for rows that hang: so each
+        time it has twice as long.
         """
-        patience = max(STALL_SECONDS, 10 * self.longest)
+        patience = max(STALL_SECONDS, 10 * self.longest) * self._patience
         is_known = self.longest and self.connection.slots  # before the first chunk is done, its time is unknown
         if not is_known or time.monotonic() - self._answered < patience:
             return
-        self._answered = time.monotonic()
+        self._answered, self._patience = time.monotonic(), 2 * self._patience
         logger.warning(
             "%s: no chunk done for %.0f s; all chunks that are out are given out anew", self.connection.where, patience
         )

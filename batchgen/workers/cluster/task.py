@@ -1,7 +1,6 @@
 """What runs in an engine's own worker: it hands a chunk to a node process, waits, and returns the reply.
 
-Node processes stay for the next chunk of their run, one for each thread that works here. They end by themselves with
-the run, and with this process.
+Node processes stay for the next chunk of their run, one for each thread here, and end with the run or this process.
 """
 
 import os
