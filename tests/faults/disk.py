@@ -1,10 +1,15 @@
 """Disks that are full, fail, limit the size of files, or are read-only."""
 
+import random
 import subprocess
 import textwrap
 from pathlib import Path
 
-from tests.faults.bench import PREVIOUS, Bench, Skipped, find_tool
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchgen.output.ledger import work_directory
+from tests.faults.bench import PREVIOUS, Bench, Skipped, count_parts, find_tool
 from tests.faults.kills import Call, choose, trace_calls
 
 WRITES = ("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2", "mkdir", "mkdirat")
@@ -14,7 +19,7 @@ def fail_each_call(bench: Bench) -> str:
     """EIO or ENOSPC at every write, fsync, rename and mkdir of the parent, one in each run."""
     calls = trace_calls(bench, bench.new_output(), WRITES)
     ends = {0: 0, 1: 0}  # exit code: runs
-    for i, call in enumerate(choose(bench, calls, 3)):
+    for i, call in enumerate(choose(bench, calls, 2)):
         error = ("EIO", "ENOSPC")[i % 2]
         ends[_fail_at(bench, call, error)] += 1
     names = sorted({call.name for call in calls})
@@ -35,6 +40,45 @@ def _fail_at(bench: Bench, call: Call, error: str) -> int:
     bench.assert_resumes(out, jobs=1)
     bench.remove(out)
     return code
+
+
+def damage_parts(bench: Bench) -> str:
+    """A part that is committed already is changed, emptied, removed or exchanged for another while the run goes on."""
+    ways = ["flip", "empty", "remove", "exchange"]
+    cases = [(way, suffix) for way in ways for suffix in (".parquet", ".dataset")] * 2
+    for i, (way, suffix) in enumerate(cases if bench.full else cases[:2]):
+        out = bench.new_output(suffix=suffix)
+        options = ["--format", "dataset"] if suffix == ".dataset" else []
+        run = bench.start(out, *options)
+        run.until(lambda out=out: count_parts(out) >= 2)
+        part = _damage(work_directory(out) / "parts", way, random.Random(i))
+        assert run.finish() == 1, (way, run.said)
+        bench.assert_one_line(run)
+        assert part.name in run.said[0], (way, run.said)
+        assert not out.exists(), f"published with a damaged part ({way})"
+        run = bench.start(out, *options)
+        assert run.finish() == 0, run.said
+        table = pq.read_table(pa.BufferReader(bench.expected))
+        assert pq.read_table(out).equals(table), f"other rows ({way})"
+        bench.assert_alone(out)
+        bench.remove(out)
+    return f"{i + 1} parts: exit 1 with one line that names the part, nothing published; made again, identical rows"
+
+
+def _damage(parts: Path, way: str, rng: random.Random) -> Path:
+    """Damage one of the parts; returns it."""
+    part, other = rng.sample(sorted(parts.iterdir()), 2)
+    data = bytearray(part.read_bytes())
+    if way == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        part.write_bytes(data)
+    elif way == "empty":
+        part.write_bytes(b"")
+    elif way == "remove":
+        part.unlink()
+    else:
+        part.write_bytes(other.read_bytes())
+    return part
 
 
 def fail_worker_fsync(bench: Bench) -> str:
@@ -81,7 +125,7 @@ def fill_disk(bench: Bench) -> str:
     reached = 0
     for kib in sizes:
         out = bench.folder / "disk" / "out.parquet"
-        first, said, second = _in_a_namespace(
+        first, said, second = run_in_namespace(
             bench,
             f"""
             mount -t tmpfs -o size={kib}k none {out.parent}
@@ -106,7 +150,7 @@ def fill_disk(bench: Bench) -> str:
 def refuse_read_only_folder(bench: Bench) -> str:
     """A folder on a read-only mount: root cannot write there either."""
     out = bench.folder / "disk" / "out.parquet"
-    (code, said) = _in_a_namespace(
+    (code, said) = run_in_namespace(
         bench,
         f"""
         mount --bind {out.parent} {out.parent}
@@ -122,7 +166,7 @@ def refuse_read_only_folder(bench: Bench) -> str:
     return "exit 1 with one line, before any model is looked up"
 
 
-def _in_a_namespace(bench: Bench, script: str, out: Path) -> list[int]:
+def run_in_namespace(bench: Bench, script: str, out: Path) -> list[int]:
     """Run a shell script with mounts of its own; "$@" is the run. Returns the numbers that the script prints."""
     out.parent.mkdir(exist_ok=True)
     inside = [find_tool("unshare"), "--user", "--map-root-user", "--mount"]

@@ -23,6 +23,7 @@ from batchgen.workers.worker import WorkerSetup
 
 POISON = "FAULTS_POISON"  # misdeeds of rows: `3:kill 17:hang 40:raise@4 50:kill-once`; @4: in the row's fourth step
 FOLDER = "FAULTS_FOLDER"  # gets a file `3-...` for each misdeed of row 3; the file `released` ends the misdeed `hold`
+SECONDS = "FAULTS_SECONDS"  # of each step, or of each fsync of a worker
 
 # ---- rows that kill, hang or fail
 
@@ -112,6 +113,49 @@ MISDEEDS: dict[str, Callable[[], object]] = {
     "hang": _hang,
     "hold": _hold,
 }
+
+# ---- slow workers
+
+
+def run_slow() -> None:
+    """Run the command line; each step takes SECONDS. FOLDER gets a file for each worker that tries rows alone."""
+    pool.run_chunk = run_slow_chunk
+    cli.main()
+
+
+def run_slow_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
+    Engine.steps = _take_slow_steps
+    if setup.max_batch == 1:
+        Path(os.environ[FOLDER], str(os.getpid())).touch()
+    return worker.run_chunk(setup, chunk, attempt)
+
+
+def _take_slow_steps(self: Any, prompts: Any, on_step: Any = None, *more: Any) -> Any:
+    def before_step(*rows: Sequence[int]) -> None:
+        if on_step:
+            on_step(*rows)
+        time.sleep(float(os.environ[SECONDS]))
+
+    return _steps(self, prompts, before_step, *more)
+
+
+def run_on_slow_disk() -> None:
+    """Run the command line; each fsync of a worker takes SECONDS."""
+    pool.run_chunk = run_chunk_on_slow_disk
+    cli.main()
+
+
+def run_chunk_on_slow_disk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
+    os.fsync = _slow_fsync
+    return worker.run_chunk(setup, chunk, attempt)
+
+
+def _slow_fsync(descriptor: int) -> None:
+    time.sleep(float(os.environ[SECONDS]))
+    _fsync(descriptor)
+
+
+_fsync = os.fsync
 
 # ---- a stub for the model
 

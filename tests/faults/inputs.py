@@ -91,6 +91,48 @@ def read_no_rows(bench: Bench) -> str:
     return "2 inputs: exit 0, an empty Parquet file of the full schema"
 
 
+def keep_strange_values(bench: Bench) -> str:
+    """What Python or JSON cannot hold, in kept columns: only the row with such a value is rejected, if any."""
+    folder = bench.new_folder()
+    texts = pa.array([b"a", b"\xff", b"b"]).cast(pa.string(), safe=False)
+    times = pa.array([2**62, 0, None], pa.timestamp("us", "Nowhere/Land"))
+    pq.write_table(pa.table({"prompt": ["a", "b", "c"], "text": texts, "time": times}), folder / "p.parquet")
+    deep = '{"a":' * 970 + "1" + "}" * 970
+    asking = '{"prompt": "b", "text": "x", "time": 1, "log\\u0070robs": 0}'
+    (folder / "p.jsonl").write_text(f'{{"prompt": "a", "text": {deep}}}\n{asking}\n')
+    runs = [
+        ("p.parquet", ".parquet", ["ok", "ok", "ok"]),
+        ("p.parquet", ".jsonl", ["ok", "rejected", "ok"]),
+        ("p.jsonl", ".jsonl", ["rejected", "ok"]),
+    ]
+    for name, suffix, expected in runs:
+        out = bench.new_output(suffix=suffix)
+        run = bench.start(out, "--keep", "text", "--keep", "time", prompts=folder / name)
+        assert run.finish() == (3 if "rejected" in expected else 0), run.said
+        if suffix == ".parquet":
+            assert pq.ParquetFile(out).read(["status"])["status"].to_pylist() == expected
+            continue
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["status"] for row in rows] == expected
+        assert name != "p.jsonl" or rows[1]["logprobs"], "no log-probabilities"
+    return f"{len(runs)} runs: no traceback, rejected rows only in JSON lines"
+
+
+def edit_outputs(bench: Bench) -> str:
+    """An output with fewer rows or with each twice: a retry refuses it, and it stays as it is."""
+    out = bench.new_output()
+    assert bench.start(out).finish() == 0
+    whole = pq.ParquetFile(out).read()
+    for table in (whole.slice(1), pa.concat_tables([whole, whole])):
+        pq.write_table(table, out)
+        before = out.read_bytes()
+        run = bench.start(out, "--retry-failed")
+        assert run.finish() == 1, run.said
+        assert "input rows, and its metadata says" in run.said[-1], run.said
+        assert out.read_bytes() == before
+    return "2 retries: refused"
+
+
 def repeat_ids(bench: Bench) -> str:
     """Every id twice: a row's key is its number."""
     lines = bench.prompts.read_text().splitlines()

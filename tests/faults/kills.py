@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import subprocess
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.output.ledger import work_directory
-from tests.faults.bench import PATIENCE, PREVIOUS, Bench, Skipped, count_parts, find_tool, wait_for
+from batchgen.workers.marker import Phase, read_sightings
+from tests.faults import drivers
+from tests.faults.bench import PATIENCE, PREVIOUS, Bench, Run, Skipped, count_parts, find_tool, wait_for
 
 ORPHAN_SECONDS = 2.0
 CHANGES = ("rename", "renameat", "renameat2", "fsync", "fdatasync", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat")
@@ -53,7 +57,7 @@ class Killer:
 
 def kill_parent(bench: Bench) -> str:
     """Kill the parent again and again until the run finishes, over a previous version and over none."""
-    killer = Killer(bench, random.Random(1), 200 if bench.full else 3)
+    killer = Killer(bench, random.Random(1), 200 if bench.full else 2)
     outputs = 0
     while killer.left or not outputs:
         previous = PREVIOUS if outputs % 2 else None
@@ -109,7 +113,7 @@ def kill_workers(bench: Bench) -> str:
             wait_for(lambda run=run: run.workers() or run.process.poll() is not None, PATIENCE)
             wait_for(lambda run=run: run.process.poll() is not None, rng.uniform(0.0, bench.seconds / 2))
             if workers := run.workers():
-                killed += _kill(rng.choice(workers))
+                killed += kill(rng.choice(workers))
         assert run.finish() == 0, run.said
         bench.assert_finished(out)
         assert not run.workers()
@@ -118,13 +122,57 @@ def kill_workers(bench: Bench) -> str:
     return f"{killed} kills in {runs} runs: exit 0, all identical"
 
 
-def _kill(pid: int) -> bool:
+def kill(pid: int) -> bool:
     """Whether the process was still there."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return False
     return True
+
+
+def kill_all_workers(bench: Bench) -> str:
+    """Kill most workers, those that try rows alone too, at random moments: runs may end, and no row fails."""
+    times = 300 if bench.full else 6
+    rng, tries, out = random.Random(4), bench.new_folder(), bench.new_output()
+    killed: dict[int, bool] = {}  # process id -> whether it was at rows
+    ends: Counter[int] = Counter()
+    code = -1
+    while len(killed) < times or code:
+        environment = {drivers.FOLDER: str(tries), drivers.SECONDS: "0.02"}
+        run = bench.start(out, driver="run_slow", environment=environment, jobs=1)
+        known: set[int] = set()
+        while run.process.poll() is None:
+            for pid in set(run.workers()) - known:
+                known.add(pid)
+                if len(killed) < times and rng.random() < 0.6:
+                    killed |= _kill_at_random(run, out, pid, rng, bench.seconds)
+            time.sleep(0.05)
+        code = run.finish()
+        ends[code] += 1
+        assert code == 0 or (code == 1 and "no row was identified" in " ".join(run.said)), (code, run.said)
+        if code == 0:
+            bench.assert_finished(out)
+            bench.remove(out)
+            out = bench.new_output()
+    trials = [pid for pid in killed if (tries / str(pid)).exists()]
+    return (
+        f"{len(killed)} kills, {len(trials)} of them of workers that tried rows alone, {sum(killed.values())} in a "
+        f"step: {ends[0]} runs exit 0, identical; {ends[1]} exit 1 and resumed; no row failed"
+    )
+
+
+def _kill_at_random(run: Run, out: Path, pid: int, rng: random.Random, seconds: float) -> dict[int, bool]:
+    """Kill a worker at a random moment of its first seconds; empty if it ends before."""
+
+    def is_at_rows() -> bool:
+        sightings = [seen for attempt in work_directory(out).glob("attempt-*") for seen in read_sightings(attempt)]
+        return any(seen.pid == pid and seen.phase == Phase.ROWS for seen in sightings)
+
+    is_over = lambda: pid not in run.workers()  # noqa: E731
+    wait_for(is_over, rng.uniform(0.0, seconds))
+    is_in_step = is_at_rows()
+    return {pid: is_in_step} if kill(pid) else {}
 
 
 # ---- at each system call
@@ -165,14 +213,14 @@ def trace_calls(bench: Bench, out: Path, names: tuple[str, ...]) -> list[Call]:
 
 
 def choose(bench: Bench, calls: list[Call], few: int) -> list[Call]:
-    """All calls, or in the short suite a few, evenly spaced."""
-    return calls if bench.full else calls[:: -(-len(calls) // few)]
+    """All calls, or in the short suite a few, evenly spaced, of which the last is the run's last."""
+    return calls if bench.full else calls[:: -(len(calls) // few)][:few]
 
 
 def kill_parent_at_each_call(bench: Bench) -> str:
     """Kill it at every rename, fsync, unlink, mkdir and rmdir of a run, and of a run that resumes another."""
     calls = trace_calls(bench, bench.new_output(), CHANGES)
-    times = _kill_at(bench, choose(bench, calls, 3), lambda: bench.new_output(PREVIOUS))
+    times = _kill_at(bench, choose(bench, calls, 2), lambda: bench.new_output(PREVIOUS))
     if bench.full:
         resumed = trace_calls(bench, _interrupt(bench), CHANGES)
         times += _kill_at(bench, resumed, lambda: _interrupt(bench))

@@ -45,7 +45,7 @@ class Measured:
 
 def measure_rows(bench: Bench) -> str:
     """The parent's memory with a tenth of the rows and with all rows."""
-    rows = 10_000_000 if bench.full else 20_000
+    rows = 10_000_000 if bench.full else 10_000
     few, many = _measure(bench, rows // 10), _measure(bench, rows)
     growth = many.peak - few.peak
     assert growth < GROWTH_BYTES, f"{growth / 2**20:.0f} MB more for ten times the rows"
@@ -54,7 +54,7 @@ def measure_rows(bench: Bench) -> str:
 
 def measure_chunks(bench: Bench) -> str:
     """The parent's memory with a tenth of the chunks and with all chunks: one row each, committed, not merged."""
-    chunks = 100_000 if bench.full else 500
+    chunks = 100_000 if bench.full else 300
     few, many = (_measure(bench, n, chunk_rows=1, dataset=True) for n in (chunks // 10, chunks))
     growth = many.peak - few.peak
     assert growth < GROWTH_BYTES, f"{growth / 2**20:.0f} MB more for ten times the chunks"
@@ -72,8 +72,8 @@ def _measure(bench: Bench, rows: int, *, chunk_rows: int = 512, dataset: bool = 
         for row in range(rows):
             file.write(f'{{"prompt": "{row % 1000} times", "id": {row}}}\n')
     out = bench.new_output(suffix="" if dataset else ".parquet")
-    more = ["--format", "dataset"] if dataset else []
-    run = bench.start(out, "--chunk-rows", str(chunk_rows), *more, prompts=path, driver="run_stub")
+    more, jobs = ["--format", "dataset"] if dataset else [], 2 if bench.full else 1
+    run = bench.start(out, "--chunk-rows", str(chunk_rows), *more, jobs=jobs, prompts=path, driver="run_stub")
     peak, planned = 0, 0.0
     while run.process.poll() is None:
         peak = max(peak, _peak_bytes(run))
@@ -160,7 +160,7 @@ def _take_turns(job: Job, model: Model, bare: Clock, whole: Clock, first: int) -
     ledger = whole.time("lock", held.__enter__)
     plan = whole.time("plan", lambda: output.claim(ledger, *asked, job.work.restart))
     setup = worker_setup(model, plan, columns)
-    engine, tokenizer = load_engine(setup)
+    engine, tokenizer, _ = load_engine(setup)
     check = make_check(tokenizer, model.config.n_ctx, job.policy)
     reporter = make_reporter(job, prompts, output, ledger, rows, lambda _: None)
     schema, done = columns.schema(facts.kept), []

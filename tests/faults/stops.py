@@ -11,8 +11,10 @@ from itertools import product
 from pathlib import Path
 
 from batchgen.output.ledger import work_directory
+from tests.faults import drivers
 from tests.faults.bench import PATIENCE, PREVIOUS, ROWS, Bench, Run, count_parts, wait_for
-from tests.faults.poison import Poison
+from tests.faults.kills import CHANGES, choose, trace_calls
+from tests.faults.poison import ROW_TIMEOUT, Poison
 
 STOP_SECONDS = 5.0
 BUSY_SECONDS = 1.0
@@ -48,6 +50,27 @@ def send_signals(bench: Bench) -> str:
     return f"{stopped} ended with 143 or 130 in {slowest:.1f} s at most, all resumed; {finished} had just finished"
 
 
+def send_signals_at_the_end(bench: Bench) -> str:
+    """SIGTERM at each rename, fsync, unlink, mkdir and rmdir from the one that publishes the output on."""
+    calls = trace_calls(bench, bench.new_output(), CHANGES)
+    renames = [i for i, call in enumerate(calls) if call.name.startswith("rename")]
+    first = max(i for i in renames if "/.out.parquet.batchgen-tmp" in calls[i].text)
+    codes = Counter[int]()
+    for call in choose(bench, calls[first:], 3):
+        out = bench.new_output(PREVIOUS)
+        run = bench.start(out, before=call.inject("signal=TERM"), jobs=1)
+        code = run.finish()
+        bench.assert_one_line(run)
+        bench.assert_intact(out, PREVIOUS)
+        assert code == (0 if out.read_bytes() == bench.expected else 143), (call, code, run.said)
+        state = json.loads(out.with_name(f"{out.name}.status.json").read_text())
+        assert (state["state"], state["exit_code"]) == ("finished" if code == 0 else "stopped", code), (call, state)
+        bench.assert_resumes(out, jobs=1)
+        bench.remove(out)
+        codes[code] += 1
+    return f"{codes.total()} signals: {codes[0]} with exit 0, finished, {codes[143]} with 143; the next run cleared up"
+
+
 def send_signals_while_workers_hang(bench: Bench) -> str:
     """A worker that hangs does not delay the end, and after a second signal the run does not wait at all."""
     slowest = {1: 0.0, 2: 0.0}
@@ -79,6 +102,31 @@ def _stop(bench: Bench, run: Run, send: Send, number: int) -> tuple[int, float]:
     code = run.finish(bench.limit(STOP_SECONDS))
     run.wait_for_processes(bench.limit(STOP_SECONDS))
     return code, time.monotonic() - started
+
+
+def stop_and_continue(bench: Bench) -> str:
+    """SIGSTOP for longer than --row-timeout, then SIGCONT: to a worker, to the parent, to all processes."""
+    ways: dict[str, Callable[[Run], list[int]]] = {
+        "a worker": lambda run: run.workers()[:1],
+        "the parent": lambda run: [run.pid],
+        "all": lambda run: [run.pid, *run.workers()],
+    }
+    for select in ways.values():
+        out = bench.new_output()
+        environment = {drivers.FOLDER: str(bench.new_folder()), drivers.SECONDS: "0.05"}
+        timeout = ["--row-timeout", f"{ROW_TIMEOUT}s"]
+        run = bench.start(out, *timeout, driver="run_slow", environment=environment)
+        run.until(lambda run=run, out=out: count_parts(out) and run.workers())
+        pids = select(run)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3 * ROW_TIMEOUT)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        assert run.finish() == 0, run.said
+        assert "worker" not in " ".join(run.said), run.said
+        bench.assert_finished(out)
+    return f"{', '.join(ways)}, for {3 * ROW_TIMEOUT} s with --row-timeout {ROW_TIMEOUT}s: exit 0, identical"
 
 
 def reach_time_limits(bench: Bench) -> str:
@@ -136,10 +184,11 @@ def read_status(bench: Bench) -> str:
 
 def start_twenty(bench: Bench) -> str:
     """Twenty starts on one output; a row holds the run that begins until the others have ended."""
+    starts = 20 if bench.full else 5
     out, poison = bench.new_output(), Poison(bench, {5: "hold"})
-    runs = [bench.start(out, driver="run_poisoned", environment=poison.environment) for _ in range(20)]
+    runs = [bench.start(out, driver="run_poisoned", environment=poison.environment) for _ in range(starts)]
     try:
-        assert wait_for(lambda: sum(_is_over(run) for run in runs) == 19, PATIENCE), "nineteen should have ended"
+        assert wait_for(lambda: sum(map(_is_over, runs)) == starts - 1, PATIENCE), "all but one should have ended"
         together = time.monotonic() - runs[0].started
         slowest = max(_cpu_seconds(run) for run in runs if _is_over(run))
         before = _names(work_directory(out))
@@ -149,13 +198,13 @@ def start_twenty(bench: Bench) -> str:
     finally:
         poison.release()
     codes = Counter(run.finish() for run in runs)
-    assert codes == {75: 19, 0: 1}, codes
+    assert codes == {75: starts - 1, 0: 1}, codes
     for run in runs:
         assert run.process.returncode == 0 or "another run holds it" in " ".join(run.said), run.said
     bench.assert_finished(out)
     assert slowest < bench.limit(BUSY_SECONDS), f"a refused run took {slowest:.2f} s of processor time"
     return (
-        f"1 ran, 19 exit 75 with {slowest:.2f} s of processor time at most ({together:.1f} s for the twenty starts "
+        f"1 ran, {starts - 1} exit 75 with {slowest:.2f} s of processor time at most ({together:.1f} s for all starts "
         f"together); one more was refused in {late.seconds:.2f} s"
     )
 
