@@ -33,15 +33,16 @@ endif
 
 .PHONY: test
 test: lint  ## Run lint and all tests.
-	@$(BIN)/pytest -n 2 --dist loadgroup
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: lint
 lint: .venv/dev  ## Check style, formatting, types, imports and structure.
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; exit 1; }
-	@$(BIN)/python -m tests.support.structure
+	@bad=; $(BIN)/mypy > .venv/mypy.log 2>&1 & mypy=$$!; \
+	$(BIN)/lint-imports --no-logo > .venv/lint-imports.log || { cat .venv/lint-imports.log; bad=1; }; \
+	$(BIN)/python -m tests.support.structure || bad=1; \
+	wait $$mypy || bad=1; cat .venv/mypy.log; test -z "$$bad"
 
 .PHONY: faults
 faults: .venv/dev  ## Cause each fault many times and show the outcome (half an hour).

@@ -19,15 +19,26 @@ settings.load_profile("any machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items):
-    """With `-n 2 --dist loadgroup` (make test): tests marked `processes` first, one after another; all others beside.
+# The modules that take longest, longest first: one that begins last would leave a core idle at the end.
+LONGEST = [
+    "test_cluster",
+    "test_faults",
+    "test_pool",
+    "test_run",
+    "test_convert",
+    "test_documented",
+    "test_store",
+    "test_cli",
+    "test_golden",
+    "test_finished",
+    "test_engine",
+]
 
-    They start workers and clusters, kill them and look for them, so no two of them may run at once.
-    """
-    for item in items:
-        if item.get_closest_marker("processes"):
-            item.add_marker(pytest.mark.xdist_group("processes"))
-    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+
+def pytest_collection_modifyitems(items):
+    """The order in which `-n 2 --dist loadfile --no-loadscope-reorder` (make test) gives modules to its processes."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True, scope="session")

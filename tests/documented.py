@@ -23,9 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from typer.testing import CliRunner
-
-from batchgen.jobs.cli import app
+from tests.support.command import batchgen
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -115,7 +113,10 @@ def _run_block(shell: "Shell", above: Block | None, block: Block) -> Iterator[tu
 
 
 class Shell:
-    """A folder in which commands run one after the other; variables that are exported stay."""
+    """A folder in which commands run one after the other; variables that are exported stay.
+
+    A command `batchgen` runs in this process unless it needs a shell, for a pipe or a variable: there are many.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._last, self._exported = folder, 0, ""
@@ -143,8 +144,8 @@ class Shell:
     def run(self, command: str, stdin: str = "") -> str:
         """What the command prints, its paths as a reader would have them."""
         parts = command.split("; ")
-        if all(part.startswith("batchgen complete ") for part in parts):  # there are many: not a process for each
-            return "".join(CliRunner().invoke(app, shlex.split(part)[1:]).output for part in parts)
+        if all(part.startswith("batchgen ") and not re.search(r"[|<>$*&]", part) for part in parts):
+            return self._as_shown("".join(map(self._run_here, parts)))
         if command == "echo $?":
             return f"{self._last}\n"
         if command.startswith("export "):
@@ -161,7 +162,15 @@ class Shell:
             check=False,
         )
         self._last = done.returncode
-        text = done.stdout.replace(str(self.folder), "/home/me").replace(str(ROOT), "/home/me/batchgen")
+        return self._as_shown(done.stdout)
+
+    def _run_here(self, command: str) -> str:
+        done = batchgen(*shlex.split(command)[1:], folder=self.folder, environment=self._env, together=True)
+        self._last = done.returncode
+        return done.stdout.decode()
+
+    def _as_shown(self, text: str) -> str:
+        text = text.replace(str(self.folder), "/home/me").replace(str(ROOT), "/home/me/batchgen")
         return text if text.endswith("\n") or not text else text + "\n"
 
 

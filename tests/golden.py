@@ -1,7 +1,8 @@
 """Golden jobs: small jobs over every format and option, and the outcome of each, pinned.
 
-`python -m tests.golden` runs them and compares with golden.json; `--write` writes that file. Nothing of batchgen is
-imported here, so that modules can move: only the command line, its files and the embedded model count.
+`python -m tests.golden` runs them and compares with golden.json; `--write` writes that file. Of batchgen only its
+command line, its files and the embedded model count, so that modules can move. The jobs share a process, and with it
+their imports and workers; one that is killed has a process of its own.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
@@ -29,14 +29,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-COMMAND = [sys.executable, "-m", "batchgen"]
+from tests.support.command import Done, batchgen
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden.json")
 NEAR = 1e-3  # how far a log-probability may lie from the one written: what another BLAS rounds is far less
 # A plan that no machine's memory or number of cores has a say in.
 PLAN = ["--batch-size", "16", "--chunk-rows", "8", "--kv-memory", "256M"]
-OF_THE_MACHINE = {"batchgen", "numpy", "blas", "batch_invariant", "model_hash"}  # not compared, of the metadata
+OF_THE_MACHINE = {  # not compared, of the metadata
+    *("batchgen", "numpy", "blas", "batch_invariant", "model_hash", "numpy_kernels", "regex", "python", "pyarrow")
+}
 STATUS = ["state", "exit_code", "rows", "rows_done", "ok", "rejected", "failed", "prompt_tokens", "completion_tokens"]
 
 
@@ -463,31 +465,34 @@ def run_job(job: Job, folder: Path) -> dict[str, Any]:
     if job.killed:
         kill_midway(job, folder)
     elif job.first is not None:
-        start(job, folder, job.first).communicate()
-    process = start(job, folder, job.then)
-    stdout, stderr = process.communicate()
-    outcome = record(job, folder, process.returncode, stdout, stderr)
+        run_command(job, folder, job.first)
+    outcome = record(job, folder, run_command(job, folder, job.then))
     return json.loads(json.dumps(outcome))  # tuples become lists, as they are in the file
 
 
-def start(job: Job, folder: Path, options: list[str]) -> subprocess.Popen[bytes]:
+def run_command(job: Job, folder: Path, options: list[str]) -> Done:
+    stdin = folder / "in" / job.stdin if job.stdin else os.devnull
+    arguments = ["generate", *job.arguments, *options]
+    return batchgen(*arguments, folder=folder, stdin=stdin, environment=without_models(folder))
+
+
+def without_models(folder: Path) -> dict[str, str]:
+    """The environment, with the models of whoever runs this hidden."""
     places = {"BATCHGEN_MODELS": folder / "no-models", "XDG_CACHE_HOME": folder / "no-cache", "PYTHONPATH": ROOT}
-    environment = os.environ | {name: str(path) for name, path in places.items()}
-    with open(folder / "in" / job.stdin if job.stdin else os.devnull, "rb") as stdin:
-        return subprocess.Popen(
-            [*COMMAND, "generate", *job.arguments, *options],
-            cwd=folder,
-            env=environment,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # so that a kill finds its workers, and not this process
-        )
+    return os.environ | {name: str(path) for name, path in places.items()}
 
 
 def kill_midway(job: Job, folder: Path) -> None:
     """Run a job until two of its chunks are done, and kill it with all of its workers."""
-    process = start(job, folder, job.first or [])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchgen", "generate", *job.arguments, *(job.first or [])],
+        cwd=folder,
+        env=without_models(folder),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # so that a kill finds its workers, and not this process
+    )
     parts = folder / f"{job.output}.batchgen" / "parts"
     until = time.monotonic() + 300
     while len(list(parts.glob("*.parquet"))) < 2:
@@ -495,7 +500,7 @@ def kill_midway(job: Job, folder: Path) -> None:
             raise RuntimeError("the run ended, or hung, before two of its parts were there")
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     if (folder / job.output).exists():
         raise RuntimeError("the run was killed too late; give it more rows")
 
@@ -503,13 +508,13 @@ def kill_midway(job: Job, folder: Path) -> None:
 # ---- what came of it
 
 
-def record(job: Job, folder: Path, exit_code: int, stdout: bytes, stderr: bytes) -> dict[str, Any]:
-    outcome: dict[str, Any] = {"exit_code": exit_code}
-    if exit_code not in (0, 3, 4):
-        outcome["stderr_lines"] = len(stderr.splitlines())
+def record(job: Job, folder: Path, done: Done) -> dict[str, Any]:
+    outcome: dict[str, Any] = {"exit_code": done.returncode}
+    if done.returncode not in (0, 3, 4):
+        outcome["stderr_lines"] = len(done.stderr.splitlines())
     output = folder / job.output
     if job.output == "-":
-        outcome |= record_json_lines(stdout)
+        outcome |= record_json_lines(done.stdout)
     elif output.suffix == ".jsonl" and output.is_file():
         outcome |= record_json_lines(output.read_bytes())
     elif output.is_file():
@@ -692,10 +697,10 @@ def laid_out(value: Any, indent: int = 0) -> str:
     return f"{opening}{body}{space[:-1]}{closing}"
 
 
-def run_named(name: str) -> tuple[str, dict[str, Any], float]:
+def run_named(name: str) -> tuple[dict[str, Any], float]:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="golden-") as folder:
-        return name, run_job(JOBS[name], Path(folder)), time.monotonic() - began
+        return run_job(JOBS[name], Path(folder)), time.monotonic() - began
 
 
 def main() -> int:
@@ -705,16 +710,16 @@ def main() -> int:
     asked = parser.parse_args()
     golden = read_golden() if GOLDEN.exists() else {}
     written, different = {}, 0
-    with ThreadPoolExecutor(2) as pool:  # each waits for a process
-        for name, outcome, seconds in pool.map(run_named, asked.names or JOBS):
-            written |= {} if JOBS[name].like else {name: outcome}
-            lines = [] if asked.write else compare(name, outcome, golden)
-            different += bool(lines)
-            word = "written" if asked.write else "DIFFERS" if lines else "same"
-            rows = outcome.get("rows", "-")
-            sys.stdout.write(f"{name:<34}{outcome['exit_code']:>4}{rows:>6}{seconds:>7.1f} s  {word}\n")
-            sys.stdout.writelines(f"    {line}\n" for line in lines)
-            sys.stdout.flush()
+    for name in asked.names or JOBS:
+        outcome, seconds = run_named(name)
+        written |= {} if JOBS[name].like else {name: outcome}
+        lines = [] if asked.write else compare(name, outcome, golden)
+        different += bool(lines)
+        word = "written" if asked.write else "DIFFERS" if lines else "same"
+        rows = outcome.get("rows", "-")
+        sys.stdout.write(f"{name:<34}{outcome['exit_code']:>4}{rows:>6}{seconds:>7.1f} s  {word}\n")
+        sys.stdout.writelines(f"    {line}\n" for line in lines)
+        sys.stdout.flush()
     if asked.write:
         kept = {name: outcome for name, outcome in golden.items() if asked.names and name in JOBS}
         GOLDEN.write_text(laid_out(kept | written) + "\n", encoding="utf-8")

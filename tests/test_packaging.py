@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.xdist_group("packaging")  # the wheel is built once
 
 pytest.importorskip("hatchling", reason="hatchling is not installed (it is in requirements/run.txt)")
 pytest.importorskip("editables", reason="editables is not installed (it is in requirements/run.txt)")

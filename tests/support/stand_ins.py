@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+
 from batchgen.input.sources import Source
 from batchgen.job import InputOptions
 
@@ -11,6 +13,7 @@ from batchgen.job import InputOptions
 class Facts:
     rows: int = 0
     logprobs: bool = False
+    kept: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
 
 @dataclass(frozen=True)

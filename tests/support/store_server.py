@@ -120,6 +120,7 @@ def serving() -> Iterator[Proxy]:
             patch.setenv(name, value)
         proxy.s3 = client("s3", endpoint_url=f"http://127.0.0.1:{proxy.port}")
         proxy.s3.create_bucket(Bucket="out")
+        proxy.clear()  # moto's objects are this process's: those of a server before, too
         try:
             yield proxy
         finally:
