@@ -45,7 +45,7 @@ lint: .venv/dev  ## Check style, formatting, types, imports and structure.
 	wait $$mypy || bad=1; cat .venv/mypy.log; test -z "$$bad"
 
 .PHONY: faults
-faults: .venv/dev  ## Cause each fault many times and show the outcome (half an hour).
+faults: .venv/dev  ## Cause each fault many times and show the outcome (over an hour).
 	@$(BIN)/python -m tests.faults $(ARGS)
 
 .PHONY: bench
