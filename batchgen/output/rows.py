@@ -18,7 +18,7 @@ class Rows:
     count: int
     numbers: frozenset[int] | None = None  # None: all
     staying: Counter[str] = field(default_factory=Counter)  # output rows that stay as they are, by status
-    reasons: Iterable[Reason] = ()  # of those that stay and are rejected
+    reasons: Iterable[Reason] = ()  # why output rows that stay were rejected
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,7 +199,7 @@ class StallDetector:
     silent: float = 0.0  # since a worker was on a chunk, or ended one
 
     def look(self, now: float, sightings: Sequence[Sighting], waiting: Container[int] = ()) -> list[int]:
-        """Process ids of the workers that hang. waiting: of those that wait for the disk or are stopped.
+        """Process ids of the workers that hang; `waiting` has those of workers that wait for the disk or are stopped.
 
         A start, the writing of a part and a wait are no work on rows, and have STALL_SECONDS.
         """

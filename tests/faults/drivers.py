@@ -25,6 +25,22 @@ POISON = "FAULTS_POISON"  # misdeeds of rows: `3:kill 17:hang 40:raise@4 50:kill
 FOLDER = "FAULTS_FOLDER"  # gets a file `3-...` for each misdeed of row 3; the file `released` ends the misdeed `hold`
 SECONDS = "FAULTS_SECONDS"  # of each step, or of each fsync of a worker
 
+_steps = Engine.steps
+
+
+def _taking_steps(
+    before_step: Callable[[set[int]], None], engine: Engine, prompts: Any, on_step: Any, more: Any
+) -> Any:
+    """The engine's steps; before_step is called with the rows of each, once the engine's own on_step was."""
+
+    def call_both(starting: Sequence[int], running: Sequence[int]) -> None:
+        if on_step:
+            on_step(starting, running)
+        before_step({*starting, *running})
+
+    return _steps(engine, prompts, call_both, *more)
+
+
 # ---- rows that kill, hang or fail
 
 
@@ -39,23 +55,18 @@ def run_poisoned_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receip
     return worker.run_chunk(setup, chunk, attempt)
 
 
-_steps = Engine.steps
-
-
 def _take_poisoned_steps(self: Any, prompts: Any, on_step: Any = None, *more: Any) -> Any:
     poison = {int(row): what for row, what in (pair.split(":") for pair in os.environ[POISON].split())}
     taken: Counter[int] = Counter()
 
-    def before_step(starting: Sequence[int], running: Sequence[int]) -> None:
-        if on_step:
-            on_step(starting, running)
-        for row in {*starting, *running} & poison.keys():
+    def misbehave(rows: set[int]) -> None:
+        for row in rows & poison.keys():
             what, _, step = poison[row].partition("@")
             taken[row] += 1
             if taken[row] == int(step or 1):
                 _misbehave(row, what)
 
-    return _steps(self, prompts, before_step, *more)
+    return _taking_steps(misbehave, self, prompts, on_step, more)
 
 
 def _misbehave(row: int, what: str) -> None:
@@ -131,12 +142,7 @@ def run_slow_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
 
 
 def _take_slow_steps(self: Any, prompts: Any, on_step: Any = None, *more: Any) -> Any:
-    def before_step(*rows: Sequence[int]) -> None:
-        if on_step:
-            on_step(*rows)
-        time.sleep(float(os.environ[SECONDS]))
-
-    return _steps(self, prompts, before_step, *more)
+    return _taking_steps(lambda _: time.sleep(float(os.environ[SECONDS])), self, prompts, on_step, more)
 
 
 def run_on_slow_disk() -> None:
