@@ -53,8 +53,9 @@ bench: .venv/dev  ## Compare speed with transformers, CTranslate2, vLLM and llam
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 .PHONY: parity
-parity: .venv/parity  ## Compare logits and completions with transformers, on the same random weights.
+parity: .venv/parity  ## Compare logits and completions with transformers, int8's quality with CTranslate2's (TEXT=tales.txt.xz).
 	@$(BIN)/python -W ignore -m benchmarks.hf_parity $(ARGS)
+	@$(BIN)/python -W ignore -m benchmarks.quality --large $(if $(TEXT),--text "$(TEXT)")
 
 .PHONY: lock
 lock: .venv/lock  ## Update requirements/ after a change of pyproject.toml; ARGS=--upgrade takes the newest versions.
@@ -75,6 +76,7 @@ clean:  ## Remove .venv and caches; outputs stay.
 	@$(BIN)/python -c 'import pip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null || { echo "Installing into .venv (once) ..."; $(PYTHON) -m venv --clear .venv; }
 	@$(PIP) --require-hashes --requirement requirements/run.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c "from batchgen.gpt2.machine_code import prepare_kernels; prepare_kernels()"
 	@touch $@
 
 .venv/dev: .venv/run requirements/dev.txt

@@ -1,13 +1,14 @@
 """gpt2/kv_cache.py: segments do not overlap, and all released memory can be allocated again."""
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.kv_cache import LANES, KVArena, round_up
+from batchgen.gpt2.kv_cache import LANES, KVArena
+from batchgen.gpt2.weights import round_up
 
 CONFIG = GPT2Config(n_vocab=10, n_ctx=64, n_embd=8, n_head=2, n_layer=2)
+NUMBERS = 2 * CONFIG.n_layer * CONFIG.n_embd  # of a position
 
 
 @given(st.lists(st.tuples(st.integers(1, 70), st.integers(0, 100)), max_size=60))
@@ -21,12 +22,14 @@ def test_segments_never_overlap_and_all_memory_is_released(steps):
             continue
         segment = arena.allocate(size, start=0)
         if segment is None:
-            taken = sum(s.v.shape[2] for s in held)
+            taken = sum(s.size for s in held)
             assert max((room for _, room in arena.free), default=0) < round_up(size, LANES)
             assert taken + sum(room for _, room in arena.free) == arena.n_tokens
             continue
-        assert segment.k.shape == (2, 2, 4, round_up(size, LANES))
-        assert not any(np.shares_memory(segment.k, s.v) or np.shares_memory(segment.v, s.k) for s in held)
+        assert segment.size == round_up(size, LANES)
+        assert segment.base + segment.size * NUMBERS <= len(arena.memory)
+        ranges = [range(s.base, s.base + s.size * NUMBERS) for s in (segment, *held)]
+        assert all(ranges[0].stop <= other.start or other.stop <= ranges[0].start for other in ranges[1:])
         held.append(segment)
     for segment in held:
         arena.release(segment)

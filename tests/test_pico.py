@@ -3,8 +3,8 @@
 import numpy as np
 
 from batchgen.gpt2 import pico
-from batchgen.gpt2.forward import gpt2
 from tests.support import reference
+from tests.support.logits import gpt2
 from tests.support.models import TINY, sharp_params, sharp_tensors
 
 

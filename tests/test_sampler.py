@@ -1,15 +1,24 @@
 """engine/sampler.py against plain references, and its draws against the exact distribution."""
 
+import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy._core import _multiarray_umath as umath
 
 from batchgen.engine import sampler
 from batchgen.engine.sequence import Prompt, Sequence
 from batchgen.types import SamplingParams
+
+ROOT = Path(__file__).parents[1]
+INF, NAN = np.inf, np.nan
 
 
 def sequence(random: float | None = 0.5, token_ids=(), prompt_ids=(0,), **params) -> Sequence:
@@ -63,7 +72,6 @@ def test_draws_follow_the_exact_distribution(n_vocab, filters):
 
 
 def test_min_p_reaches_past_the_first_candidates_in_any_batch():
-    """Rows with fewer candidates than others are filled up; the filling must not count as their end."""
     flat = np.random.default_rng(1).normal(0, 0.1, (3, 20_000)).astype(np.float32)
     flat[1, :200] = 1.0  # equal logits: more candidates than in the other rows
     together = [sequence(0.999, min_p=0.01) for _ in flat]
@@ -79,7 +87,7 @@ def test_random_draws_pass_a_chi_square_test():
     rng = np.random.default_rng(3)
     logits = rng.normal(0, 1.5, 300).astype(np.float32)
     for filters in ({}, {"top_k": 20}, {"top_p": 0.9}):
-        n = 20_000
+        n = 6_000
         sequences = [sequence(u, **filters) for u in rng.random(n)]
         tokens = sampler.sample(np.repeat(logits[None], n, axis=0), sequences, eos_ids=())
         expected = allowed(logits, **filters) * n
@@ -95,8 +103,8 @@ def test_random_draws_pass_a_chi_square_test():
 @given(st.data())
 def test_a_row_is_sampled_as_if_alone(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
-    n_vocab = data.draw(st.sampled_from([3, 64, 200, 9000, 20_000]))  # from 16,384 on, 128 candidates need no full sort
-    n_row = data.draw(st.integers(1, 9) | st.just(60))  # up to 52 rows are sorted together
+    n_vocab = data.draw(st.sampled_from([3, 64, 200, 2048, 9000]))  # from 2,048 on, not all are sorted
+    n_row = data.draw(st.integers(1, 9))
     logits = (rng.normal(0, 3, (n_row, n_vocab)) // data.draw(st.sampled_from([1e-9, 0.5, 3]))).astype(np.float32)
     kind = st.fixed_dictionaries(
         {},
@@ -122,23 +130,96 @@ def test_a_row_is_sampled_as_if_alone(data):
         assert alone.top_logprobs == together[i].top_logprobs
 
 
-@given(st.integers(0, 10**6), st.integers(1, 400), st.sampled_from([5, 64, 1000, 6401]), st.booleans())
+@given(st.integers(0, 10**6), st.integers(1, 3000), st.sampled_from([5, 64, 2048, 6401]), st.booleans())
 def test_find_largest_returns_the_k_largest_and_all_that_equal_the_kth(seed, k, n_vocab, coarse):
-    logits = np.random.default_rng(seed).normal(0, 2, (3, n_vocab)).astype(np.float32)
+    row = np.random.default_rng(seed).normal(0, 2, n_vocab).astype(np.float32)
     if coarse:
-        logits = np.round(logits)
-    ids, values = sampler.find_largest(logits, k)
-    for row in range(3):
-        order = np.argsort(-logits[row], kind="stable")
-        kth = logits[row, order[min(k, n_vocab) - 1]]
-        wanted = order[logits[row, order] >= kth]
-        assert ids[row, : len(wanted)].tolist() == wanted.tolist()
-        assert values[row, : len(wanted)].tolist() == logits[row, wanted].tolist()
+        row = np.round(row)  # many equal ones; 0 and -0 too
+    order = np.argsort(-row, kind="stable")
+    wanted = order[row[order] >= row[order[min(k, n_vocab) - 1]]]
+    assert sampler.find_largest(row, k, np.empty(n_vocab, np.int64)).tolist() == wanted.tolist()
+
+
+def draws_of_the_definition(row, u, temperature, top_k, top_p, min_p):
+    """The tokens that a draw by the definition can give, in float64: every limit is off by 1e-5 either way."""
+    order, top_k = np.arange(len(row)), top_k if top_k < len(row) else 0
+    if top_k or top_p < 1 or min_p:
+        order = order[np.lexsort((order, -row))]
+        order = order[row[order] >= row[order[(top_k or len(row)) - 1]]]
+    weights = np.exp((row[order].astype(np.float64) - row.max()) / temperature)
+    total = weights.sum()
+    tokens = set()
+    for off in (1 - 1e-5, 1 + 1e-5):
+        before = np.cumsum(weights) - weights
+        kept = np.where((before < (top_p * off * total if top_p < 1 else INF)) & (weights >= min_p * off), weights, 0)
+        upto = np.cumsum(kept)
+        low, high = (max(u - 1e-5, 0) * upto[-1], (u + 1e-5) * upto[-1])
+        tokens |= {int(t) for t in order[(upto >= low) & (upto - kept <= high) & (kept > 0)]}
+    return tokens
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    n_vocab=st.sampled_from([1, 2, 64, 300, 5000]),
+    step=st.sampled_from([1e-9, 0.25, 2.0]),  # coarse steps: equal logits
+    u=st.floats(0, 1, exclude_max=True),
+    temperature=st.sampled_from([0.01, 0.5, 1.0, 30.0]),
+    top_k=st.integers(0, 400),
+    top_p=st.just(1.0) | st.floats(0.01, 1),
+    min_p=st.just(0.0) | st.floats(0, 1),
+)
+def test_a_draw_is_that_of_the_definition(seed, n_vocab, step, u, temperature, top_k, top_p, min_p):
+    row = (np.random.default_rng(seed).normal(0, 3, n_vocab) // step * step).astype(np.float32)
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    [token] = sampler.sample(row[None].copy(), [sequence(u, **filters)], eos_ids=())
+    assert token in draws_of_the_definition(row, u, **filters)
 
 
 def test_greedy_takes_the_first_of_the_largest():
     logits = np.array([[0, 5, 5, 1], [9, 0, 0, 0]], np.float32)
     assert sampler.sample(logits, [sequence(None), sequence(None)], None) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "possible"),
+    [
+        ([0, NAN, 2, NAN], {0, 2}),
+        ([NAN, 1, -INF, NAN], {1}),
+        ([0, INF, 5, INF, NAN], {1, 3}),
+        ([-INF, -INF, NAN], {2}),  # the others may not be generated: rows of no token, bad words
+        ([NAN, NAN], {0, 1}),
+        ([3e38, -3e38, 3e38], {0, 2}),
+    ],
+)
+def test_logits_that_are_no_numbers_count_as_the_lowest_and_touch_no_other_row(row, possible):
+    row, good = np.array(row, np.float32), np.linspace(-1, 1, len(row), dtype=np.float32)
+    for filters in ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 50.0}):
+        for u in (None, 0.0, 0.5, 1 - 2**-53):
+            three = [sequence(u, logprobs=2, **filters) for _ in range(3)]
+            tokens = sampler.sample(np.stack([good, row, good]), three, eos_ids=())
+            assert tokens[1] in possible
+            assert three[1].logprobs[0] == pytest.approx(-np.log(len(possible)), abs=2.2)
+            alone = sequence(u, logprobs=2, **filters)
+            assert sampler.sample(good[None].copy(), [alone], eos_ids=()) == [tokens[0]] == [tokens[2]]
+            assert three[0].logprobs == three[2].logprobs == alone.logprobs
+
+
+def test_top_k_of_all_tokens_is_off():
+    """Without a filter the tokens are in order of their ids, with one the most likely is first."""
+    logits = np.array([[0, 1, 2]] * 2, np.float32)
+    assert sampler.sample(logits, [sequence(0.0, top_k=3), sequence(0.0, top_k=2)], eos_ids=()) == [0, 2]
+
+
+def test_log_probabilities_are_those_before_penalties():
+    logits = np.random.default_rng(2).normal(0, 3, (2, 300)).astype(np.float32)
+    logits[1] = logits[0]
+    plain, biased = sequence(None, logprobs=3), sequence(None, logprobs=3, logit_bias=((7, 50.0),))
+    _, token = sampler.sample(logits.copy(), [plain, biased], eos_ids=())
+    assert token == 7
+    assert biased.top_logprobs == plain.top_logprobs
+    gap = float(logits[0].max()) - float(logits[0, 7])
+    assert plain.logprobs[0] - biased.logprobs[0] == pytest.approx(gap, abs=1e-5)
 
 
 def test_the_last_random_number_never_draws_a_forbidden_token():
@@ -222,11 +303,41 @@ def test_min_tokens_forbids_every_way_to_stop():
     assert not np.isneginf(row).any()
 
 
-def test_log_softmax_sums_to_one():
-    logits = np.random.default_rng(0).normal(0, 30, (4, 999)).astype(np.float32)
-    found = sampler.log_softmax(logits)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(np.exp(found.astype(np.float64)).sum(axis=1), 1, rtol=1e-4)
+def test_log_probabilities_are_right_to_the_last_bits_of_float32():
+    logits = np.random.default_rng(0).normal(0, [[0.1], [1], [5], [30]], (4, 3000)).astype(np.float32)
+    for row in logits:
+        one = sequence(0.4, logprobs=100)
+        [token] = sampler.sample(row[None].copy(), [one], eos_ids=())
+        x = row.astype(np.float64)
+        exact = x - x.max() - np.log(np.exp(x - x.max()).sum())
+        order = np.argsort(-row, kind="stable")[:100]
+        assert [pair[0] for pair in one.top_logprobs[0]] == order.tolist()
+        found = np.array([one.logprobs[0], *(pair[1] for pair in one.top_logprobs[0])])
+        assert (found == found.astype(np.float32)).all()
+        np.testing.assert_allclose(found, exact[[token, *order]], rtol=2e-7, atol=1e-30)
+
+
+def digest() -> str:
+    """What is sampled from fixed rows, as one word."""
+    rng, found = np.random.default_rng(7), hashlib.sha256()
+    logits = (rng.integers(-(2**20), 2**20, (40, 7001)) / 2**17).astype(np.float32)
+    kinds = [{}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.8}, {"min_p": 0.01}, {"repetition_penalty": 1.3}]
+    draws = [None if i % 9 == 0 else float(u) for i, u in enumerate(rng.integers(0, 2**53, 40) / 2**53)]
+    sequences = [sequence(u, token_ids=(1, 2, 2), logprobs=3, **kinds[i % 5]) for i, u in enumerate(draws)]
+    tokens = sampler.sample(logits, sequences, eos_ids=(5,))
+    found.update(repr((tokens, [(one.logprobs, one.top_logprobs) for one in sequences])).encode())
+    return found.hexdigest()
+
+
+def test_other_instruction_sets_of_numpy_sample_the_same_bits():
+    used = [name for name in umath.__cpu_dispatch__ if umath.__cpu_features__[name]]
+    if not used:
+        pytest.skip("NumPy has no other instruction sets for this processor")
+    settings = {"NPY_DISABLE_CPU_FEATURES": " ".join(used), "PYTHONPATH": str(ROOT)}
+    code = f"from tests.test_sampler import *; print(any(umath.__cpu_features__[name] for name in {used}), digest())"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | settings, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode().split() == ["False", digest()]
 
 
 @given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6), st.data())

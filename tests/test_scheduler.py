@@ -5,7 +5,8 @@ import os
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchgen.engine.scheduler import Prefix, PromptGroup, Scheduler, find_prefixes, tokens_needed
+from batchgen.engine.limits import tokens_needed
+from batchgen.engine.scheduler import Prefix, PromptGroup, Scheduler, find_prefixes
 from batchgen.engine.sequence import Prompt, expand, sample_seeds
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.kv_cache import BLOCK, LANES, KVArena

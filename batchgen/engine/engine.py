@@ -5,23 +5,17 @@ from collections.abc import Sequence as Seq
 from copy import copy
 from typing import TypeAlias
 
-import numpy as np
-
+from batchgen.engine.limits import MAX_BATCH, check_limits, check_prompts, kv_bytes_per_token, tokens_needed
 from batchgen.engine.sampler import sample
-from batchgen.engine.scheduler import Scheduler, tokens_needed
+from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.sequence import Completion, Prompt, Sequence, Work, expand, is_loop
-from batchgen.errors import UsageError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.forward import Forward
 from batchgen.gpt2.kv_cache import KVArena
-from batchgen.gpt2.params import Params
-from batchgen.options import say
+from batchgen.gpt2.weights import Weights
 from batchgen.types import FinishReason
 
-MAX_BATCH = 256  # sequences in flight by default; larger products are no faster
-LARGEST_BATCH = 4096
 MAX_ROWS = 1024  # rows of one pass
-MIB = 2**20
 
 # Called before each step with the rows that finish prefill and the rows that decode.
 OnStep: TypeAlias = Callable[[list[int], list[int]], None]
@@ -31,44 +25,6 @@ ShouldStop: TypeAlias = Callable[[Sequence], FinishReason | None]
 
 # The completions that a step finishes, and the token that each of its sequences gets.
 Step: TypeAlias = tuple[list[Completion], list[tuple[Sequence, int]]]
-
-
-def kv_bytes_per_token(config: GPT2Config) -> int:
-    """Bytes of keys and values, float32, of one position in all layers."""
-    return 2 * config.n_layer * config.n_embd * 4
-
-
-def check_limits(config: GPT2Config, kv_bytes: int, max_batch: int) -> None:
-    """Raise UsageError, with a remedy, if no engine can work within these limits."""
-    if not 1 <= max_batch <= LARGEST_BATCH:
-        raise UsageError(
-            f"{say('batch_size', max_batch)} is out of range (1 to {LARGEST_BATCH}); "
-            f"more than {MAX_BATCH} sequences gain no speed"
-        )
-    needed = tokens_needed(config.n_ctx, 0) * kv_bytes_per_token(config)
-    if kv_bytes < needed:
-        raise UsageError(
-            f"memory budget {kv_bytes / MIB:.0f} MiB is too small for one sequence of n_ctx {config.n_ctx}: "
-            f"its keys and values need {needed / MIB:.0f} MiB; "
-            f"raise {say('kv_bytes')} to {-(-needed // MIB)}M ({needed} bytes)"
-        )
-
-
-def check_prompts(prompts: Seq[Prompt], config: GPT2Config) -> None:
-    """Raise UsageError for a prompt that does not fit the model's arrays; callers validate prompts before."""
-    for prompt in prompts:
-        ids = np.asarray(prompt.token_ids)  # [n_prompt]
-        p = prompt.params
-        if not len(ids) or len(ids) + p.max_tokens > config.n_ctx:
-            raise UsageError(
-                f"row {prompt.row}: {len(ids)} prompt tokens + {p.max_tokens} max_tokens; "
-                f"there must be at least one prompt token, and at most n_ctx {config.n_ctx} in all"
-            )
-        bad = [token for word in prompt.bad_words for token in word]
-        named = [*p.stop_token_ids, *(token for token, _ in p.logit_bias), *bad]
-        for token in (int(ids.min()), int(ids.max()), *named):
-            if not 0 <= token < config.n_vocab:
-                raise UsageError(f"row {prompt.row}: token id {token} is outside the vocabulary of {config.n_vocab}")
 
 
 def _adjacency(sequence: Sequence) -> tuple[int, int]:
@@ -83,7 +39,7 @@ class Engine:
 
     def __init__(
         self,
-        params: Params,
+        weights: Weights,
         config: GPT2Config,
         *,
         eos_ids: Seq[int],
@@ -92,18 +48,19 @@ class Engine:
         share_prefixes: bool = True,
     ) -> None:
         """kv_bytes bounds the memory for keys and values. Raises UsageError if not even one sequence fits."""
-        check_limits(config, kv_bytes, max_batch)
+        check_limits(config, weights.precision, kv_bytes, max_batch)
         self.config, self.eos_ids, self.max_batch, self.share_prefixes = config, eos_ids, max_batch, share_prefixes
         self.work = Work()
         largest = max_batch * tokens_needed(config.n_ctx, 0)
-        self.arena = KVArena(config, min(kv_bytes // kv_bytes_per_token(config), largest))
-        self.forward = Forward(params, config, max_rows=max(MAX_ROWS, max_batch), max_logits=max_batch)
+        n_tokens = min(kv_bytes // kv_bytes_per_token(config, weights.precision), largest)
+        self.arena = KVArena(config, n_tokens, weights.precision)
+        self.forward = Forward(weights, config, max_rows=max(MAX_ROWS, max_batch), max_logits=max_batch)
 
     def twin(self) -> "Engine":
         """An engine over the same weights with buffers and a cache of its own."""
         twin = copy(self)
-        twin.arena = KVArena(self.config, self.arena.n_tokens)
-        twin.forward = Forward(self.forward.params, self.config, self.forward.max_rows, self.max_batch)
+        twin.arena = KVArena(self.config, self.arena.n_tokens, self.forward.weights.precision)
+        twin.forward = Forward(self.forward.weights, self.config, self.forward.max_rows, self.max_batch)
         return twin
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:

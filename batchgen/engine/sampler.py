@@ -1,79 +1,36 @@
-"""From logits to tokens, for all sequences of a step together.
+"""From logits to tokens: the sequences of a step one after another.
 
 The order: logit_bias, penalties, bad_words, min_tokens, temperature, top_k, top_p, min_p, draw. It is that of
-transformers; vLLM's differs in one place, min_p before top_k, which matters only with top_p. Nothing mixes rows: the
-token of a row depends on its own logits and its own random number.
+transformers; vLLM's differs in one place, min_p before top_k, which matters only with top_p. A token depends on its own
+row of logits and its own random number alone, and is the same on every processor: what adds up or needs exp and log is
+in draw.py, and NumPy only compares, sorts and does single operations. A logit of nan counts as the lowest finite
+number; -inf marks the ids that may not be generated.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from batchgen.engine.draw import add_up, count_kept, draw, find, log_probabilities, weigh
 from batchgen.engine.sequence import Sequence
 from batchgen.gpt2.params import Array
 
-Ids = npt.NDArray[np.intp]
-Doubles = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
 
-_LANES = 64  # find_largest cuts the vocabulary into this many runs, _draw_from_all into runs of this many tokens
-_NUCLEUS = 128  # candidates of the first attempt if only top_p or min_p limits them
-_MAX_SORTED = 2**20  # logits that are sorted and summed together; each takes about 50 bytes meanwhile
+_COLUMNS = 1024  # at least; find_largest looks at the largest logit of each column
+_NUCLEUS = 128  # candidates of the first attempt, at least, if only top_p limits them
 
 
-@dataclass(slots=True)
-class _Filters:
-    """The sampling parameters and random numbers of some rows, [n_row] each."""
+class _Buffers(NamedTuple):
+    """Memory for one row after another, [n_vocab] each; fresh memory takes longer than the work in it."""
 
-    temperature: Doubles
-    top_k: Ids  # 0 is off
-    top_p: Doubles
-    min_p: Doubles
-    random: Doubles
-
-    def select(self, rows: npt.NDArray[np.bool_] | Ids) -> "_Filters":
-        return _Filters(self.temperature[rows], self.top_k[rows], self.top_p[rows], self.min_p[rows], self.random[rows])
+    keys: Ids
+    weights: Array
 
 
-def log_softmax(logits: Array) -> Array:
-    """[n_row, n_vocab] -> [n_row, n_vocab] log-probabilities."""
-    shifted: Array = logits - logits.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
-
-
-def _has_short_cut(k: int, n_vocab: int) -> bool:
-    """Whether `find_largest` finds the k largest without sorting all of them."""
-    return n_vocab // _LANES >= 2 * k
-
-
-def find_largest(logits: Array, k: int) -> tuple[Ids, Array]:
-    """The k largest of each row and all that equal the k-th: ids and values [n_row, n], largest first.
-
-    Equal values are in the order of their ids. Rows with fewer than n are filled up with -inf. To avoid sorting 50,257
-    logits, n_vocab is cut into `_LANES` runs of equal width: their elementwise maximum has n_vocab / _LANES logits of
-    the row, so that its k-th largest is a lower bound for the row's.
-    """
-    n_row, n_vocab = logits.shape
-    if not _has_short_cut(k, n_vocab):
-        order = np.argsort(-logits, axis=1, kind="stable")
-        return order, np.take_along_axis(logits, order, axis=1)
-    width = n_vocab // _LANES
-    runs = logits[:, : width * _LANES].reshape(n_row, _LANES, width).max(axis=1)  # [n_row, width]
-    bound = np.partition(runs, width - k, axis=1)[:, width - k]  # [n_row]
-    rows, ids = np.divmod(np.flatnonzero(logits >= bound[:, None]), n_vocab)  # faster than np.nonzero in two dimensions
-    counts = np.bincount(rows, minlength=n_row)
-    column = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, ... within each row
-    values = np.full((n_row, int(counts.max())), -np.inf, np.float32)
-    values[rows, column] = logits[rows, ids]
-    table = np.zeros(values.shape, np.intp)
-    table[rows, column] = ids
-    order = np.argsort(-values, axis=1, kind="stable")
-    return np.take_along_axis(table, order, axis=1), np.take_along_axis(values, order, axis=1)
-
-
-def penalise(logits: Array, sequence: Sequence, eos_ids: Seq[int]) -> None:
+def penalise(row: Array, sequence: Sequence, eos_ids: Seq[int]) -> None:
     """logit_bias, penalties, bad_words and min_tokens on one row [n_vocab], in place.
 
     repetition_penalty (Keskar et al., 2019) and bad_words (transformers) count prompt and generated tokens;
@@ -81,132 +38,129 @@ def penalise(logits: Array, sequence: Sequence, eos_ids: Seq[int]) -> None:
     """
     p = sequence.params
     for token, bias in p.logit_bias:
-        logits[token] += bias
+        row[token] += bias
     if p.repetition_penalty != 1.0:
-        seen = np.unique(np.array([*sequence.prompt.token_ids, *sequence.token_ids], np.intp))
-        x = logits[seen]
-        logits[seen] = np.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty)
+        seen = np.array([*sequence.prompt.token_ids, *sequence.token_ids], np.intp)
+        x = row[seen]
+        row[seen] = np.where(x > 0, x / p.repetition_penalty, x * p.repetition_penalty)
     if (p.presence_penalty or p.frequency_penalty) and sequence.token_ids:
         generated, count = np.unique(np.array(sequence.token_ids, np.intp), return_counts=True)
-        logits[generated] -= (p.presence_penalty + p.frequency_penalty * count).astype(np.float32)
+        row[generated] -= (p.presence_penalty + p.frequency_penalty * count).astype(np.float32)
     for word in sequence.prompt.bad_words:
         if sequence.ends_with(word[:-1]):
-            logits[word[-1]] = -np.inf
+            row[word[-1]] = -np.inf
     if len(sequence.token_ids) < p.min_tokens:
-        logits[list(p.stop_token_ids)] = -np.inf
+        row[list(p.stop_token_ids)] = -np.inf
         if not p.ignore_eos:
-            logits[list(eos_ids)] = -np.inf
+            row[list(eos_ids)] = -np.inf
 
 
-def _draw(weights: Doubles, random: Doubles) -> Ids:
-    """Draw an index from each row of weights [n_row, n], whose zeros are at the end -> [n_row]."""
-    cumulative = np.cumsum(weights, axis=1)
-    index: Ids = (cumulative <= (random * cumulative[:, -1])[:, None]).sum(axis=1)
-    last = np.count_nonzero(weights, axis=1) - 1
-    np.minimum(index, last, out=index)
-    return index
+def most_likely(row: Array) -> int:
+    """The first of the largest logits. A nan becomes the lowest finite number."""
+    token = int(row.argmax())  # a nan, if there is one
+    if row[token] != row[token]:
+        row[np.isnan(row)] = np.finfo(row.dtype).min
+        token = int(row.argmax())
+    return token
 
 
-def _draw_from_all(logits: Array, temperature: Doubles, random: Doubles) -> Ids:
-    """Draw from the whole softmax [n_row, n_vocab] -> [n_row]: first a run of `_LANES` tokens, then a token in it."""
-    n_row, n_vocab = logits.shape
-    weights = np.zeros((n_row, -(-n_vocab // _LANES) * _LANES), np.float32)
-    used = np.subtract(logits, logits.max(axis=1, keepdims=True), out=weights[:, :n_vocab])
-    used *= (1.0 / temperature).astype(np.float32)[:, None]
-    np.exp(used, out=used)
-    runs = weights.reshape(n_row, -1, _LANES)  # [n_row, n_run, _LANES]
-    totals = np.cumsum(runs.sum(axis=2), axis=1, dtype=np.float64)  # [n_row, n_run]
-    target = random * totals[:, -1]
-    run = np.minimum((totals <= target[:, None]).sum(axis=1), totals.shape[1] - 1)
-    rows = np.arange(n_row)
-    before = np.where(run > 0, totals[rows, run - 1], 0.0)
-    within = np.cumsum(runs[rows, run], axis=1, dtype=np.float64)  # [n_row, _LANES]
-    lane: Ids = (within <= (target - before)[:, None]).sum(axis=1)
-    last = _LANES - 1 - np.argmax(runs[rows, run, ::-1] > 0, axis=1)  # rounding must not draw a token of weight 0
-    np.minimum(lane, last, out=lane)
-    lane += run * _LANES
-    return lane
+def _bound(row: Array, k: int) -> np.float32:
+    """A value that at least k logits reach, and not many more: the k-th largest of the columns' largest logits."""
+    width = max(_COLUMNS, 2 * k)
+    height = row.size // width
+    if height < 2:
+        return np.float32(-np.inf)
+    largest = row[: height * width].reshape(height, width).max(axis=0)
+    largest.partition(width - k)
+    return np.float32(largest[width - k])
 
 
-def _draw_filtered(logits: Array, f: _Filters, n_candidate: int) -> Ids:
-    """Draw after top_k, then top_p, then min_p, from the n_candidate largest of [n_row, n_vocab] -> [n_row].
+def find_largest(row: Array, k: int, keys: Ids) -> Ids:
+    """The ids of the k largest logits and of all that equal the k-th: largest first, equal ones in order of ids.
 
-    Rows whose top_p or min_p may keep more tokens than that are drawn again from all tokens.
+    keys [n_vocab] is overwritten, and holds the result.
     """
-    n_row, n_vocab = logits.shape
-    if n_row > (most := max(_MAX_SORTED // n_vocab, 1)) and not _has_short_cut(n_candidate, n_vocab):
-        parts = np.array_split(np.arange(n_row), -(-n_row // most))
-        return np.concatenate([_draw_filtered(logits[part], f.select(part), n_candidate) for part in parts])
-    ids, values = find_largest(logits, n_candidate)
-    weights = np.exp((values.astype(np.float64) - values[:, :1]) / f.temperature[:, None])
-    limited = f.top_k > 0
-    kth = values[np.arange(len(values)), np.minimum(np.where(limited, f.top_k, 1), values.shape[1]) - 1]
-    weights[(values < kth[:, None]) & limited[:, None]] = 0.0
-    cumulative = np.cumsum(weights, axis=1)  # sequential: a value does not depend on how many weights follow
-    total = cumulative[:, -1]
-    if not limited.all():
-        shifted = (logits - values[:, :1]) * (1.0 / f.temperature).astype(np.float32)[:, None]
-        total = np.where(limited, total, np.exp(shifted).sum(axis=1))
-    keep = (cumulative - weights < (f.top_p * total)[:, None]) & (weights >= f.min_p[:, None] * weights[:, :1])
-    all_kept = (keep | np.isneginf(values)).all(axis=1)  # -inf fills up rows with fewer candidates than others
-    is_cut_off = ~limited & all_kept & (values.shape[1] < n_vocab)  # tokens past the candidates may be kept too
-    tokens = ids[np.arange(len(ids)), _draw(np.where(keep, weights, 0.0), f.random)]
-    if is_cut_off.any():
-        tokens[is_cut_off] = _draw_filtered(logits[is_cut_off], f.select(is_cut_off), n_vocab)
-    return tokens
+    keys = keys[: find(row, _bound(row, k), keys)]
+    keys.sort()
+    ids: Ids = np.bitwise_and(keys, 0xFFFFFFFF, out=keys)
+    n = k + int(np.count_nonzero(row[ids[k:]] == row[ids[k - 1 : k]]))
+    return ids[:n]
 
 
-def _draw_tokens(logits: Array, filters: _Filters) -> Ids:
-    """[n_row, n_vocab] logits -> [n_row] drawn token ids; rows without filters need no candidates."""
-    tokens = np.empty(len(logits), np.intp)
-    free = (filters.top_k == 0) & (filters.top_p == 1.0) & (filters.min_p == 0.0)
-    if free.any():
-        f = filters.select(free)
-        tokens[free] = _draw_from_all(logits if free.all() else logits[free], f.temperature, f.random)
-    if not free.all():
-        f = filters.select(~free)
-        n_candidate = max(int(f.top_k.max()), _NUCLEUS if (f.top_k == 0).any() else 1)
-        tokens[~free] = _draw_filtered(logits[~free] if free.any() else logits, f, n_candidate)
-    return tokens
+def _weights(logits: Array, largest: np.float32, temperature: float, out: Array) -> Array:
+    """[n] logits -> [n] weights, in `out`, which may be longer."""
+    weights = out[: logits.size]
+    weigh(logits, largest, 1 / temperature, weights)
+    return weights
 
 
-def _choose(logits: Array, sequences: Seq[Sequence]) -> Ids:
-    """[n_row, n_vocab] logits after penalties -> [n_row] token ids, the most likely or drawn ones."""
-    tokens = np.empty(len(sequences), np.intp)
-    greedy = np.array([sequence.params.greedy for sequence in sequences])
-    if greedy.any():
-        tokens[greedy] = (logits if greedy.all() else logits[greedy]).argmax(axis=1)
-    if not greedy.all():
-        drawn, n_vocab = [sequence for sequence in sequences if not sequence.params.greedy], logits.shape[1]
-        filters = _Filters(
-            temperature=np.array([s.params.temperature for s in drawn]),
-            top_k=np.array([s.params.top_k if s.params.top_k < n_vocab else 0 for s in drawn], np.intp),
-            top_p=np.array([s.params.top_p for s in drawn]),
-            min_p=np.array([s.params.min_p for s in drawn]),
-            random=np.array([s.next_random() for s in drawn]),
-        )
-        tokens[~greedy] = _draw_tokens(logits[~greedy] if greedy.any() else logits, filters)
-    return tokens
+def _needed(weights: Array, top_p: float) -> float:
+    """The sum at which top_p has enough tokens; infinite if it is off, so that rounding leaves out no token."""
+    return top_p * float(add_up(weights)) if top_p < 1.0 else np.inf
 
 
-def _append_logprobs(logprobs: Array, sequences: Seq[Sequence], tokens: Ids) -> None:
-    """Append each token's log-probability, from [n_row, n_vocab], and the highest ones to its sequence."""
-    n_top = max(sequence.params.logprobs or 0 for sequence in sequences)
-    ids, values = find_largest(logprobs, max(n_top, 1))
-    for i, sequence in enumerate(sequences):
-        n = sequence.params.logprobs or 0
-        sequence.logprobs.append(float(logprobs[i, tokens[i]]))
-        top = zip(ids[i, :n].tolist(), values[i, :n].tolist(), strict=True)
-        sequence.top_logprobs.append(tuple(pair for pair in top if pair[1] > -np.inf))  # -inf: an id that no token has
+def _draw_top_k(row: Array, largest: np.float32, sequence: Sequence, buffers: _Buffers) -> int:
+    """Draw after top_k, then top_p, then min_p."""
+    p = sequence.params
+    ids = find_largest(row, p.top_k, buffers.keys)
+    weights = _weights(row[ids], largest, p.temperature, buffers.weights)
+    kept = count_kept(weights, _needed(weights, p.top_p), p.min_p)
+    return int(ids[draw(weights[:kept], sequence.next_random())])
+
+
+def _draw_nucleus(row: Array, largest: np.float32, sequence: Sequence, buffers: _Buffers) -> int:
+    """Draw after top_p, then min_p, from the most likely tokens: from more of them until one is not kept."""
+    p = sequence.params
+    everything = _weights(row, largest, p.temperature, buffers.weights)
+    needed = _needed(everything, p.top_p)
+    k = int(np.count_nonzero(everything >= p.min_p)) + 1
+    if p.top_p < 1.0:  # no weight is above 1
+        k = min(k, max(_NUCLEUS, int(2 * needed)))
+    while True:
+        ids = find_largest(row, k, buffers.keys)
+        weights = everything[ids]
+        kept = count_kept(weights, needed, p.min_p)
+        if kept < len(ids) or len(ids) == row.size:
+            return int(ids[draw(weights[:kept], sequence.next_random())])
+        k = 16 * k if 64 * k < row.size else row.size
+
+
+def _choose(row: Array, sequence: Sequence, buffers: _Buffers) -> int:
+    """The token from a row [n_vocab] of logits after penalties: the most likely or a drawn one."""
+    token, p = most_likely(row), sequence.params
+    if p.greedy:
+        return token
+    if 0 < p.top_k < row.size:
+        return _draw_top_k(row, row[token], sequence, buffers)
+    if p.top_p < 1.0 or p.min_p > 0.0:
+        return _draw_nucleus(row, row[token], sequence, buffers)
+    return int(draw(_weights(row, row[token], p.temperature, buffers.weights), sequence.next_random()))
+
+
+def _append_logprobs(row: Array, sequence: Sequence, token: int, buffers: _Buffers) -> None:
+    """Append the token's log-probability under the model's own logits [n_vocab], and the highest ones."""
+    n_top = sequence.params.logprobs or 0
+    largest = row[most_likely(row)]
+    total = add_up(_weights(row, largest, 1.0, buffers.weights))
+    ids = np.append(find_largest(row, max(n_top, 1), buffers.keys)[:n_top], token)
+    values = np.empty(len(ids), np.float32)
+    log_probabilities(row[ids], largest, total, values)
+    *top, (_, logprob) = zip(ids.tolist(), values.tolist(), strict=True)
+    sequence.logprobs.append(logprob)
+    sequence.top_logprobs.append(tuple(pair for pair in top if pair[1] > -np.inf))  # -inf: an id that no token has
+
+
+def _sample_one(row: Array, sequence: Sequence, eos_ids: Seq[int], buffers: _Buffers) -> int:
+    model_row = None if sequence.params.logprobs is None else row.copy()
+    penalise(row, sequence, eos_ids)
+    token = _choose(row, sequence, buffers)
+    if model_row is not None:
+        _append_logprobs(model_row, sequence, token, buffers)
+    return token
 
 
 def sample(logits: Array, sequences: Seq[Sequence], eos_ids: Seq[int]) -> list[int]:
     """The next token of each sequence from its row of logits [n_row, n_vocab], which is overwritten."""
-    with_logprobs = [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
-    logprobs = log_softmax(logits[with_logprobs]) if with_logprobs else None
-    for i, sequence in enumerate(sequences):
-        penalise(logits[i], sequence, eos_ids)
-    tokens = _choose(logits, sequences)
-    if logprobs is not None:
-        _append_logprobs(logprobs, [sequences[i] for i in with_logprobs], tokens[with_logprobs])
-    return [int(token) for token in tokens]
+    buffers = _Buffers(np.empty(logits.shape[1], np.int64), np.empty(logits.shape[1], np.float32))
+    with np.errstate(over="ignore"):
+        return [_sample_one(row, one, eos_ids, buffers) for row, one in zip(logits, sequences, strict=True)]

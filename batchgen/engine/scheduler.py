@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from batchgen.engine.sequence import Sequence
+from batchgen.gpt2.attention import copy_segment
 from batchgen.gpt2.forward import Prefill
-from batchgen.gpt2.kv_cache import BLOCK, LANES, KVArena, Segment, round_up
+from batchgen.gpt2.kv_cache import BLOCK, LANES, KVArena, Segment
 
 Tokens = tuple[int, ...]
 
@@ -109,11 +110,6 @@ def find_prefixes(
         families.append([group for members in subfamilies for group in members])
     _set_partial_prefixes(alone, start, parent)
     return [*families, *([group] for group in alone)]
-
-
-def tokens_needed(n_prompt: int, max_tokens: int) -> int:
-    """Positions in the arena that suffice for one sequence alone, with and without shared prefixes."""
-    return round_up(n_prompt + max_tokens, LANES) + BLOCK
 
 
 @dataclass(slots=True, eq=False)
@@ -228,9 +224,7 @@ class Scheduler:
         assert source is not None
         for segment in copies:
             assert segment is not None
-            n = segment.length = source.length
-            segment.k[..., :n] = source.k[..., :n]
-            segment.v[:, :, :n] = source.v[:, :, :n]
+            copy_segment(self.arena.config, source, segment)
         self.running += sequences
         self.n_pending -= len(sequences)
 

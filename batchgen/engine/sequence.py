@@ -160,10 +160,10 @@ def is_loop(token_ids: list[int]) -> bool:
 def expand(prompts: Seq[Prompt]) -> list[Sequence]:
     """A sequence for each sample; equal greedy requests share one sequence, equal sampled requests do not."""
     sequences: list[Sequence] = []
-    greedy: dict[tuple[tuple[int, ...], SamplingParams], Sequence] = {}
+    greedy: dict[tuple[object, ...], Sequence] = {}
     for prompt in prompts:
         for sample, seed in enumerate(prompt.seeds, start=prompt.first_sample):
-            key = (prompt.token_ids, prompt.params)
+            key = (prompt.token_ids, prompt.params, prompt.bad_words)
             if prompt.params.greedy and key in greedy:
                 greedy[key].duplicates.append((prompt.row, sample))
                 continue

@@ -14,24 +14,19 @@ _SMALLEST_EPSILON = 1e-37  # float32 has no smaller number with all its digits
 
 
 def _check_field(name: str, value: object) -> None:
-    if isinstance(OPTIONS.get(name), bool):
-        if not isinstance(value, bool):
-            raise ModelError(f"config: {name} is {reprlib.repr(value)}; it must be true or false")
-        return
-    if name == "n_inner" and value is None:
-        return
-    if name == "activation_function":
-        if not isinstance(value, str) or value not in ACTIVATIONS:
-            raise ModelError(f"config: {name} is {reprlib.repr(value)}; batchgen computes {', '.join(ACTIVATIONS)}")
-        return
-    if name == "layer_norm_epsilon":
-        if type(value) not in (int, float) or not _SMALLEST_EPSILON <= value <= 1:  # type: ignore[operator]
-            limits = f"{_SMALLEST_EPSILON} to 1, in float32"
-            raise ModelError(f"config: {name} is {reprlib.repr(value)}; it must be a number from {limits}")
-        return
     limit = _MAX_LAYERS if name == "n_layer" else _MAX_SIZE
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-        raise ModelError(f"config: {name} is {reprlib.repr(value)}; it must be a whole number from 1 to {limit}")
+    if isinstance(OPTIONS.get(name), bool):
+        is_well, rule = isinstance(value, bool), "it must be true or false"
+    elif name == "activation_function":
+        is_well, rule = value in ACTIVATIONS, f"batchgen computes {', '.join(ACTIVATIONS)}"
+    elif name == "layer_norm_epsilon":
+        is_well = type(value) in (int, float) and _SMALLEST_EPSILON <= value <= 1  # type: ignore[operator]
+        rule = f"it must be a number from {_SMALLEST_EPSILON} to 1, in float32"
+    else:
+        is_well = (type(value) is int and 1 <= value <= limit) or (name == "n_inner" and value is None)
+        rule = f"it must be a whole number from 1 to {limit}"
+    if not is_well:
+        raise ModelError(f"config: {name} is {reprlib.repr(value)}; {rule}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,25 @@
-"""The cache of keys and values: one arena of memory, cut into segments."""
+"""The cache of keys and values: one arena of memory, cut into segments.
+
+In each layer and head, a segment holds its keys, then its values. Keys lie in blocks of BLOCK positions, each block
+[d_head, up to BLOCK], so that scores are vectorised over keys; values are [positions, d_head]. The kernels of
+attention.py find them by a segment's `base` and `size`. Numbers are float32, or bfloat16 kept as uint16.
+"""
 
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.params import Array
+from batchgen.gpt2.weights import aligned, round_up
+from batchgen.types import Precision
 
-# Attention sums values over blocks of this many keys, one product for each block. So a block gives the same bits
-# whether one sequence reads it or many share it.
-BLOCK = 64
+BLOCK = 64  # keys in a block; sequences share whole blocks
+LANES = 16  # a segment's room is a multiple of this many positions: a vector of keys
 
-# Scores are computed for a multiple of this many keys: OpenBLAS's small-matrix kernels round the columns of an
-# incomplete last group differently.
-LANES = 16
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+Numbers = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
 
 
 @dataclass(slots=True, eq=False)
@@ -27,13 +27,15 @@ class Segment:
     """The keys and values of consecutive positions, shared by every sequence that starts with them.
 
     A sequence's context is a path of segments: `parent` holds the positions before `start`. Every segment of a path
-    but the last has a multiple of BLOCK positions, so blocks begin at the same positions with and without sharing.
+    but the last is full and has a multiple of BLOCK positions, so that blocks begin at the same positions with and
+    without sharing.
     """
 
-    k: Array  # [n_layer, n_head, d_head, capacity]: one key per column, so that scores are vectorised over keys
-    v: Array  # [n_layer, n_head, capacity, d_head]
+    memory: Numbers  # the arena's
     start: int  # first position
-    offset: int  # in the arena, in positions; KVArena.release needs it
+    offset: int  # in the arena, in positions
+    size: int  # room, in positions
+    base: int  # in the arena, in numbers
     parent: "Segment | None" = None
     length: int = 0  # positions written
     path: tuple["Segment", ...] = field(init=False)  # from position 0 to this segment
@@ -61,28 +63,21 @@ def _join_adjacent(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 class KVArena:
     """All cache memory of an engine, allocated first fit from the lowest address, so that warm pages are used again.
 
-    The operating system provides a page when it is first used. The memory starts as zeros because attention reads up
-    to LANES - 1 columns past the last key, which must be finite.
+    The operating system provides a page when it is first used.
     """
 
-    def __init__(self, config: GPT2Config, n_tokens: int) -> None:
+    def __init__(self, config: GPT2Config, n_tokens: int, precision: Precision = "float32") -> None:
         """Room for the keys and values of n_tokens positions (rounded up to LANES), in every layer."""
         self.config = config
-        self.floats_per_token = 2 * config.n_layer * config.n_embd
         self.n_tokens = round_up(n_tokens, LANES)
-        self.memory = np.zeros(self.n_tokens * self.floats_per_token, np.float32)
+        self._per_token = 2 * config.n_layer * config.n_embd
+        number = np.uint16 if precision == "int8" else np.float32
+        self.memory: Numbers = aligned((self.n_tokens * self._per_token,), number)  # type: ignore[assignment]
         self.clear()
 
     def clear(self) -> None:
         """Free all segments; none of them may be used afterwards."""
         self.free: list[tuple[int, int]] = [(0, self.n_tokens)]  # (offset, size) in positions, by offset, joined
-
-    def _views(self, offset: int, size: int) -> tuple[Array, Array]:
-        """Keys [n_layer, n_head, d_head, size] and values [n_layer, n_head, size, d_head] at an offset."""
-        c = self.config
-        floats = self.memory[offset * self.floats_per_token : (offset + size) * self.floats_per_token]
-        k, v = floats.reshape(2, -1)
-        return k.reshape(c.n_layer, c.n_head, c.d_head, size), v.reshape(c.n_layer, c.n_head, size, c.d_head)
 
     def allocate(self, n_tokens: int, start: int, parent: Segment | None = None) -> Segment | None:
         """A segment with room for n_tokens positions from `start` on, or None if no free range is large enough."""
@@ -90,10 +85,10 @@ class KVArena:
         for index, (offset, room) in enumerate(self.free):
             if room >= size:
                 self.free[index : index + 1] = [(offset + size, room - size)] if room > size else []
-                return Segment(*self._views(offset, size), start, offset, parent)
+                return Segment(self.memory, start, offset, size, offset * self._per_token, parent)
         return None
 
     def release(self, segment: Segment) -> None:
         """Free a segment's memory and join it with its free neighbours."""
-        insort(self.free, (segment.offset, segment.v.shape[2]))
+        insort(self.free, (segment.offset, segment.size))
         self.free = list(_join_adjacent(self.free))

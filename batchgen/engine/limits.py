@@ -1,0 +1,60 @@
+"""What an engine can do, and in how much memory; a process that has no engine knows it without loading the kernels."""
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from batchgen.engine.sequence import Prompt
+from batchgen.errors import UsageError
+from batchgen.gpt2.config import GPT2Config
+from batchgen.gpt2.kv_cache import BLOCK, LANES
+from batchgen.gpt2.weights import round_up
+from batchgen.options import say
+from batchgen.types import Precision
+
+MAX_BATCH = 256  # sequences in flight by default; larger products are no faster
+LARGEST_BATCH = 4096
+MIB = 2**20
+
+
+def tokens_needed(n_prompt: int, max_tokens: int) -> int:
+    """Positions in the arena that suffice for one sequence alone, with and without shared prefixes."""
+    return round_up(n_prompt + max_tokens, LANES) + BLOCK
+
+
+def kv_bytes_per_token(config: GPT2Config, precision: Precision) -> int:
+    """Bytes of keys and values of one position in all layers: float32, or bfloat16 in int8."""
+    return 2 * config.n_layer * config.n_embd * (2 if precision == "int8" else 4)
+
+
+def check_limits(config: GPT2Config, precision: Precision, kv_bytes: int, max_batch: int) -> None:
+    """Raise UsageError, with a remedy, if no engine can work within these limits."""
+    if not 1 <= max_batch <= LARGEST_BATCH:
+        raise UsageError(
+            f"{say('batch_size', max_batch)} is out of range (1 to {LARGEST_BATCH}); "
+            f"more than {MAX_BATCH} sequences gain no speed"
+        )
+    needed = tokens_needed(config.n_ctx, 0) * kv_bytes_per_token(config, precision)
+    if kv_bytes < needed:
+        raise UsageError(
+            f"memory budget {kv_bytes / MIB:.0f} MiB is too small for one sequence of n_ctx {config.n_ctx}: "
+            f"its keys and values need {needed / MIB:.0f} MiB; "
+            f"raise {say('kv_bytes')} to {-(-needed // MIB)}M ({needed} bytes)"
+        )
+
+
+def check_prompts(prompts: Seq[Prompt], config: GPT2Config) -> None:
+    """Raise UsageError for a prompt that does not fit the model's arrays; callers validate prompts before."""
+    for prompt in prompts:
+        ids = np.asarray(prompt.token_ids)  # [n_prompt]
+        p = prompt.params
+        if not len(ids) or len(ids) + p.max_tokens > config.n_ctx:
+            raise UsageError(
+                f"row {prompt.row}: {len(ids)} prompt tokens + {p.max_tokens} max_tokens; "
+                f"there must be at least one prompt token, and at most n_ctx {config.n_ctx} in all"
+            )
+        bad = [token for word in prompt.bad_words for token in word]
+        named = [*p.stop_token_ids, *(token for token, _ in p.logit_bias), *bad]
+        for token in (int(ids.min()), int(ids.max()), *named):
+            if not 0 <= token < config.n_vocab:
+                raise UsageError(f"row {prompt.row}: token id {token} is outside the vocabulary of {config.n_vocab}")
