@@ -13,10 +13,10 @@ import pytest
 
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.params import random_tensors
 from batchgen.models import convert
 from batchgen.models.convert import convert_tf_checkpoint, load_gpt2_params_from_tf_ckpt, read_tf_tensors
-from batchgen.models.shards import load_manifest, load_params, model_hash, verify_shards
+from batchgen.models.shards import load_manifest, load_params, load_tensors, model_hash, verify_shards
+from tests.support.tensors import random_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = {"n_vocab": 50, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
@@ -47,8 +47,7 @@ def _write_checkpoint(directory: Path, hparams: dict[str, int], seed: int) -> Pa
 
 
 def _assert_holds(model: Path, tensors: dict[str, Any]) -> None:
-    for name, shard in load_manifest(model).tensors.items():
-        found = np.load(model / shard.file, mmap_mode="r")
+    for name, found in load_tensors(model).items():
         np.testing.assert_array_equal(found.view("u4"), tensors[name].view("u4"), err_msg=name)
 
 

@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 from batchgen.errors import ModelError, UsageError
-from batchgen.gpt2.params import random_tensors
 from batchgen.jobs.cli import app
 from batchgen.models import fetch, openai
 from batchgen.models.convert import read_hparams
@@ -27,6 +26,7 @@ from batchgen.models.shards import Description, load_manifest, load_params, veri
 from batchgen.models.string_map import read_string_map
 from tests.support.fault_server import FaultServer, both, claim, drop, stall, status
 from tests.support.models import BYTES, sharp_tensors, write_byte_vocabulary
+from tests.support.tensors import random_tensors
 from tests.test_convert import REPOSITORY, needs_tensorflow
 
 QUICK = Patience(connect=5, read=5, tries=3, first_wait=0.001, longest_wait=0.01)

@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 from batchgen.errors import ModelError
 from batchgen.gpt2.activations import ACTIVATIONS, SYNONYMS
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.forward import Forward, Prefill, gpt2
+from batchgen.gpt2.forward import Forward, Prefill
 from batchgen.gpt2.kv_cache import KVArena
+from batchgen.jobs.cli import app
 from batchgen.models.convert import convert_checkpoint
 from batchgen.models.huggingface import hf_names, read_hf_config
-from batchgen.models.shards import load_manifest, load_params, model_hash, verify_shards
+from batchgen.models.model import Model
+from batchgen.models.shards import load_manifest, load_tensors, model_hash, verify_shards
 from batchgen.text.tokenizer import Tokenizer
 from tests.support import reference
 from tests.support.hf_checkpoint import hf_config, hf_tensors, write_hf_model, write_safetensors
+from tests.support.logits import gpt2
 from tests.support.models import BYTES, sharp_tensors, write_byte_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -51,8 +55,8 @@ def assert_holds(model: Path, config: GPT2Config, seed: int = 0) -> None:
     expected = sharp_tensors(config, seed)
     verify_shards(model)
     assert load_manifest(model).config == config
-    for name, shard in load_manifest(model).tensors.items():
-        np.testing.assert_array_equal(np.load(model / shard.file), expected[name], err_msg=name)
+    for name, found in load_tensors(model).items():
+        np.testing.assert_array_equal(found, expected[name], err_msg=name)
 
 
 # --- conversion -------------------------------------------------------------------------------------------
@@ -172,10 +176,10 @@ def test_nanogpt_computes_the_same_logits(bias: bool, src: Path, caplog: pytest.
     set_config(src, use_rmsnorm=False, use_cache=True)
     dst = convert(src)
     assert load_manifest(dst).config == replace(BYTES, activation_function="gelu")
-    params, ids = load_params(dst), [5, 6, 7, 8]
+    weights, ids = Model.load(dst).load_weights(), [5, 6, 7, 8]
     segment = KVArena(BYTES, 9).allocate(9, start=0)
     assert segment is not None
-    found = Forward(params, load_manifest(dst).config, 4, 4)(prefills=[Prefill(segment, ids, n_logits=4)])
+    found = Forward(weights, load_manifest(dst).config, 4, 4)(prefills=[Prefill(segment, ids, n_logits=4)])
     expected = reference.logits(ids, tensors, BYTES.n_head, reference.Options("gelu"))
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))
     assert bool(caplog.messages) is not bias
@@ -218,10 +222,9 @@ def test_halves_are_widened_exactly(dtype: str, src: Path) -> None:
             halves[name] = ("BF16", (bits >> 16).astype(np.uint16))
             expected[name] = bits.view(np.float32)
     write_safetensors(src / WEIGHTS, halves)
-    manifest = load_manifest(convert(src))
+    found = load_tensors(convert(src))
     for name, theirs in hf_names(BYTES).items():
-        found = np.load(src.parent / "dst" / manifest.tensors[name].file)
-        np.testing.assert_array_equal(found, expected[theirs], err_msg=name)
+        np.testing.assert_array_equal(found[name], expected[theirs], err_msg=name)
 
 
 def test_a_saved_copy_of_the_tied_head_and_the_head_alone_give_the_same_model(src: Path) -> None:
@@ -264,16 +267,15 @@ def test_options_that_openais_models_lack_are_kept_and_computed(config: GPT2Conf
     if not config.tie_word_embeddings:
         saved = load_file(src / WEIGHTS) | {"lm_head.weight": np.ascontiguousarray(tensors["lm_head"].T)}
         write_safetensors(src / WEIGHTS, saved)
-    params = load_params(convert(src))
-    manifest = load_manifest(src.parent / "dst")
-    assert manifest.config == config
-    np.testing.assert_array_equal(params["lm_head"], tensors["lm_head"])
+    model = Model.load(convert(src))
+    assert model.config == config
+    np.testing.assert_array_equal(model.load_params()["lm_head"], tensors["lm_head"])
     ids = list(range(3, 43))
     segment = KVArena(config, len(ids)).allocate(len(ids), start=0)
     assert segment is not None
     options = reference.Options(*(getattr(config, name) for name in REFERENCE_OPTIONS))
     expected = reference.logits(ids, tensors, config.n_head, options)
-    forward, near = Forward(params, config, len(ids), len(ids)), 2e-4 * float(np.abs(expected).max())
+    forward, near = Forward(model.load_weights(), config, len(ids), len(ids)), 2e-4 * float(np.abs(expected).max())
     logits = forward(prefills=[Prefill(segment, ids[:-1], n_logits=len(ids) - 1)])
     np.testing.assert_allclose(logits, expected[:-1], atol=near)
     np.testing.assert_allclose(forward([ids[-1]], [segment]), expected[-1:], atol=near)  # a decode step
@@ -292,6 +294,17 @@ def test_the_config_may_have_the_names_that_all_models_of_transformers_share(src
         values[theirs] = values.pop(ours)
     (src / CONFIG).write_text(json.dumps(values))
     assert_holds(convert(src), BYTES)
+
+
+def test_convert_makes_a_precision_the_models_default_and_can_take_it_back(src: Path) -> None:
+    dst = src.parent / "dst"
+    for precision, default in (("int8", "int8"), (None, "int8"), ("float32", "float32")):
+        arguments = ["convert", str(src), str(dst), *(["--precision", precision] if precision else [])]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert Model.load(dst).precision == default
+    assert (dst / "int8").exists()
+    assert_holds(dst, BYTES)
 
 
 def test_a_second_conversion_changes_nothing(src: Path) -> None:

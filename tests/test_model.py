@@ -61,6 +61,7 @@ def setup_of(model: Model) -> WorkerSetup:
         model=str(model.directory),
         model_hash=model.hash,
         model_files=model.files_hash,
+        precision="float32",
         kv_bytes=2**24,
         max_batch=4,
         share_prefixes=True,

@@ -6,10 +6,10 @@ import pytest
 
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.params import random_tensors
 from batchgen.models import registry
 from batchgen.models.registry import find_model, list_models, model_destination, model_roots, models_dir
 from batchgen.models.shards import Description, load_manifest, model_hash, write_model
+from tests.support.tensors import random_tensors
 
 CONFIG = GPT2Config(n_vocab=50, n_ctx=16, n_embd=8, n_head=2, n_layer=2)
 

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,26 @@ from hypothesis import strategies as st
 
 from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.params import Array, nest, random_tensors
+from batchgen.gpt2.params import Array, nest
+from batchgen.gpt2.weights import pack, to_panels
 from batchgen.models import shards
 from batchgen.models.shards import (
     Description,
     load_manifest,
     load_params,
+    map_weights,
     model_hash,
     shard_shapes,
     verify_shards,
     write_model,
 )
+from tests.support.models import npy_sha256
+from tests.support.tensors import random_tensors
 
 CONFIG = GPT2Config(n_vocab=50, n_ctx=16, n_embd=8, n_head=2, n_layer=2)
 TENSORS = random_tensors(CONFIG)
 TINY = Description("tiny", CONFIG, {"format": "random"})
-SHARD = "h1.mlp.c_fc.w.npy"  # the one that the tests damage
+SHARD = "h1.mlp.c_fc.w.panels.npy"  # the one that the tests damage
 
 
 @pytest.fixture
@@ -66,6 +70,18 @@ def _write(directory: Path, tokenizer_dir: Path, tensors: dict[str, Any] = TENSO
     return directory
 
 
+def _arrays(weights: Any) -> Iterator[Array]:
+    """The arrays of records in records."""
+    if isinstance(weights, np.ndarray):
+        yield weights
+    elif is_dataclass(weights):
+        for field in fields(weights):
+            yield from _arrays(getattr(weights, field.name))
+    elif isinstance(weights, list | dict):
+        for child in weights.values() if isinstance(weights, dict) else weights:
+            yield from _arrays(child)
+
+
 def _leaves(node: Any) -> Iterator[Array]:
     if isinstance(node, np.ndarray):
         yield node
@@ -93,12 +109,21 @@ def test_a_written_model_is_read_back_bit_for_bit(model: Path) -> None:
     _assert_equal(load_params(model), nest(ordered, CONFIG.n_layer))
 
 
-def test_numpy_reads_every_shard(model: Path) -> None:
+def test_numpy_reads_every_shard_and_the_panels_of_the_matrices(model: Path) -> None:
     for name, shard in load_manifest(model).tensors.items():
         array = np.load(model / shard.file, allow_pickle=False)
         assert array.dtype.str == "<f4"
         assert array.flags.c_contiguous
-        np.testing.assert_array_equal(array, TENSORS[name])
+        assert shard.file.endswith(".panels.npy") == shard.in_panels == (name == "lm_head" or name.endswith("/w"))
+        np.testing.assert_array_equal(array, to_panels(TENSORS[name]) if shard.in_panels else TENSORS[name])
+
+
+def test_mapped_weights_are_the_packed_ones_and_begin_at_a_cache_line(model: Path) -> None:
+    mapped = map_weights(model, load_manifest(model), {})
+    packed = pack(nest(TENSORS, CONFIG.n_layer))
+    for found, expected in zip(_arrays(mapped), _arrays(packed), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.ctypes.data % 64 == 0 or not found.any()  # the zeros that stand for lm_head's biases are no file's
 
 
 def test_a_shard_that_numpy_writes_is_read(model: Path) -> None:
@@ -134,12 +159,20 @@ def test_the_order_and_the_layout_of_given_tensors_do_not_matter(tmp_path: Path,
     assert model_hash(load_manifest(first)) == model_hash(load_manifest(second))
 
 
-def test_the_manifest_holds_the_hash_of_every_file(model: Path) -> None:
+def test_the_manifest_holds_the_hash_of_every_file_in_its_plain_form(model: Path) -> None:
     manifest = load_manifest(model)
-    hashes = dict(manifest.tokenizer) | {shard.file: shard.sha256 for shard in manifest.tensors.values()}
-    assert hashes.keys() | {"manifest.json"} == {path.name for path in model.iterdir()}
-    for name, expected in hashes.items():
+    files = {shard.file for shard in manifest.tensors.values()}
+    assert files | {"manifest.json", *manifest.tokenizer} == {path.name for path in model.iterdir()}
+    for name, expected in manifest.tokenizer.items():
         assert hashlib.sha256((model / name).read_bytes()).hexdigest() == expected
+    for name, shard in manifest.tensors.items():
+        assert shard.sha256 == npy_sha256(TENSORS[name])
+        assert shard.in_panels or shard.sha256 == hashlib.sha256((model / shard.file).read_bytes()).hexdigest()
+
+
+def test_the_model_hash_is_that_of_the_plain_model_of_format_1(model: Path) -> None:
+    """Plans and outputs of older versions have it."""
+    assert model_hash(load_manifest(model)) == "3a370f37cf2afde5"
 
 
 def test_the_manifest_is_read_back_and_pickles(model: Path) -> None:
@@ -378,7 +411,7 @@ def _version_2(path: Path) -> None:
         (_resave(dtype="<i4"), r"expected header .*<f4.*, found .*<i4"),
         (_resave(dtype=">f4"), r"expected header .*<f4.*, found .*>f4"),
         (_resave(dtype="<f4", order="F"), r"expected header .*False.*, found .*True"),
-        (_transpose, r"expected header .*\(8, 32\).*, found .*\(32, 8\)"),
+        (_transpose, r"expected header .*\(1, 8, 64\).*, found .*\(64, 8, 1\)"),
         (_structure, "expected header"),
         (_pickle, r"expected header .*<f4.*, found .*O"),
         (_zip, r"expected a version 1\.0 \.npy file"),
@@ -409,7 +442,7 @@ def test_a_pickled_shard_is_not_unpickled(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "attacked").exists()
 
 
-@pytest.mark.parametrize("name", ["h1.mlp.c_fc.w.npy", "lm_head.npy", "encoder.json", "vocab.bpe"])
+@pytest.mark.parametrize("name", ["wpe.npy", "encoder.json", "vocab.bpe"])
 def test_a_flipped_bit_is_found_and_its_file_named(name: str, model: Path) -> None:
     verify_shards(model)
     expected = hashlib.sha256((model / name).read_bytes()).hexdigest()
@@ -417,6 +450,28 @@ def test_a_flipped_bit_is_found_and_its_file_named(name: str, model: Path) -> No
     found = hashlib.sha256((model / name).read_bytes()).hexdigest()
     with pytest.raises(ModelError, match=f"{name}: is damaged .expected sha256 {expected}, found {found}"):
         verify_shards(model)
+
+
+@pytest.mark.parametrize("tensor", ["h1/mlp/c_fc/w", "lm_head"])
+def test_every_flipped_bit_of_a_panel_is_found_in_its_columns_and_in_the_padding(tensor: str, model: Path) -> None:
+    shard = load_manifest(model).tensors[tensor]
+    path, n_out = model / shard.file, shard.shape[1]
+    original = path.read_bytes()
+    start = len(original) - 4 * math.prod(shard.stored_shape)
+    for column in (0, n_out - 1, n_out, 63):  # of the second row of the only panel
+        _flip(path, start + 4 * (64 + column))
+        found = (
+            f"the columns after column {n_out} are not zeros" if column >= n_out else f"expected sha256 {shard.sha256}"
+        )
+        with pytest.raises(ModelError, match=f"{path.name}: is damaged .{found}"):
+            verify_shards(model)
+        path.write_bytes(original)
+    verify_shards(model)
+    for position in range(start):
+        _flip(path, position)
+        with pytest.raises(ModelError, match=path.name):
+            verify_shards(model)
+        path.write_bytes(original)
 
 
 def test_the_first_bad_file_is_named(model: Path) -> None:
@@ -450,7 +505,15 @@ def _drop(*path: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("format", to=2), "format is 2, and this batchgen reads format 1"),
+        (_set("format", to=3), "format is 3, and this batchgen reads formats 1 and 2"),
+        (_set("format", to=1), r"tensors: h0/attn/c_attn/w: unknown key 'layout'"),
+        (_drop("tensors", "lm_head", "layout"), "tensors: lm_head: 'layout' is missing"),
+        (_set("tensors", "lm_head", "layout", to="plain"), "lm_head: layout: expected 'panels', found 'plain'"),
+        (_set("tensors", "lm_head", "layout", to=[]), "lm_head: layout: expected a string"),
+        (_set("tensors", "wpe", "layout", to="panels"), "wpe: unknown key 'layout'"),
+        (_set("tensors", "lm_head", "shape", to=[1, 8, 64]), r"lm_head: shape: expected \[8, 50\] from the config"),
+        (_set("precision", to="int4"), "precision: expected one of float32, int8, found 'int4'"),
+        (_set("precision", to=8), "precision: expected a string, found 8"),
         (_set("format", to=True), "format is True"),
         (_drop("format"), "format is None"),
         (_drop("source"), "'source' is missing"),
@@ -623,7 +686,7 @@ def test_any_value_in_a_manifest_loads_correctly_or_is_refused(data: Any, value:
 @given(edits=EDITS)
 def test_edited_bytes_of_a_shards_header_load_correctly_or_are_refused(edits: list[Any], model: Path) -> None:
     original = (model / SHARD).read_bytes()
-    start = len(original) - 4 * math.prod(TENSORS["h1/mlp/c_fc/w"].shape)
+    start = len(original) - 4 * math.prod(load_manifest(model).tensors["h1/mlp/c_fc/w"].stored_shape)
     _fresh(model, SHARD, _edit(original[:start], edits) + original[start:])
     try:
         _load_or_refuse(model)

@@ -2,16 +2,20 @@
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from batchgen.gpt2.forward import gpt2
+from batchgen.gpt2.weights import pack
 from batchgen.job import DEFAULT_MODEL
+from batchgen.models.model import Model
 from batchgen.models.registry import find_model
 from batchgen.models.shards import load_manifest, load_params, verify_shards
 from batchgen.text.tokenizer import Tokenizer
+from benchmarks.quality import batchgen_log_probs, compare
+from tests.support.logits import gpt2
 
 TALES = Path(__file__).parents[1] / "data" / "models" / "tales"
 
@@ -47,6 +51,19 @@ def test_the_embedded_model_predicts_an_unseen_tale():
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     loss = -logits[np.arange(len(ids) - 1), ids[1:]].mean()
     assert loss < 3.5
+
+
+def test_int8_changes_what_the_embedded_model_expects_by_little(tmp_path):
+    """KL divergence of the next token from float32; docs/precision.md has it for more text."""
+    model = Model.load(shutil.copytree(TALES, tmp_path / "tales"), precision="int8")
+    tokenizer, config, plain = model.load_tokenizer(), model.config, pack(model.load_params(), "int8")
+    window = np.array([[tokenizer.special.start, *tokenizer.encode(STORY)]])
+    exact = list(batchgen_log_probs(model.with_precision("float32").load_weights(), config, window))
+    assert compare(exact, exact, window).divergence == 0
+    int8, rounded = (
+        compare(exact, batchgen_log_probs(w, config, window), window) for w in (model.load_weights(), plain)
+    )
+    assert 0 < int8.divergence < rounded.divergence < 0.003
 
 
 def test_the_readme_states_the_measured_loss():

@@ -174,12 +174,12 @@ def test_merges_equal_the_reference_for_every_vocabulary(
     expected = [AB_ENCODER[token] for token in reference_merge(list(text), {pair: i for i, pair in enumerate(merges)})]
     assert merge_short([AB_ENCODER[letter] for letter in text], ranks, merged) == expected
     assert merge_long(array("i", [AB_ENCODER[letter] for letter in text]), ranks, merged).tolist() == expected
-    assert Tokenizer(AB_ENCODER, merges, AB_BYTES).encode(text) == expected
+    assert Tokenizer(AB_ENCODER, merged, AB_BYTES).encode(text) == expected
 
 
 @pytest.mark.parametrize("count", range(1, 12))
 def test_overlapping_pairs_merge_from_the_left(count: int) -> None:
-    tokenizer = Tokenizer({"a": 0, "aa": 1}, [("a", "a")], {0: b"a", 1: b"aa"})
+    tokenizer = Tokenizer({"a": 0, "aa": 1}, [(0, 0, 1)], {0: b"a", 1: b"aa"})
     assert tokenizer.encode("a" * count) == [1] * (count // 2) + [0] * (count % 2)
 
 

@@ -1,5 +1,3 @@
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +5,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from batchgen import planning as planner
-from batchgen.errors import BatchgenError, ModelError
-from batchgen.files import sha256_of
-from batchgen.gpt2.forward import gpt2
+from batchgen.errors import ModelError
 from batchgen.gpt2.pico import generate
 from batchgen.jobs.cli import app
 from batchgen.models import verify
@@ -19,9 +14,9 @@ from batchgen.models.openai import CONFIGS, KNOWN_COMPLETIONS, KNOWN_LOGITS, Com
 from batchgen.models.registry import list_models
 from batchgen.models.shards import load_manifest
 from batchgen.models.verify import openai_size, verify_model
-from batchgen.planning import check_memory
 from batchgen.text.tokenizer import Tokenizer
-from tests.support.models import BYTES, write_byte_model, write_wide_model
+from tests.support.logits import gpt2
+from tests.support.models import BYTES, rewrite_tensor, write_byte_model, write_wide_model
 from tests.support.vocabulary import gpt2_vocabulary_dir
 
 
@@ -92,26 +87,14 @@ def test_another_model_with_openais_name_is_refused(published: Model, monkeypatc
         list(verify_model(published))
 
 
-def _rewrite(model: Path, shard: str, change: Callable[[np.ndarray], object]) -> None:
-    """Change a shard and its hash in the manifest, as an attacker could."""
-    array = np.load(model / shard)
-    change(array)
-    np.save(model / shard, array)
-    manifest = json.loads((model / "manifest.json").read_text())
-    for entry in manifest["tensors"].values():
-        if entry["file"] == shard:
-            entry["sha256"] = sha256_of(model / shard)
-    (model / "manifest.json").write_text(json.dumps(manifest))
-
-
 def test_nan_in_a_shard_is_found(model: Path) -> None:
-    _rewrite(model, "h1.mlp.c_fc.w.npy", lambda array: array.__setitem__((3, 4), np.nan))
+    rewrite_tensor(model, "h1/mlp/c_fc/w", lambda array: array.__setitem__((3, 4), np.nan))
     with pytest.raises(ModelError, match="tensor h1/mlp/c_fc/w holds nan or infinity"):
         list(verify_model(Model.load(model)))
 
 
 def test_a_tied_head_that_is_not_wte_is_found(model: Path) -> None:
-    _rewrite(model, "lm_head.npy", lambda array: array.__setitem__((3, 4), 9))
+    rewrite_tensor(model, "lm_head", lambda array: array.__setitem__((3, 4), 9))
     with pytest.raises(ModelError, match="lm_head is not wte transposed"):
         list(verify_model(Model.load(model)))
 
@@ -134,7 +117,7 @@ def test_a_verification_is_recorded_for_exactly_these_weights(tmp_path: Path, mo
     assert result.output.count("ok  ") == 4
     assert _verified("mine") == verify.datetime.datetime.now(verify.datetime.UTC).date().isoformat()
     assert "VERIFIED" in CliRunner().invoke(app, ["models"]).output
-    _rewrite(model, "wpe.npy", lambda array: array.__setitem__((3, 4), 9))
+    rewrite_tensor(model, "wpe", lambda array: array.__setitem__((3, 4), 9))
     assert _verified("mine") is None
     (tmp_path / "verified.json").write_text("{")
     assert _verified("mine") is None
@@ -163,12 +146,3 @@ def test_known_texts_encode_to_the_published_ids() -> None:
         if isinstance(known.prompt, str) and isinstance(known.completion, str):
             together = tokenizer.encode(known.prompt + known.completion)
             assert together == tokenizer.encode(known.prompt) + tokenizer.encode(known.completion)
-
-
-def test_a_model_larger_than_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = CONFIGS["1558M"]
-    monkeypatch.setattr(planner, "available_memory", lambda: 4 * 10**9)
-    with pytest.raises(BatchgenError, match=r"1558M needs 7.\d GB of memory \(6.6 of weights, .* and 4.0 GB are free"):
-        check_memory("1558M", config, 6_552_000_000)
-    monkeypatch.setattr(planner, "available_memory", lambda: 16 * 10**9)
-    check_memory("1558M", config, 6_552_000_000)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import batchgen
 from batchgen.errors import ModelError
+from batchgen.files import cache_dir
 from batchgen.gpt2.config import GPT2Config
 from batchgen.models.openai import SIZES
-from batchgen.models.shards import MANIFEST, load_manifest, load_params, model_hash
+from batchgen.models.shards import INT8, MANIFEST, load_manifest, map_shards, model_hash
 from batchgen.models.string_map import read_string_map
 
 VERIFIED = "verified.json"  # in models_dir(): {model_hash: day of its last verification}
@@ -30,39 +31,33 @@ class ModelInfo:
     config: GPT2Config | None = None
     hash: str | None = None
     parameters: int | None = None  # as published: wte counts once, its transposed copy does not
-    bytes: int | None = None  # on disk, with that copy and the vocabulary
+    bytes: int | None = None  # on disk, with that copy, the vocabulary, and weights in int8
     source: dict[str, str] | None = None
     verified: str | None = None  # the day of the last verification: 2026-11-21
     error: str | None = None
-
-
-def _from_environment() -> Path | None:
-    value = os.environ.get(MODELS_VARIABLE)
-    return Path(os.path.expanduser(value)).absolute() if value else None
-
-
-def _cache() -> Path | None:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # the XDG specification ignores a relative one
-        base = os.path.expanduser("~/.cache")
-    return Path(base, "batchgen", "models") if os.path.isabs(base) else None
 
 
 def _embedded() -> Path:
     return (Path(batchgen.__file__).parent / "data").resolve() / "models"
 
 
+def user_roots() -> list[Path]:
+    """The user's folders of models, first to last: $BATCHGEN_MODELS, the cache."""
+    named, cache = os.environ.get(MODELS_VARIABLE), cache_dir()
+    roots = [Path(os.path.expanduser(named)).absolute()] if named else []
+    return [*roots, cache / "models"] if cache else roots
+
+
 def models_dir() -> Path:
-    """The user's folder of models, $BATCHGEN_MODELS or the cache; it may not exist yet."""
-    folder = _from_environment() or _cache()
-    if folder is None:
+    """The first of them; it may not exist yet."""
+    if not (roots := user_roots()):
         raise ModelError(f"there is no home directory to keep models in; set {MODELS_VARIABLE} to a folder")
-    return folder
+    return roots[0]
 
 
 def model_roots() -> list[Path]:
     """The folders in which a bare name is looked up, first to last."""
-    return [root for root in (_from_environment(), _cache(), _embedded()) if root is not None]
+    return [*user_roots(), _embedded()]
 
 
 def check_bare_name(name: str) -> str:
@@ -106,9 +101,10 @@ def _describe(name: str, days: dict[str, str]) -> ModelInfo:
     path = _locate(name) or next(root / name for root in model_roots() if os.path.isdir(root / name))
     try:
         manifest = load_manifest(path)
-        load_params(path, manifest)
+        for _ in map_shards(path, manifest, {}):  # a shard that is missing or too short
+            pass
         files = [*manifest.tokenizer, *(shard.file for shard in manifest.tensors.values())]
-        size = sum((path / file).stat().st_size for file in files)
+        size = sum(entry.stat().st_size for entry in [*(path / file for file in files), *path.glob(f"{INT8}/*")])
     except (ModelError, OSError) as error:
         return ModelInfo(name, path, error=str(error))
     parameters = sum(math.prod(shape) for shape in manifest.config.tensor_shapes().values())

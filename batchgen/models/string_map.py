@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from batchgen.errors import ModelError
-from batchgen.files import lock, replace_file
+from batchgen.files import locked, replace_file
 from batchgen.models.shards import read_json
 
 _LIMIT = 2**22
@@ -24,12 +24,9 @@ def read_string_map(path: Path) -> dict[str, str]:
 
 def update_string_map(path: Path, values: Mapping[str, str]) -> None:
     """Add or change entries and keep those of other processes, with the folder locked."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        lock(folder, wait=True)
-        text = json.dumps(read_string_map(path) | dict(values), indent=1, sort_keys=True) + "\n"
-        replace_file(path, text.encode())
+        with locked(path.parent):
+            text = json.dumps(read_string_map(path) | dict(values), indent=1, sort_keys=True) + "\n"
+            replace_file(path, text.encode())
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        os.close(folder)

@@ -11,6 +11,7 @@ import reprlib
 from array import array
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise, repeat
 from os.path import isfile, lexists
@@ -65,6 +66,7 @@ def byte_alphabet() -> dict[int, str]:
 
 BYTE_TO_CHARACTER = byte_alphabet()
 CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
+_CODES = {ord(character): byte for character, byte in CHARACTER_TO_BYTE.items()}
 
 
 def merge_short(symbols: list[int], ranks: Ranks, merged: Merged) -> list[int]:
@@ -189,42 +191,51 @@ def read_vocabulary(path: Path, sha256: str | None = None) -> dict[str, int]:
     return encoder
 
 
-def read_merges(path: Path, encoder: dict[str, int], sha256: str | None = None) -> list[tuple[str, str]]:
+def read_merges(path: Path, encoder: dict[str, int], sha256: str | None = None) -> Merged:
     """The pairs of a merges file in order. The first line may be `#version: ...`; the last may lack a newline."""
     lines = _read_text(path, sha256).replace("\r\n", "\n").rstrip("\n").split("\n")
-    first_line_of: dict[tuple[str, str], int] = {}
-    for number, line in enumerate(lines, start=1):
-        if number == 1 and (line.startswith("#version") or lines == [""]):
-            continue
+    first = int(lines[0].startswith("#version") or lines == [""])
+    merged: Merged = []
+    for number, line in enumerate(lines[first:], start=first + 1):
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
             raise ModelError(f"{path}:{number}: {line[:40]!r} is not two symbols with a space between; correct it")
-        for symbol in (left, right, left + right):
-            if symbol not in encoder:
-                raise ModelError(
-                    f"{path}:{number}: {symbol[:40]!r} is not in the vocabulary; are the two files of one model?"
-                )
-        if first_line_of.setdefault((left, right), number) != number:
-            first = first_line_of[left, right]
-            raise ModelError(f"{path}:{number}: {line[:40]!r} is also in line {first}; remove one")
-    return list(first_line_of)
+        try:
+            merged.append((encoder[left], encoder[right], encoder[left + right]))
+        except KeyError as error:
+            raise ModelError(
+                f"{path}:{number}: {error.args[0][:40]!r} is not in the vocabulary; are the two files of one model?"
+            ) from None
+    if len(set(merged)) < len(merged):
+        line_of: dict[tuple[int, int, int], int] = {}
+        for number, triple in enumerate(merged, start=first + 1):
+            if (other := line_of.setdefault(triple, number)) != number:
+                line = lines[number - 1]
+                raise ModelError(f"{path}:{number}: {line[:40]!r} is also in line {other}; remove one")
+    return merged
 
 
-def bytes_by_id(
-    path: Path, encoder: dict[str, int], merges: list[tuple[str, str]], added: Iterable[AddedToken]
-) -> dict[int, bytes]:
+def _find_marks(encoder: dict[str, int], merged: Merged) -> Iterator[tuple[str, int]]:
+    """The tokens that no merge creates and that look like `<|endoftext|>`, with their ids."""
+    created = {token_id for *_, token_id in merged}
+    for token, token_id in encoder.items():
+        if token_id not in created and _SPECIAL.fullmatch(token):
+            yield token, token_id
+
+
+def bytes_by_id(path: Path, encoder: dict[str, int], merged: Merged, added: Iterable[AddedToken]) -> dict[int, bytes]:
     """The bytes of each id; those of an added token that no merge creates, such as `<|pad|>`, are its own text."""
-    merged = {left + right for left, right in merges}
-    contents = {token.content for token in added} | {token for token in encoder if _SPECIAL.fullmatch(token)}
-    contents -= merged | CHARACTER_TO_BYTE.keys()
+    created = {token_id for *_, token_id in merged}
+    contents = {token.content for token in added if encoder.get(token.content) not in created}
+    contents |= {token for token, _ in _find_marks(encoder, merged)}
+    contents -= CHARACTER_TO_BYTE.keys()
     result: dict[int, bytes] = {}
     for token, token_id in encoder.items():
         try:
-            if token in contents:
-                result[token_id] = token.encode()
-            else:
-                result[token_id] = bytes([CHARACTER_TO_BYTE[character] for character in token])
-        except (KeyError, UnicodeEncodeError):
+            result[token_id] = (
+                token.encode() if token in contents else codecs.charmap_encode(token, "strict", _CODES)[0]
+            )
+        except UnicodeEncodeError:
             raise ModelError(
                 f"{path}: the token {token[:40]!r} (id {token_id}) has a character that stands for no byte in GPT-2's "
                 "alphabet; use a byte-level BPE vocabulary, not a SentencePiece or WordPiece one"
@@ -232,14 +243,10 @@ def bytes_by_id(
     return result
 
 
-def find_special(encoder: dict[str, int], merges: list[tuple[str, str]]) -> SpecialTokens:
+def find_special(encoder: dict[str, int], merged: Merged) -> SpecialTokens:
     """The special tokens of a vocabulary that comes without a list of them, as OpenAI's; in prompts they are text."""
-    merged = {left + right for left, right in merges}
-    added = tuple(
-        AddedToken(token_id, token, special=True, normalized=False)
-        for token, token_id in encoder.items()
-        if token not in merged and _SPECIAL.fullmatch(token)
-    )
+    marks = _find_marks(encoder, merged)
+    added = tuple(AddedToken(token_id, token, special=True, normalized=False) for token, token_id in marks)
     eos_id = encoder.get(END_OF_TEXT)
     return SpecialTokens(added, end=() if eos_id is None else (eos_id,), start=eos_id, parse=False)
 
@@ -275,21 +282,20 @@ class Cache(dict[str, Sequence[int]]):
 class Tokenizer:
     """Text to ids and back with one vocabulary; `load` reads and checks its files.
 
-    encoder: token in the characters of byte_alphabet -> id. merges: pairs of tokens in order of their rank.
+    encoder: token in the characters of byte_alphabet -> id. merged: pairs of tokens in order of their rank.
     token_bytes: id -> the bytes of the token. special: what the tokenizer does besides BPE.
     """
 
     def __init__(
         self,
         encoder: dict[str, int],
-        merges: list[tuple[str, str]],
+        merged: Merged,
         token_bytes: dict[int, bytes],
         special: SpecialTokens | None = None,
     ) -> None:
         self.encoder = encoder
-        self.decoder = {token_id: token for token, token_id in encoder.items()}
-        self.n_vocab, self.n_tokens = max(self.decoder) + 1, len(self.decoder)  # more ids than tokens: holes
-        self.special = special or find_special(encoder, merges)
+        self.n_vocab, self.n_tokens = max(token_bytes) + 1, len(token_bytes)  # more ids than tokens: holes
+        self.special = special or find_special(encoder, merged)
         self.special_ids = frozenset(token.id for token in self.special.added if token.special)
         # a token that takes spaces has any length
         takes_spaces = any(token.lstrip or token.rstrip for token in self.special.added)
@@ -297,8 +303,7 @@ class Tokenizer:
         self._token_bytes = token_bytes
         unknown = ABSENT if self.special.unknown is None else self.special.unknown
         self._byte_ids = [encoder.get(BYTE_TO_CHARACTER[byte], unknown) for byte in range(256)]
-        self._merged = [(encoder[left], encoder[right], encoder[left + right]) for left, right in merges]
-        self._ranks = {(left, right): rank for rank, (left, right, _) in enumerate(self._merged)}
+        self._merged = merged
         self._finder = Finder(self.special.added)
         self._runs = Cache(self._encode_run)
         self._pieces = Cache(self._encode_piece)
@@ -310,18 +315,28 @@ class Tokenizer:
         openai = path.with_name(VOCABULARY_FILES[0][0]), path.with_name(VOCABULARY_FILES[0][1])
         vocabulary_path, merges_path = openai if known else find_vocabulary(path.parent)
         encoder = read_vocabulary(vocabulary_path, known.get(vocabulary_path.name))
-        merges = read_merges(merges_path, encoder, known.get(merges_path.name))
+        merged = read_merges(merges_path, encoder, known.get(merges_path.name))
         has_special = SPECIAL_TOKENS in known if known else lexists(path)
-        special = read_special(path, known.get(path.name)) if has_special else find_special(encoder, merges)
-        return cls(encoder, merges, bytes_by_id(vocabulary_path, encoder, merges, special.added), special)
+        special = read_special(path, known.get(path.name)) if has_special else find_special(encoder, merged)
+        return cls(encoder, merged, bytes_by_id(vocabulary_path, encoder, merged, special.added), special)
+
+    @cached_property
+    def decoder(self) -> dict[int, str]:
+        """id -> token"""
+        return {token_id: token for token, token_id in self.encoder.items()}
+
+    @cached_property
+    def _ranks(self) -> Ranks:
+        """Made when a text is encoded; a worker most often decodes only."""
+        return {(left, right): rank for rank, (left, right, _) in enumerate(self._merged)}
 
     def has_id(self, token_id: int) -> bool:
         """Whether a token has this id: a vocabulary may have holes."""
-        return token_id in self.decoder
+        return token_id in self._token_bytes
 
     def absent_ids(self, n_vocab: int) -> list[int]:
         """The ids below n_vocab that no token has."""
-        return [token_id for token_id in range(n_vocab) if token_id not in self.decoder]
+        return [token_id for token_id in range(n_vocab) if token_id not in self._token_bytes]
 
     def _encode_piece(self, piece: str) -> Sequence[int]:
         symbols = array("i", map(self._byte_ids.__getitem__, piece.encode()))
@@ -378,7 +393,7 @@ class Tokenizer:
         return ids
 
     def _id_of(self, token: AddedToken) -> int:
-        if token.id not in self.decoder:
+        if not self.has_id(token.id):
             raise InputError(
                 f"{token.content[:40]!r} is token {token.id}, which has no weights in the model; remove it"
             )

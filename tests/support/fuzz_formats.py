@@ -22,7 +22,7 @@ from batchgen.errors import ModelError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.models.convert import INDEX, read_tf_tensors
 from batchgen.models.huggingface import hf_names, open_weights, read_hf_config
-from batchgen.models.shards import load_manifest, load_params, read_json, verify_shards
+from batchgen.models.shards import load_manifest, load_params, load_tensors, read_json, verify_shards
 from tests.support.hf_checkpoint import write_hf_model
 from tests.support.models import BYTES, write_byte_model
 
@@ -81,7 +81,7 @@ class Manifest(Target):
 
     def load(self) -> None:
         manifest = load_manifest(self.model)
-        load_params(self.model, manifest)
+        load_tensors(self.model, manifest)
         verify_shards(self.model)
         assert {name: shard.sha256 for name, shard in manifest.tensors.items()} == self.shards
         said: Any = read_json(self.file, 2**24)
@@ -94,7 +94,7 @@ class Npy(Target):
 
     def __init__(self, directory: Path) -> None:
         self.model = write_byte_model(directory / "model")
-        self.file = self.model / "h1.mlp.c_fc.w.npy"
+        self.file = self.model / "h1.mlp.c_fc.w.panels.npy"
         self.tail = self.file.read_bytes()[128:]
         self.expected = np.array(load_params(self.model)["blocks"][1]["mlp"]["c_fc"]["w"])
 

@@ -1,15 +1,19 @@
 """Small models for the tests, made in milliseconds."""
 
 import json
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.params import Array, Params, nest, random_tensors
-from batchgen.models.shards import Description, write_model
+from batchgen.gpt2.params import Array, Params, nest
+from batchgen.gpt2.weights import to_panels
+from batchgen.models.shards import Description, load_tensors, write_model, write_npy
 from batchgen.text.tokenizer import END_OF_TEXT, byte_alphabet
+from tests.support.tensors import random_tensors
 
 TINY = GPT2Config(n_vocab=500, n_ctx=256, n_embd=64, n_head=4, n_layer=3)
 BYTES = GPT2Config(n_vocab=257, n_ctx=128, n_embd=32, n_head=2, n_layer=2)
@@ -66,6 +70,32 @@ def write_wide_model(directory: Path) -> Path:
     return directory
 
 
-def has_avx512() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "avx512vl" in cpuinfo.read_text()
+def rewrite_tensor(model: Path, name: str, change: Callable[[Array], object]) -> None:
+    """Change a tensor of a model on disk, and its hash in the manifest, as an attacker could."""
+    manifest = json.loads((model / "manifest.json").read_text())
+    tensor = load_tensors(model)[name].copy()
+    change(tensor)
+    entry = manifest["tensors"][name]
+    (model / entry["file"]).unlink()  # a process may have mapped it
+    write_npy(model / entry["file"], to_panels(tensor) if "layout" in entry else tensor)
+    entry["sha256"] = npy_sha256(tensor)
+    (model / "manifest.json").write_text(json.dumps(manifest))
+
+
+def npy_sha256(tensor: Array) -> str:
+    """The SHA-256 of a tensor's plain `.npy` file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_npy(Path(folder, "tensor.npy"), tensor)
+
+
+def unpack_model(model: Path) -> Path:
+    """Store a model as format 1 did: every tensor in a plain file."""
+    manifest = json.loads((model / "manifest.json").read_text())
+    for name, tensor in load_tensors(model).items():
+        entry = manifest["tensors"][name]
+        if entry.pop("layout", None):
+            (model / entry["file"]).unlink()
+            entry["file"] = f"{name.replace('/', '.')}.npy"
+            assert write_npy(model / entry["file"], tensor) == entry["sha256"]
+    (model / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    return model
