@@ -22,7 +22,7 @@ from batchgen.output import file as file_module
 from batchgen.output import parts as parts_module
 from batchgen.output.file import FileOutput, write_json_lines, write_parquet
 from batchgen.output.ledger import Ledger
-from batchgen.output.parts import count_part, part_name, read_parts, write_part
+from batchgen.output.parts import count_part, merge_rows, part_name, read_parts, write_part
 from batchgen.output.schema import Columns, rows_to_table
 from batchgen.types import OutputRow
 from tests.support.plans import plan_of
@@ -226,6 +226,66 @@ def test_a_merge_does_not_depend_on_how_rows_were_cut_into_parts_but_for_row_gro
         merge(parts, out_folder / f"{name}.parquet", SCHEMA, len(rows))
         tables.append(pq.read_table(out_folder / f"{name}.parquet"))
     assert tables[0].equals(tables[1])
+
+
+@given(data=st.data(), window=st.integers(1, 30), n_row=st.integers(0, 60))
+@settings(deadline=None, max_examples=60)
+def test_a_merge_has_each_row_once_and_in_order_however_rows_are_dealt_to_streams(
+    data: st.DataObject, window: int, n_row: int
+) -> None:
+    """Rows of one or several samples, each in one stream; streams in batches of any length."""
+    samples = [data.draw(st.integers(1, 3)) for _ in range(n_row)]
+    streams: list[list[dict[str, int]]] = []
+    for begin in range(0, n_row, window):
+        dealt: list[list[dict[str, int]]] = [[] for _ in range(4)]
+        for row in range(begin, min(begin + window, n_row)):
+            dealt[data.draw(st.integers(0, 3))] += [{"row": row, "sample": sample} for sample in range(samples[row])]
+        streams += sorted((one for one in dealt if one), key=lambda one: one[0]["row"])
+    opened: list[int] = []
+
+    def batches(number: int, rows: list[dict[str, int]]) -> Iterator[pa.RecordBatch]:
+        opened.append(number)
+        length = data.draw(st.integers(1, 5))
+        for at in range(0, len(rows), length):
+            yield pa.RecordBatch.from_pylist(
+                rows[at : at + length], pa.schema({"row": pa.int64(), "sample": pa.int32()})
+            )
+        opened.remove(number)
+
+    made: list[dict[str, int]] = []
+    for batch in merge_rows(batches(number, rows) for number, rows in enumerate(streams)):
+        made += batch.to_pylist()
+        assert len(opened) <= 5  # those of a window, and the first of the next
+    assert made == [{"row": row, "sample": sample} for row in range(n_row) for sample in range(samples[row])]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.dictionary(pa.int8(), pa.string()),
+        pa.string_view(),
+        pa.list_(pa.string_view()),
+        pa.struct([("a", pa.dictionary(pa.int32(), pa.string()))]),
+        pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    ],
+    ids=str,
+)
+def test_kept_values_of_any_type_are_merged(tmp_path: Path, kind: pa.DataType) -> None:
+    def value(row: int) -> Any:
+        text = None if row == 3 else f"text of row {row}"
+        return {"a": text} if pa.types.is_struct(kind) else [text] if pa.types.is_list(kind) else text
+
+    schema = Columns().schema(pa.schema([("k", kind)]))
+    parts = []
+    for chunk, rows in enumerate(([0, 3, 4], [1, 2, 5])):
+        values = pa.table({"k": pa.array(map(value, rows), kind)})
+        sha256 = write_part([ok(row) for row in rows], tmp_path / "part", schema, lambda _, values=values: values)
+        parts.append((tmp_path / "part").rename(tmp_path / part_name(chunk, sha256)))
+    merge(parts, tmp_path / "out.parquet", schema, 6)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["row"].to_pylist() == list(range(6))
+    assert table["k"].to_pylist() == [value(row) for row in range(6)]
 
 
 @pytest.mark.parametrize("empty_parts", [0, 2])

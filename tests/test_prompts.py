@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from batchgen.errors import InputError
 from batchgen.input import formats, jsonl, sources
@@ -151,9 +153,9 @@ def test_a_folder_above_what_is_named_is_no_parameter_and_noted(tmp_path: Path) 
     file = tmp_path / "seed=3" / "x=1" / "n=2" / "p.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text('{"prompt": "a"}\n')
-    for given, folders in ((file, ("seed=3", "n=2")), (tmp_path / "seed=3", ("seed=3",)), (tmp_path / "*" / "**", ())):
-        assert open_prompts(given).row_parameters.folders == folders
-        assert open_prompts(given, row_params=False).row_parameters.folders == ()
+    for named, folders in ((file, ("seed=3", "n=2")), (tmp_path / "seed=3", ("seed=3",)), (tmp_path / "*" / "**", ())):
+        assert open_prompts(named).row_parameters.folders == folders
+        assert open_prompts(named, row_params=False).row_parameters.folders == ()
     assert [item.params for item in open_prompts(file).requests(PARAMS) if isinstance(item, Request)] == [PARAMS]
 
 
@@ -252,12 +254,37 @@ def test_a_chunk_ends_with_the_row_that_fills_it_in_bytes_however_the_file_is_re
     records = [{"prompt": "a", "id": str(row), "k": "k" * letters[row]} for row in range(30)]
     for name in ("a.jsonl", "b.csv", "c.parquet", "d.jsonl.gz"):
         prompts = open_prompts(write(tmp_path / name, records), keep=("k",))
-        cut = Cut(8, chunk_bytes=4_000)
+        cut = Cut(8, window_bytes=4_000)
         found = list(prompts.chunks(prompts.scan(), PARAMS, lambda item: item, cut))  # type: ignore[arg-type, return-value]
         cuts = [(chunk.first_row, len(chunk.items)) for chunk in found]
         assert cuts == [(0, 6), (6, 8), (14, 7), (21, 8), (29, 1)]  # long are rows 0, 5, 10 ...
         kept = [row for chunk in found for row in kept_columns(chunk, output_rows(chunk))["k"].to_pylist()]
         assert kept == [record["k"] for record in records]
+
+
+@given(done=st.sets(st.integers(0, 20)), window_bytes=st.integers(50, 2_000), batch_rows=st.integers(1, 90))
+@settings(deadline=None, max_examples=10)
+def test_the_chunks_that_a_resumed_run_does_are_those_of_the_first_run(
+    tmp_path_factory: pytest.TempPathFactory, done: set[int], window_bytes: int, batch_rows: int
+) -> None:
+    """Whatever was committed before, and however the file is read; rows and kept values of all make up the input."""
+    folder = tmp_path_factory.mktemp("cut")
+    records = [{"prompt": "ab"[row % 2] * 300 + str(row % 7), "k": f"k{row}"} for row in range(80)]
+    prompts = open_prompts(write(folder / "a.jsonl", records), keep=("k",))
+    cut = {"together": 4, "window_bytes": window_bytes * 100}
+    whole = [(chunk.index, chunk.items, kept_texts(chunk)) for chunk in chunks(prompts, 5, **cut)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "BATCH_ROWS", batch_rows)
+        rest = [(chunk.index, chunk.items, kept_texts(chunk)) for chunk in chunks(prompts, 5, skip=done, **cut)]
+    assert rest == [chunk for chunk in whole if chunk[0] not in done]
+    assert [index for index, _, _ in whole] == list(range(len(whole)))
+    rows = [(item.row, kept) for _, items, texts in whole for item, kept in zip(items, texts, strict=True)]
+    assert sorted(rows) == [(row, f"k{row}") for row in range(80)]
+
+
+def kept_texts(chunk: Chunk) -> list[str]:
+    texts: list[str] = kept_columns(chunk, output_rows(chunk))["k"].to_pylist()
+    return texts
 
 
 def test_a_chunk_that_is_done_is_counted_and_not_checked(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the run ends (files.SteadyFile): no chunk has a row of other bytes than those wh
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
@@ -15,6 +16,7 @@ import pyarrow as pa
 from batchgen.errors import InputError, UsageError
 from batchgen.input import csv_files, jsonl, parquet, text_lines
 from batchgen.input.formats import Format, Found, Reading, Rows, Scanned, folder_parameters
+from batchgen.input.grouping import TOGETHER, share_out
 from batchgen.input.kept import Column, kept_schema, pack_kept
 from batchgen.input.parameters import PARAMETERS, find_results, override_params
 from batchgen.input.sources import Source, check_local_unchanged, check_unchanged, find_sources, local_paths
@@ -51,18 +53,28 @@ class Facts:
     names: tuple[str, ...] = field(default=(), compare=False)  # of the files, for people
 
 
-CHUNK_BYTES = 32 * 2**20  # a chunk is in memory several times: here, on its way, in its worker
+WINDOW_BYTES = 32 * 2**20  # a chunk is in memory several times: here, on its way, in its worker
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How an input is cut into chunks, and which are wanted. A chunk ends with the row that fills it."""
+    """How an input is cut into chunks, and which are wanted. A window ends with the row that fills it; see grouping.py.
+
+    A resumed run cuts at the same rows, and into the same chunks.
+    """
 
     chunk_rows: int
     rows: Container[int] | None = None  # only these input rows; None: all
     skip: Container[int] = ()  # chunks that are done: their rows are read but not tokenized
     as_json: bool = False  # kept values are written as JSON lines; a row with one that JSON cannot hold is rejected
-    chunk_bytes: int = CHUNK_BYTES  # of the input, so that a resumed run cuts it at the same rows
+    together: int = 1  # chunks of a window; 1: each chunk is consecutive rows
+    window_bytes: int = WINDOW_BYTES  # of the input
+
+    @classmethod
+    def for_output(cls, kind: str, chunk_rows: int, rows: Container[int] | None, skip: Container[int] = ()) -> "Cut":
+        """The cut for a kind of output. The parts of a dataset are its files, so each has consecutive rows."""
+        together = 1 if kind == "dataset" else TOGETHER
+        return cls(chunk_rows, rows, skip, as_json=kind == "jsonl", together=together, window_bytes=WINDOW_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +130,8 @@ class Prompts:
             yield from rows.items
 
     def chunks(self, facts: Facts, params: SamplingParams, check: Check, cut: Cut) -> Iterator[Chunk]:
-        """Yield the wanted chunks in order, each with the kept columns of its rows; see `requests` for the rest."""
-        for index, pieces in enumerate(_regroup(self._read(params, facts.kept, cut.as_json), cut)):
-            if index in cut.skip:
-                continue
+        """Yield the wanted chunks, each with the kept columns of its rows; see `requests` for the rest."""
+        for index, pieces in _pieces(self._read(params, facts.kept, cut.as_json), cut):
             items = [item for piece in pieces for item in piece.items]
             if not facts.logprobs and params.logprobs is None:  # so the output has no columns of them
                 items = [_reject_unseen_logprobs(item) for item in items]
@@ -213,8 +223,8 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _regroup(batches: Iterable[Rows], cut: Cut) -> Iterator[list[Rows]]:
-    """Yield the wanted rows chunk by chunk, as the pieces of batches that make up each."""
+def _windows(batches: Iterable[Rows], cut: Cut) -> Iterator[list[Rows]]:
+    """Yield the wanted rows window by window, as the pieces of batches that make up each."""
     pieces: list[Rows] = []
     rows = size = 0
     for batch in batches:
@@ -224,10 +234,36 @@ def _regroup(batches: Iterable[Rows], cut: Cut) -> Iterator[list[Rows]]:
                 continue
             indices.append(index)
             rows, size = rows + 1, size + batch.sizes[index]
-            if rows == cut.chunk_rows or size >= cut.chunk_bytes:
+            if rows == cut.chunk_rows * cut.together or size >= cut.window_bytes:
                 yield [*pieces, batch.take(indices)]
                 pieces, indices, rows, size = [], [], 0, 0
         if indices:
             pieces.append(batch.take(indices))
     if pieces:
         yield pieces
+
+
+def _pieces(batches: Iterable[Rows], cut: Cut) -> Iterator[tuple[int, list[Rows]]]:
+    """Yield the index of each wanted chunk, and the pieces of batches that make it up."""
+    first = 0
+    for window in _windows(batches, cut):
+        items = [item for piece in window for item in piece.items]
+        indices = range(first, first + -(-len(items) // cut.chunk_rows))
+        first = indices.stop
+        if all(index in cut.skip for index in indices):
+            continue
+        for index, members in zip(indices, share_out(items, len(indices), cut.chunk_rows), strict=True):
+            if index not in cut.skip:
+                yield index, _take(window, members) if len(indices) > 1 else window
+
+
+def _take(pieces: Sequence[Rows], members: Sequence[int]) -> list[Rows]:
+    """The rows at these ascending indices, which count through the pieces."""
+    found: list[Rows] = []
+    start = at = 0
+    for piece in pieces:
+        end = bisect_left(members, start + len(piece.items), at)
+        if at < end:
+            found.append(piece.take([member - start for member in members[at:end]]))
+        start, at = start + len(piece.items), end
+    return found

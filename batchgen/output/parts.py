@@ -5,16 +5,19 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen.errors import OutputError
 from batchgen.files import PART, sha256_of
+from batchgen.input.kept import take_rows
 from batchgen.limits import reached_limit, reason_of
 from batchgen.options import say
 from batchgen.output.place import KEPT, output_errors
@@ -24,6 +27,8 @@ from batchgen.types import OutputRow, Reason, Receipt
 GROUP_ROWS = 65_536  # of a row group at most
 GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
 BATCH_ROWS = 8_192
+MERGED_BYTES = 2**20  # of each of the parts that are merged, in memory
+MAX_ROW = 2**63 - 1
 RECEIPT_KEY = "batchgen_receipt"
 MADE_AGAIN = "the same command makes it again"
 METADATA_KEY = "batchgen"  # in the metadata of a file of all rows: the plan
@@ -102,22 +107,84 @@ def open_part(path: Path) -> Iterator[tuple[pq.ParquetFile, str]]:
         raise OutputError(f"{path}: the part cannot be read ({reason_of(error)}); {MADE_AGAIN}") from error
 
 
-def group_batches(file: pq.ParquetFile, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches of a file of ours; none is larger than a row group, which is bounded in bytes."""
-    for group in range(file.num_row_groups):
+def group_batches(
+    file: pq.ParquetFile, columns: Sequence[str] | None = None, batch_bytes: int = GROUP_BYTES
+) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of a file of ours, of about batch_bytes at most; no row group is larger in memory."""
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        rows = batch_bytes * group.num_rows // max(group.total_byte_size, 1)
         yield from file.iter_batches(
-            BATCH_ROWS, row_groups=[group], columns=columns and list(columns), use_threads=False
+            min(max(rows, 1), BATCH_ROWS), row_groups=[number], columns=columns and list(columns), use_threads=False
         )
 
 
+def _read_part(part: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    with open_part(part) as (file, _):
+        if not file.schema_arrow.equals(schema):
+            what = "the part has other columns than this run's"
+            raise OutputError(f"{part}: {what}; run again with {say('restart', True)}")
+        yield from group_batches(file, batch_bytes=MERGED_BYTES)
+
+
 def read_parts(parts: Iterable[Path], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches of committed parts in order; see open_part."""
-    for part in parts:
-        with open_part(part) as (file, _):
-            if not file.schema_arrow.equals(schema):
-                what = "the part has other columns than this run's"
-                raise OutputError(f"{part}: {what}; run again with {say('restart', True)}")
-            yield from group_batches(file)
+    """Yield the rows of committed parts, whose first rows ascend, in the order of the input; see open_part."""
+    return merge_rows(_read_part(part, schema) for part in parts)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A stream of record batches that is read up to somewhere: the rows of `batch` are next."""
+
+    batch: pa.RecordBatch
+    rest: Iterator[pa.RecordBatch]
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        numbers: npt.NDArray[np.int64] = self.batch["row"].to_numpy()
+        return numbers
+
+    def take(self, last: int) -> pa.RecordBatch:
+        """Remove and return the rows up to this input row."""
+        n = int(np.searchsorted(self.numbers, last, side="right"))
+        taken, self.batch = self.batch[:n], self.batch[n:]
+        return taken
+
+    def is_over(self) -> bool:
+        while not len(self.batch):
+            following = next(self.rest, None)
+            if following is None:
+                return True
+            self.batch = following
+        return False
+
+
+def merge_rows(streams: Iterable[Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
+    """Merge by row streams in which rows ascend, and whose first rows do; a stream is open from its first to its last.
+
+    rows 0 3 4, rows 1 2, rows 5 6 -> rows 0 1 2, rows 3 4, rows 5 6
+    """
+    opened = (_Open(batch, stream) for stream in streams for batch in islice(stream, 1))
+    coming = next(opened, None)
+    streams_now: list[_Open] = []
+    while coming or streams_now:
+        last = min((int(one.numbers[-1]) for one in streams_now), default=MAX_ROW)
+        while coming and coming.numbers[0] <= last:
+            streams_now.append(coming)
+            last = min(last, int(coming.numbers[-1]))
+            coming = next(opened, None)
+        yield from _sorted([batch for one in streams_now if len(batch := one.take(last))])
+        streams_now = [one for one in streams_now if not one.is_over()]
+
+
+def _sorted(batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """The rows of these batches in the order of the input."""
+    if len(batches) == 1:
+        return batches
+    table = pa.Table.from_batches(batches).unify_dictionaries()
+    order = np.argsort(table["row"].to_numpy(), kind="stable")
+    in_one: list[pa.RecordBatch] = take_rows(table, order).combine_chunks().to_batches()
+    return in_one
 
 
 def read_numbers(parts: Iterable[Path]) -> Iterator[pa.RecordBatch]:

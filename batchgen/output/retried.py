@@ -104,7 +104,7 @@ class RetriedFile(FileOutput):
         if not restart and ledger.unfinished():
             remedy = f"resume it first (without {say('retry_failed', True)}), or discard it with {say('restart', True)}"
             raise BusyError(f"{ledger.directory}: an unfinished run is to replace this file; {remedy}")
-        remedy = "give the options that made it, with its batchgen, NumPy and BLAS"
+        remedy = "give the options that made it, with its batchgen and regex"
         refuse_conflict(str(self.path), read_plan(self.path), plan, automatic, remedy)
         return ledger.adopt(replace(plan, retry=True), automatic, restart)
 
