@@ -2,18 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-__version__ = "0.2.0"  # another one whenever a row, or how an input is cut into chunks, may differ
+__version__ = "0.3.0"  # another one whenever a row, or how an input is cut into chunks, may differ
 
 if TYPE_CHECKING:
-    from batchgen.errors import (
-        BatchgenError,
-        BusyError,
-        InputError,
-        ModelError,
-        OutputError,
-        StoppedError,
-        UsageError,
-    )
+    from batchgen.errors import BatchgenError, BusyError, InputError, ModelError, OutputError, StoppedError, UsageError
     from batchgen.generator import Generator
     from batchgen.job import InputOptions, Job, OutputOptions, Policy, WorkOptions
     from batchgen.progress import Progress, Summary

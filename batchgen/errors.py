@@ -25,6 +25,10 @@ class ModelError(BatchgenError):
     """A model is missing, damaged, or not what it says it is."""
 
 
+class SetupError(BatchgenError):
+    """A package that batchgen needs is missing or does not work."""
+
+
 class BusyError(BatchgenError):
     """Another run holds this output; nothing was touched."""
 

@@ -90,6 +90,28 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
     return True
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; wait for another process that holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# ---- the user's cache
+
+
+def cache_dir() -> Path | None:
+    """batchgen's folder in the user's cache, which may not exist yet; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification ignores a relative one
+        base = os.path.expanduser("~/.cache")
+    return Path(base, "batchgen") if os.path.isabs(base) else None
+
+
 # ---- reading again
 
 

@@ -5,23 +5,27 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batchgen.engine.engine import MAX_BATCH, Engine, Step
-from batchgen.engine.probe import one_blas_thread
+from batchgen.engine.limits import MAX_BATCH
 from batchgen.errors import ModelError, UsageError
+from batchgen.gpt2.machine_code import prepare_kernels
+from batchgen.input.grouping import TOGETHER
 from batchgen.input.validation import make_check
-from batchgen.job import DEFAULT_MODEL, Policy
+from batchgen.job import DEFAULT_MODEL, Policy, WorkOptions
 from batchgen.models.model import Model
 from batchgen.options import known_keywords, shown, split_keywords
 from batchgen.planning import plan_chunks
 from batchgen.text.stopping import StopStrings, completed_text
 from batchgen.text.tokenizer import StreamDecoder
-from batchgen.types import OutputRow, Rejected, Request, SamplingParams, TokenizedRequest
+from batchgen.types import OutputRow, Precision, Rejected, Request, SamplingParams, TokenizedRequest
 from batchgen.workers.complete import complete_chunk, map_engine, to_prompts
 from batchgen.workers.marker import RECORD, Marker
+
+if TYPE_CHECKING:
+    from batchgen.engine.engine import Engine, Step
 
 CHUNK_PROMPTS = 512  # memory for keys and values is taken as it is needed; this bounds the prompts that wait for it
 
@@ -33,8 +37,7 @@ class Generator:
     """A GPT-2 with its buffers, mapped once, one core for each call; its rows are those of a job with equal parameters.
 
     Threads may share it, streams may be open at the same time, and a forked process may go on with it: calls at the
-    same time have their own buffers (up to kv_bytes each). Do not fork while another thread is in a call: the BLAS of
-    the new process may wait for that thread for ever. Pickled, it is the model's name, for joblib and the like.
+    same time have their own buffers (up to kv_bytes each). Pickled, it is the model's name, for joblib and the like.
 
     >>> from batchgen import Generator
     >>> generator = Generator("tales")
@@ -42,16 +45,24 @@ class Generator:
     """
 
     def __init__(
-        self, model: str | Path = DEFAULT_MODEL, *, kv_bytes: int | None = None, batch_size: int = MAX_BATCH
+        self,
+        model: str | Path = DEFAULT_MODEL,
+        *,
+        precision: Precision | None = None,
+        kv_bytes: int | None = None,
+        batch_size: int = MAX_BATCH,
     ) -> None:
         """model is a name (see `batchgen models`) or a directory; kv_bytes bounds the keys and values in flight."""
-        opened = Model.open(str(model))
+        precision = WorkOptions(precision=precision).precision  # checked
+        opened = Model.open(str(model), precision)
         self.config, self._model = opened.config, opened
         self.tokenizer = opened.load_tokenizer()
+        prepare_kernels()
         self._engine = map_engine(opened, self.tokenizer, kv_bytes=kv_bytes or None, max_batch=batch_size)
         self._idle = [self._engine]  # engines that no call uses
         is_folder = opened.directory == Path(model).expanduser()
-        self._pickled = str(opened.directory.absolute()) if is_folder else str(model), kv_bytes, batch_size, opened.hash
+        name = str(opened.directory.absolute()) if is_folder else str(model)
+        self._pickled = name, opened.precision, kv_bytes, batch_size, opened.hash
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, self._pickled
@@ -74,10 +85,10 @@ class Generator:
         items = [self._check(request, policy) for request in _requests(prompts, asked)]
         marker = _Progress(len(items), progress) if progress else None
         rows: list[OutputRow] = []
-        with self._free_engine() as engine, one_blas_thread:  # as in a worker
-            for chunk in plan_chunks(items, CHUNK_PROMPTS):
+        with self._free_engine() as engine:
+            for chunk in plan_chunks(items, CHUNK_PROMPTS, TOGETHER):
                 rows += complete_chunk(chunk, asked, engine, self.tokenizer, marker)
-        return rows
+        return sorted(rows, key=lambda row: (row.row, row.sample))
 
     def stream(
         self, prompt: str, params: SamplingParams | None = None, policy: Policy | None = None, **options: object
@@ -104,20 +115,14 @@ class Generator:
             yield text[shown:certain]
             shown = certain
 
-    def _steps(self, request: TokenizedRequest) -> Iterator[Step]:
-        """The engine's steps; between two of them the caller's code has its own number of BLAS threads."""
+    def _steps(self, request: TokenizedRequest) -> Iterator["Step"]:
+        """The engine's steps."""
         prompts = to_prompts(request, self.tokenizer)
         with self._free_engine() as engine:
-            steps = engine.steps(prompts, should_stop=StopStrings(self.tokenizer))
-            while True:
-                with one_blas_thread:
-                    step = next(steps, None)
-                if step is None:
-                    return
-                yield step
+            yield from engine.steps(prompts, should_stop=StopStrings(self.tokenizer))
 
     @contextmanager
-    def _free_engine(self) -> Iterator[Engine]:
+    def _free_engine(self) -> Iterator["Engine"]:
         """An engine that no other call uses; after an error or an abandoned stream it is not used again."""
         try:
             engine = self._idle.pop()
@@ -135,9 +140,9 @@ class Generator:
 
 
 @lru_cache(maxsize=1)  # a pool's process is sent the same one with every task
-def _open_again(model: str, kv_bytes: int | None, batch_size: int, model_hash: str) -> Generator:
+def _open_again(model: str, precision: Precision, kv_bytes: int | None, batch_size: int, model_hash: str) -> Generator:
     """A Generator that was pickled; ModelError if the model's name means another one now, or on this machine."""
-    generator = Generator(model, kv_bytes=kv_bytes, batch_size=batch_size)
+    generator = Generator(model, precision=precision, kv_bytes=kv_bytes, batch_size=batch_size)
     if (found := generator._model.hash) != model_hash:
         raise ModelError(f"model {model} is {found[:12]} here, and {model_hash[:12]} was pickled; copy it here")
     return generator

@@ -19,7 +19,7 @@ from batchgen.options import (
     size,
     split_keywords,
 )
-from batchgen.types import ENDS, IO, SAMPLING, ReadSpecial, SamplingParams
+from batchgen.types import ENDS, IO, SAMPLING, Precision, ReadSpecial, SamplingParams
 
 InputFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "txt"]
 Quotes = Literal["auto", "yes", "no"]
@@ -46,6 +46,7 @@ _SCHEDULER = "Dask's: tcp://HOST:8786, or its scheduler file (.json)."
 _ADDRESS = "Ray's: HOST:6379, ray://HOST:10001; auto: the Ray cluster on this machine."
 _ROW_TIMEOUT = "Treat a worker as hung after this long without progress: 30s, 10m (default)."
 _SPECIAL_TOKENS = "Read <|endoftext|> and the like in prompts as tokens or as text; auto: as the model's tokenizer."
+PRECISION_HELP = "Of the weights' products: float32, or int8 (less memory, faster); default: the model's own."
 _TIME_LIMIT = "Stop in time, exit code 75: 50m, 7h30m; the same command resumes."
 
 
@@ -128,14 +129,14 @@ class OutputOptions:
 @known_keywords
 @dataclass(frozen=True, slots=True)
 class WorkOptions:
-    """Who does the work, in what pieces, and for how long; None is automatic."""
+    """Who does the work, how precisely, in what pieces, and for how long; None is automatic."""
 
     jobs: int | None = count("Worker processes; auto: one per core.", WORK, short="-j")
     batch_size: int | None = count("Sequences in flight in a worker.", WORK)
     chunk_rows: int | None = count("Input rows of one chunk, at most; 32 MiB of input end it too.", WORK)
     kv_bytes: int | None = size("Memory for the keys and values in a worker, such as 2G.", WORK, flag="--kv-memory")
     share_prefixes: bool = option(True, "Read prefixes that prompts share only once.", WORK)
-    require_invariant: bool = option(False, "Refuse to run if a row's bits depend on its batch.", WORK, off=None)
+    precision: Precision | None = option(None, PRECISION_HELP, IO, choices=get_args(Precision))
     backend: Backend = option("loky", _BACKEND, CLUSTER, choices=get_args(Backend))
     scheduler: str | None = option(None, _SCHEDULER, CLUSTER, metavar="ADDRESS")
     address: str | None = option(None, _ADDRESS, CLUSTER, metavar="ADDRESS")

@@ -11,19 +11,17 @@ from typing import Any
 
 from batchgen.job import InputOptions, OutputOptions, Policy, WorkOptions
 from batchgen.options import arguments, flag_of, options_of, with_value, words_of
-from batchgen.types import SamplingParams
+from batchgen.types import Precision, SamplingParams
 
-_LATER = {"regex", "numpy_kernels"}  # fields that older plans lack: they are empty then, and agree with anything
+_LATER = {"regex"}  # fields that older plans lack: they are empty then, and agree with anything
+_OLDER = {"blas", "numpy_kernels"}  # fields that older plans have: what decided how a sum was rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What every row depends on, and nothing else: equal plans give equal rows, bit for bit."""
 
-    batchgen: str  # versions
-    numpy: str
-    blas: str  # what decides how a sum is rounded: library, version, kernels
-    batch_invariant: bool  # whether a row's bits are the same in any batch
+    batchgen: str  # version
     input: str  # SHA-256; see input/prompts.py
     input_formats: tuple[str, ...]  # of each file; one for all if they agree
     rows: int  # of the input
@@ -49,29 +47,35 @@ class Plan:
     quotes: str = "yes"  # of plans from before this option
     files: tuple[str, ...] = ()  # of several input files, 16 digits of the SHA-256 of each, folders included
     regex: str = ""  # version: its Unicode tables decide tokens
-    numpy_kernels: str = ""  # the instruction sets that decide how NumPy rounds
-    python: str = dataclasses.field(default="", compare=False)  # versions that change no row
+    precision: Precision = "float32"
+    portable: bool = dataclasses.field(default=False, compare=False)  # equal bits on any processor: since 0.3.0
+    numpy: str = dataclasses.field(default="", compare=False)  # versions that change no row
+    python: str = dataclasses.field(default="", compare=False)
     pyarrow: str = dataclasses.field(default="", compare=False)
     names: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # of the input's files now; never stored
 
     # ---- JSON
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values: lists for tuples, an object for the parameters."""
+        """The plan as JSON values: lists for tuples, an object for the parameters, batch_invariant for readers."""
         pairs = ((field, getattr(self, field.name)) for field in fields(self) if field.name != "names")
         values = {field.name: value for field, value in pairs if value != field.default}
-        plain: dict[str, Any] = json.loads(json.dumps(values | {"parameters": self.parameters.as_dict()}))
+        values |= {"parameters": self.parameters.as_dict()}
+        if self.portable:
+            values |= {"batch_invariant": True, "precision": self.precision}
+        plain: dict[str, Any] = json.loads(json.dumps(values))
         return plain
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Plan":
         """The reverse of to_json; ValueError for a wrong field, UsageError for a value that no option may have."""
         names = {field.name for field in fields(cls)} - {"names"}
+        values = {name: value for name, value in values.items() if name not in {*_OLDER, "batch_invariant"}}
         if unknown := sorted(values.keys() - names):
             raise ValueError(f"{unknown[0]!r} is not known here")
         if missing := sorted({field.name for field in fields(cls) if field.default is MISSING} - values.keys()):
             raise ValueError(f"{missing[0]!r} is missing")
-        given = dict(values) | {"parameters": read_parameters(values["parameters"])}
+        given = values | {"parameters": read_parameters(values["parameters"])}
         for field in fields(cls):
             if field.name not in given:
                 continue
@@ -80,7 +84,7 @@ class Plan:
             elif isinstance(field.type, type) and type(given[field.name]) is not field.type:
                 raise ValueError(f"{field.name} is not of type {field.type.__name__}")
         plan = cls(**given)
-        plan._input(), plan.policy()  # checked as the records that they are
+        plan._input(), plan.policy(), plan._work()  # checked as the records that they are
         return plan
 
     @property
@@ -152,6 +156,7 @@ class Plan:
             chunk_rows=self.chunk_rows,
             kv_bytes=self.kv_bytes,
             share_prefixes=self.share_prefixes,
+            precision=self.precision,
         )
 
 
@@ -174,8 +179,6 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
 _IMPLIED = {
     "input": ("rows", "files", "input_formats"),
     "model": ("model_hash",),
-    "blas": ("batch_invariant",),
-    "numpy": ("numpy_kernels",),
     **dict.fromkeys(("input_formats", "delimiter", "quotes"), ("rows",)),
 }
 
@@ -220,7 +223,7 @@ def _changed_formats(old: Plan, new: Plan) -> str:
 
 
 def _named(name: str, value: Any) -> str:
-    """--max-tokens 40; no --trim; numpy '2.4.1', which no option sets."""
+    """--max-tokens 40; no --trim; regex '2026.2.28', which no option sets."""
     if name in ("model", "input_formats", "format"):
         flag = {"model": "--model", "input_formats": "--input-format", "format": "--format"}[name]
         text = value[0] if name == "input_formats" else value

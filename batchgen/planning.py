@@ -1,4 +1,4 @@
-"""Makes a plan: rows per chunk, workers that fit into memory, and the arithmetic of this machine."""
+"""Makes a plan: rows per chunk, workers that fit into memory, precision."""
 
 import os
 import platform
@@ -12,16 +12,15 @@ from typing import TypeVar
 import joblib
 
 from batchgen import __version__
-from batchgen.engine.engine import MAX_BATCH, check_limits, kv_bytes_per_token
-from batchgen.engine.probe import blas_info, is_batch_invariant, numpy_kernels, one_blas_thread
+from batchgen.engine.limits import MAX_BATCH, check_limits, kv_bytes_per_token
 from batchgen.errors import BatchgenError, UsageError
 from batchgen.gpt2.config import GPT2Config
+from batchgen.input.grouping import share_out
 from batchgen.input.prompts import Facts
 from batchgen.job import Job
 from batchgen.models.model import Model
-from batchgen.options import say
 from batchgen.plan import Plan
-from batchgen.types import Chunk, Rejected, TokenizedRequest
+from batchgen.types import Chunk, Precision, Rejected, TokenizedRequest
 
 MIN_CHUNK_ROWS = 16  # starting a process costs more than generating so few rows
 MAX_CHUNK_ROWS = 512  # a lost worker costs at most this much work; longer chunks gain nothing
@@ -29,8 +28,8 @@ FULL_BATCH_ROWS = 192  # in smaller chunks the matrix products have too few rows
 ROUNDS = 4  # chunks per worker, if there are enough rows: a chunk of long rows then does not leave the others idle
 BYTES_OF_PROMPT = 10  # of the input, that cost as much as a generated token
 SLOW_CORE = 50e9  # operations in a second
-NOMINAL_JOBS = 4  # cuts the input if a row's bits depend on its batch, so that --jobs does not change them
-KV_BYTES = 1536 * 2**20
+NOMINAL_JOBS = 4  # of a cluster that has no workers yet
+KV_BYTES = 768 * 2**20  # with twice as much, float32 is 1 % faster
 WORKER_BYTES = 400 * 2**20  # a worker's interpreter, libraries and work buffers
 UNKNOWN_MEMORY = 2**40  # on a system that does not report its memory, the number of workers is not limited by it
 
@@ -66,13 +65,14 @@ def n_chunks(rows: int, chunk_rows: int) -> int:
     return -(-rows // chunk_rows)
 
 
-def plan_chunks(items: Iterable[TokenizedRequest | Rejected], chunk_rows: int) -> Iterator[Chunk]:
-    """Cut the rows, in order, into chunks of chunk_rows; the last may be shorter."""
+def plan_chunks(items: Iterable[TokenizedRequest | Rejected], chunk_rows: int, together: int = 1) -> Iterator[Chunk]:
+    """Cut the rows into chunks of up to chunk_rows, `together` of them at a time; with 1, they are in order."""
     rows = iter(items)
     index = 0
-    while members := tuple(islice(rows, chunk_rows)):
-        yield Chunk(index, members)
-        index += 1
+    while window := tuple(islice(rows, chunk_rows * together)):
+        for members in share_out(window, n_chunks(len(window), chunk_rows), chunk_rows):
+            yield Chunk(index, tuple(window[member] for member in members))
+            index += 1
 
 
 # ---- cores and memory
@@ -87,12 +87,12 @@ def available_jobs() -> int:
         raise UsageError(f"{name}={os.environ.get(name)} is no number of cores; give one, or unset it") from error
 
 
-def default_kv_bytes(config: GPT2Config) -> int:
+def default_kv_bytes(config: GPT2Config, precision: Precision) -> int:
     """Memory for the keys and values of one worker: a fixed amount, so that a plan does not depend on the machine.
 
-    It holds about 130 sequences of 124M at 150 tokens each, and never less than four sequences of full length.
+    It holds about 70 sequences of 124M at 150 tokens each, 140 in int8; never less than four sequences of full length.
     """
-    return max(KV_BYTES, 4 * (config.n_ctx + 64) * kv_bytes_per_token(config))
+    return max(KV_BYTES, 4 * (config.n_ctx + 64) * kv_bytes_per_token(config, precision))
 
 
 def fitting_jobs(kv_bytes: int, model_bytes: int) -> int:
@@ -101,15 +101,20 @@ def fitting_jobs(kv_bytes: int, model_bytes: int) -> int:
     return max(1, min(available_jobs(), free // (kv_bytes + WORKER_BYTES)))
 
 
-def check_memory(name: str, config: GPT2Config, model_bytes: int) -> None:
+def fitting_slots(kv_bytes: int | None, model: Model) -> int:
+    """Workers that fit if each has so much memory for keys and values, or the default."""
+    return fitting_jobs(kv_bytes or default_kv_bytes(model.config, model.precision), model.bytes)
+
+
+def check_memory(model: Model) -> None:
     """Refuse a model that does not fit into the free memory even with one worker and one sequence."""
-    sequence = (config.n_ctx + 64) * kv_bytes_per_token(config)
-    needed, free = model_bytes + WORKER_BYTES + sequence, available_memory()
+    sequence = (model.config.n_ctx + 64) * kv_bytes_per_token(model.config, model.precision)
+    needed, free = model.bytes + WORKER_BYTES + sequence, available_memory()
     if needed > free:
         raise BatchgenError(
-            f"model {name} needs {needed / 1e9:.1f} GB of memory ({model_bytes / 1e9:.1f} of weights, "
-            f"{sequence / 1e9:.1f} for one full sequence, the rest a worker's own), and {free / 1e9:.1f} GB are free; "
-            "free some, or use a smaller model"
+            f"model {model.name} needs {needed / 1e9:.1f} GB of memory ({model.bytes / 1e9:.1f} of weights in "
+            f"{model.precision}, {sequence / 1e9:.1f} for one full sequence, the rest a worker's own), and "
+            f"{free / 1e9:.1f} GB are free; free some, or use a smaller model"
         )
 
 
@@ -137,36 +142,9 @@ def left_of_cgroup(group: Path) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """What decides the tokens and the last bits of a row on this machine."""
-
-    numpy: str
-    blas: str
-    batch_invariant: bool
-    numpy_kernels: str = ""
-    regex: str = ""
-
-
-def probe_arithmetic(model: Model, *, require_invariant: bool = False) -> Arithmetic:
-    """Run the model's first layer alone and in batches; BatchgenError if bits differ and require_invariant is set."""
-    with one_blas_thread:  # as in a worker
-        invariant = is_batch_invariant(model.load_params(), model.config)
-    blas = blas_info()
-    if require_invariant and not invariant:
-        variable = "OPENBLAS_CORETYPE"
-        remedy = f"unset {variable}" if variable in os.environ else "use a machine with AVX-512, or do without"
-        raise BatchgenError(f"{say('require_invariant')}: with {blas} the bits of a row depend on its batch; {remedy}")
-    return Arithmetic(version("numpy"), blas.kernels, invariant, numpy_kernels(), version("regex"))
-
-
-NO_ARITHMETIC = Arithmetic("", "", batch_invariant=True)  # if only what was asked for is compared
-
-
-@dataclass(frozen=True, slots=True)
 class Setting:
     """What a plan depends on besides the job, its input and its model."""
 
-    arithmetic: Arithmetic
     rows: int  # to generate: fewer than the input's in a retry
     slots: int  # chunks that can be done at once; 0: not known yet
     format: str  # of the output: parquet, jsonl or dataset
@@ -174,14 +152,17 @@ class Setting:
 
 def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[Plan, frozenset[str]]:
     """The plan of a job, and the names of its fields that nobody asked for."""
-    work, arithmetic = job.work, setting.arithmetic
+    work = job.work
     chunk_rows, batch_size, kv_bytes = _sizes(job, facts, model, setting)
     by_fields = not {"csv", "tsv"}.isdisjoint(facts.formats)  # other inputs do not depend on how fields are written
     plan = Plan(
         batchgen=__version__,
-        **asdict(arithmetic),
+        regex=version("regex"),
+        numpy=version("numpy"),
         python=platform.python_version(),
         pyarrow=version("pyarrow"),
+        portable=True,
+        precision=model.precision,
         input=facts.sha256,
         input_formats=facts.formats,
         rows=facts.rows,
@@ -210,11 +191,12 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
 def _sizes(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[int, int, int]:
     """Rows of a chunk, sequences in flight, bytes for keys and values: as asked for, or automatic."""
     work = job.work
-    jobs = work.jobs or setting.slots or NOMINAL_JOBS if setting.arithmetic.batch_invariant else NOMINAL_JOBS
+    jobs = work.jobs or setting.slots or NOMINAL_JOBS
     chunk_rows = work.chunk_rows or auto_chunk_rows(setting.rows, jobs, job.sampling.n)
     if work.time_limit and not work.chunk_rows:  # several chunks should end within it
         tokens = job.sampling.n * job.sampling.max_tokens + facts.bytes / max(facts.rows, 1) / BYTES_OF_PROMPT
         chunk_rows = min(chunk_rows, rows_within(work.time_limit / ROUNDS, tokens, model.bytes))
-    batch_size, kv_bytes = work.batch_size or MAX_BATCH, work.kv_bytes or default_kv_bytes(model.config)
-    check_limits(model.config, kv_bytes, batch_size)
+    batch_size = work.batch_size or MAX_BATCH
+    kv_bytes = work.kv_bytes or default_kv_bytes(model.config, model.precision)
+    check_limits(model.config, model.precision, kv_bytes, batch_size)
     return chunk_rows, batch_size, kv_bytes

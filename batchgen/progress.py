@@ -75,7 +75,7 @@ class Summary:
     completion_tokens: int
     seconds: float
     jobs: int
-    blas: str
+    precision: str
     space_ends: int = 0  # input rows whose prompt ends in a space
     special_texts: int = 0  # and whose prompt holds a special token, read as text
     reasons: tuple[Reason, ...] = ()  # why input rows are rejected or failed, most frequent first
@@ -86,7 +86,7 @@ class Summary:
     def of_complete(cls, output: Path | str, input_rows: int, statuses: Counter[str]) -> "Summary":
         """Of a run that had nothing to do."""
         counts = {status: statuses[status] for status in ("ok", "rejected", "failed")}
-        work = {"prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0, "jobs": 0, "blas": ""}
+        work = {"prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0, "jobs": 0, "precision": ""}
         return cls(output, input_rows, **counts, resumed=statuses.total(), **work, complete=True)  # type: ignore[arg-type]
 
     @property
@@ -281,7 +281,9 @@ class Reporter:
         rows = f" of {self._last.rows_in_all:,}" if self._last else ""
         return f"{self.counts['input_rows']:,}{rows} rows are kept"
 
-    def summarise(self, output: Path | str, input_rows: int, staying: Counter[str], jobs: int, blas: str) -> Summary:
+    def summarise(
+        self, output: Path | str, input_rows: int, staying: Counter[str], jobs: int, precision: str
+    ) -> Summary:
         """The summary, when all is committed; `staying` counts by status the output rows that a retry leaves."""
         counts, resumed = self.counts, self.resumed
         self._summary = Summary(
@@ -295,7 +297,7 @@ class Reporter:
             completion_tokens=counts["completion_tokens"] - resumed["completion_tokens"],
             seconds=self.seconds,
             jobs=jobs,
-            blas=blas,
+            precision=precision,
             space_ends=counts["space_ends"],
             special_texts=counts["special_texts"],
             reasons=sort(self.status.reasons),

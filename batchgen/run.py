@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from batchgen.engine.probe import blas_info
+from batchgen.gpt2.machine_code import prepare_kernels
 from batchgen.input.prompts import Cut, Facts, Prompts
 from batchgen.input.validation import make_check
 from batchgen.job import Files, Job, as_job
@@ -14,7 +14,7 @@ from batchgen.output.finished import correcting_status, find_finished, summarise
 from batchgen.output.ledger import Ledger, open_ledger
 from batchgen.output.outputs import Output, open_output, work_folder
 from batchgen.output.rows import Rows
-from batchgen.planning import NO_ARITHMETIC, Setting, check_memory, make_plan, n_chunks, probe_arithmetic
+from batchgen.planning import Setting, check_memory, make_plan, n_chunks
 from batchgen.progress import OnProgress, Progress, Reporter, StatusFile, Summary, reporting, status_path
 from batchgen.types import add_reasons
 from batchgen.workers.marker import read_sightings
@@ -28,7 +28,7 @@ def _run(job: Job, on_progress: OnProgress | None, open_model: Callable[[str], M
     deadline = Deadline(job.work.time_limit)
     prompts = Prompts.open(job.input, spool=work_folder(job.output))
     output = open_output(job.output, prompts, lambda: model.load_tokenizer())
-    model = open_model(job.model)
+    model = open_model(job.model).with_precision(job.work.precision)
     with ExitStack() as stack:
         overwrite = job.output.overwrite and not job.output.retry_failed  # a retry keeps what is done
         ledger = stack.enter_context(open_ledger(output.path, output.where, overwrite=overwrite))
@@ -37,22 +37,21 @@ def _run(job: Job, on_progress: OnProgress | None, open_model: Callable[[str], M
         if complete := find_complete(job, output, ledger, facts, rows, model):
             return complete
         workers = stack.enter_context(open_workers(job.work, model, ledger.attempt))
-        check_memory(model.name, model.config, model.bytes)  # with the lock: another run may hold output and memory
+        check_memory(model)  # with the lock: another run may hold output and memory
         model.verify()
-        arithmetic = probe_arithmetic(model, require_invariant=job.work.require_invariant)
-        asked = make_plan(job, facts, model, Setting(arithmetic, rows.count, workers.slots, output.format))
+        prepare_kernels()
+        asked = make_plan(job, facts, model, Setting(rows.count, workers.slots, output.format))
         plan = output.claim(ledger, *asked, job.work.restart)
         columns = output.columns(facts, job.sampling)
         check = make_check(model.load_tokenizer(), model.config.n_ctx, job.policy)
-        cut = Cut(plan.chunk_rows, rows.numbers, ledger.committed, as_json=output.format == "jsonl")
+        cut = Cut.for_output(plan.format, plan.chunk_rows, rows.numbers, ledger.committed)
         chunks = prompts.chunks(facts, job.sampling, check, cut)
         missing = n_chunks(rows.count - ledger.counts["input_rows"], plan.chunk_rows)  # or more, if rows are large
         with reporting(make_reporter(job, prompts, output, ledger, rows, on_progress)) as report:
             for receipt in workers.run(plan, columns, chunks, missing, deadline):
                 ledger.commit(receipt)
             deadline.check_complete(report, rows.count)
-            blas = str(replace(blas_info(), threads=1))
-            summary = report.summarise(output.where, facts.rows, rows.staying, workers.jobs, blas)
+            summary = report.summarise(output.where, facts.rows, rows.staying, workers.jobs, plan.precision)
             output.publish(ledger, plan, columns.schema(facts.kept), summary.rows)
             ledger.published = True
     return summary
@@ -83,7 +82,7 @@ def find_complete(job: Job, output: Output, ledger: Ledger, facts: Facts, rows: 
     """The summary of an output that this job, or another that asked for the same, has finished; else None."""
     if job.output.retry_failed and rows.count:
         return None
-    plan, automatic = make_plan(job, facts, model, Setting(NO_ARITHMETIC, facts.rows, 0, output.format))
+    plan, automatic = make_plan(job, facts, model, Setting(facts.rows, 0, output.format))
     statuses = find_finished(output, ledger, plan, automatic, job.work.restart)
     return None if statuses is None else summarise_finished(job, output, facts.rows, statuses)
 

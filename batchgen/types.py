@@ -21,6 +21,7 @@ from batchgen.options import (
 )
 
 FinishReason = Literal["stop", "length", "repetition"]
+Precision = Literal["float32", "int8"]  # of the products with weights
 Status = Literal["ok", "rejected", "failed"]
 ReadSpecial = Literal["auto", "parse", "text"]  # of special tokens in prompts; auto: as the model's tokenizer does
 
@@ -228,7 +229,7 @@ class TokenizedRequest:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A contiguous run of input rows, done by one worker call and written as one part."""
+    """Input rows, in order, done by one worker call and written as one part; see input/grouping.py."""
 
     index: int
     items: tuple[TokenizedRequest | Rejected, ...]
@@ -237,6 +238,13 @@ class Chunk:
     @property
     def first_row(self) -> int:
         return self.items[0].row
+
+    @property
+    def words(self) -> str:
+        """Its rows for people: `input rows 3 to 9`, or, if others are between them, `7 of the input rows 3 to 20`."""
+        last = self.items[-1].row
+        has_all = last - self.first_row + 1 == len(self.items)
+        return f"{'' if has_all else f'{len(self.items)} of the '}input rows {self.first_row} to {last}"
 
 
 @dataclass(frozen=True, slots=True)

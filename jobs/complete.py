@@ -18,6 +18,7 @@ def complete(
     sampling: SamplingParams,
     policy: Policy,
     model: options.Model = DEFAULT_MODEL,
+    precision: options.Precision = None,
 ) -> None:
     """Complete one PROMPT and stream the text to the terminal as it comes.
 
@@ -26,6 +27,6 @@ def complete(
     note_escapes("PROMPT", prompt)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     shown = report.harmless if sys.stdout.isatty() else str
-    for text in Generator(model, batch_size=1).stream(prompt, sampling, policy):
+    for text in Generator(model, precision=precision, batch_size=1).stream(prompt, sampling, policy):
         typer.echo(shown(text), nl=False)
     typer.echo("")

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from batchgen.jobs.fetch import convert_progress
+from batchgen.jobs.fetch import PRECISION_HELP, convert_progress
 from batchgen.jobs.progress import ProgressStyle
 from batchgen.jobs.report import one_line
 from batchgen.models.convert import convert_checkpoint
-from batchgen.models.model import Model
+from batchgen.models.model import Model, make_default
 from batchgen.models.registry import model_destination
+from batchgen.types import Precision
 
 
 def convert(
@@ -20,6 +21,7 @@ def convert(
     ],
     dst: Annotated[str, typer.Argument(metavar="DST", help="A name for --model, or a folder.")],
     replace: Annotated[bool, typer.Option("--replace", help="Replace an existing model.")] = False,
+    precision: Annotated[Precision | None, typer.Option(help=PRECISION_HELP)] = None,
     progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
 ) -> None:
     """Convert the checkpoint in SRC to shards in DST; check it, and write all or nothing.
@@ -32,6 +34,8 @@ def convert(
     directory = model_destination(dst)
     with convert_progress(directory.name, progress) as show:
         convert_checkpoint(src, directory, name=directory.name, replace=replace, on_progress=show)
+    if precision:
+        make_default(directory, precision)
     tokenizer = Model.load(directory).load_tokenizer()
     for what, word, ids in (
         ("every prompt begins with", "and", tokenizer.special.begin),

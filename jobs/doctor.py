@@ -9,7 +9,7 @@ from batchgen.review.doctor import examine
 
 
 def doctor() -> None:
-    """Look at processor, BLAS, cores, memory, models and versions, and say what holds a run back.
+    """Look at processor, kernels, cores, memory, models and versions, and say what holds a run back.
 
     Lines begin with ok, note (worth knowing) or BROKEN. Exit code 1: something is broken.
 

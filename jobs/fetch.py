@@ -14,10 +14,14 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from batchgen.errors import ModelError
 from batchgen.jobs.progress import PLAIN_SECONDS, ProgressStyle, style_here
+from batchgen.models.model import make_default
 from batchgen.models.openai import SIZES, FetchProgress
 from batchgen.models.registry import find_model
+from batchgen.types import Precision
 
 OnFetch = Callable[[FetchProgress], None]
+
+PRECISION_HELP = "Make this the precision of jobs that name none; int8 rounds the weights once."
 
 
 def fetch(
@@ -30,6 +34,7 @@ def fetch(
     keep_download: Annotated[
         bool, typer.Option("--keep-download", help="Keep the downloaded checkpoint after the conversion.")
     ] = False,
+    precision: Annotated[Precision | None, typer.Option(help=PRECISION_HELP)] = None,
     progress: Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.")] = "auto",
 ) -> None:
     """Download one of OpenAI's GPT-2s, check it and convert it; `--model SIZE` then works.
@@ -39,6 +44,8 @@ def fetch(
     Example: batchgen fetch 124M
     """
     directory = fetch_shown(size, progress, mirror=mirror, again=again, keep_download=keep_download)
+    if precision:
+        make_default(directory, precision)
     typer.echo(f"{directory}: ready; use it with --model {size}")
 
 
@@ -52,12 +59,7 @@ def is_to_be_fetched(name: str) -> bool:
 
 
 def fetch_shown(
-    size: str,
-    progress: ProgressStyle,
-    *,
-    mirror: str | None = None,
-    again: bool = False,
-    keep_download: bool = False,
+    size: str, progress: ProgressStyle, *, mirror: str | None = None, again: bool = False, keep_download: bool = False
 ) -> Path:
     """Fetch a model and show the progress on standard error."""
     from batchgen.models.fetch import fetch_model  # here: it imports requests

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from batchgen.job import RUN
+from batchgen import types
+from batchgen.job import PRECISION_HELP, RUN
 from batchgen.jobs.logs import log_as_json
 from batchgen.jobs.progress import ProgressStyle
 from batchgen.models.registry import list_models
@@ -27,6 +28,7 @@ Model = Annotated[
     ),
 ]
 
+Precision = Annotated[types.Precision | None, typer.Option(help=PRECISION_HELP, rich_help_panel=IO)]
 Fetch = Annotated[bool, typer.Option(help="Fetch one of OpenAI's models if it is not here yet.", rich_help_panel=IO)]
 Report = Annotated[
     bool, typer.Option("--report", help="Write a report too, beside the output as .html.", rich_help_panel=IO)

@@ -84,12 +84,11 @@ def lines(forecast: Forecast) -> Iterator[str]:
             f"shared: {forecast.shared_tokens:,} prompt tokens are read once instead of several times; "
             f"{forecast.duplicates:,} equal greedy requests are generated once"
         )
-    batch = "" if forecast.invariant else "; with this machine's BLAS a row's bits depend on its batch: keep the chunks"
     yield (
         f"work: {counted(len(forecast.chunks), 'chunk')} of up to {forecast.chunk_rows:,} rows; "
-        f"{counted(forecast.jobs, 'job')}, up to {forecast.max_batch:,} sequences in flight in each{batch}"
+        f"{counted(forecast.jobs, 'job')}, up to {forecast.max_batch:,} sequences in flight in each"
     )
-    yield f"memory: up to {forecast.memory / 2**30:.1f} GiB, the model's weights in it once"
+    yield f"memory: up to {forecast.memory / 2**30:.1f} GiB, the model's {forecast.precision} weights in it once"
     if forecast.seconds is not None:
         rate = forecast.completion_tokens / max(forecast.seconds, 1e-9)
         yield (

@@ -101,7 +101,7 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     jobs = f"{summary.jobs} job{'s' if summary.jobs > 1 else ''}"
     yield (
         f"{summary.prompt_tokens:,} tokens in, {summary.completion_tokens:,} out in {summary.seconds:.1f} s: "
-        f"{speed} ({jobs}; {summary.blas})"
+        f"{speed} ({jobs}; {summary.precision})"
     )
     if summary.space_ends:
         what = "1 prompt ends" if summary.space_ends == 1 else f"{summary.space_ends:,} prompts end"

@@ -14,6 +14,7 @@ from batchgen.output.ledger import is_dataset
 from batchgen.output.place import SUFFIXES
 from batchgen.output.store import refuse_address
 from batchgen.review.replay import CLOSE, Replay, replay
+from batchgen.types import Precision
 
 SHOWN = 20  # differences
 
@@ -29,10 +30,13 @@ def verify(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Of an output: where its model is, if not under its name.")
     ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Another one than the output's or the model's own.")
+    ] = None,
 ) -> None:
     """Check an output by generating random rows of it again, or check a model.
 
-    Rows of an OUTPUT are generated from its metadata and compared with the file, bit for bit if this machine allows
+    Rows of an OUTPUT are generated from its metadata and compared with the file, bit for bit if the same version made
     it. Of a MODEL, its hashes and structure are checked, and the known completions of OpenAI's sizes. Exit code 0:
     all is as it should be; 1: something is not, and the line says what.
 
@@ -42,11 +46,11 @@ def verify(
     """
     refuse_address(target, "a verification")
     if os.path.isfile(target) or Path(target).suffix.lower() in SUFFIXES or is_dataset(Path(target)):
-        done = replay(Path(target), rows, seed, model)
+        done = replay(Path(target), rows, seed, model, precision)
         with report.to_whoever_reads():
             _print_replay(done)
         sys.exit(1 if done.differences else 0)
-    target_model = Model.open(target)
+    target_model = Model.open(target, precision)
     for line in verify_model(target_model):
         typer.echo(f"ok  {line}")
     record_verified(target_model)
@@ -71,4 +75,4 @@ def _print_replay(done: Replay) -> None:
     elif done.exact:
         typer.echo("not verified: these rows were changed in the file, or not made as its metadata says")
     else:
-        typer.echo("not verified: these rows were changed, or rounding differs here (see the notes)")
+        typer.echo("not verified: these rows were changed, or rounding differs (see the notes)")

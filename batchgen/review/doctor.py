@@ -6,27 +6,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from batchgen import __version__
-from batchgen.engine.probe import Blas, blas_info
 from batchgen.errors import BatchgenError
+from batchgen.gpt2.machine_code import CACHE, SECONDS, CodeCache, check_numba, uses_amx
 from batchgen.job import DEFAULT_MODEL
 from batchgen.models.model import Model
 from batchgen.models.registry import list_models
 from batchgen.options import say
-from batchgen.planning import available_jobs, available_memory, default_kv_bytes, fitting_jobs, probe_arithmetic
+from batchgen.planning import WORKER_BYTES, available_jobs, available_memory, default_kv_bytes, fitting_jobs
+
+if TYPE_CHECKING:
+    from batchgen.gpt2.microkernels import Vectors
 
 State = Literal["ok", "note", "broken"]
 
-PACKAGES = ("numpy", "pyarrow", "joblib", "threadpoolctl", "regex", "safetensors", "typer", "rich")
+PACKAGES = ("numpy", "numba", "pyarrow", "joblib", "regex", "safetensors", "typer", "rich")
 OPTIONAL = {  # package: (what needs it, how to install it)
     "matplotlib": ("batchgen report", "pip install matplotlib"),
     "tensorflow-cpu": ("batchgen fetch, and batchgen convert of OpenAI's checkpoints", "pip install tensorflow-cpu"),
 }
-VECTORS = ("avx", "avx2", "fma", "avx512f", "avx512vl", "avx512_bf16", "amx_tile", "asimd", "sve")
-AVX512 = frozenset({"SkylakeX", "Cooperlake", "SapphireRapids"})  # OpenBLAS's kernels that use it
-CORETYPE = "OPENBLAS_CORETYPE"
+VECTORS = ("avx", "avx2", "fma", "avx512f", "avx512vl", "avx512_vnni", "avx_vnni", "amx_tile", "asimd", "sve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,12 @@ def examine() -> Iterator[Finding]:
     name, flags = read_processor(Path("/proc/cpuinfo"))
     vectors = [flag for flag in VECTORS if flag in flags]
     yield Finding("processor", f"{name}; {', '.join(vectors) or 'vector extensions not known'}")
-    yield from examine_blas(blas_info(), flags, os.environ)
-    yield examine_rows()
+    code = examine_code(CACHE)
+    yield code
+    if code.state != "broken":
+        from batchgen.gpt2.microkernels import target_vectors  # imports Numba
+
+        yield from examine_kernels(target_vectors())
     yield examine_cores(os.environ)
     yield examine_memory()
     yield from examine_models()
@@ -83,31 +88,35 @@ def read_processor(cpuinfo: Path) -> tuple[str, frozenset[str]]:
     return fields.get("model name") or platform.machine(), frozenset(flags.split())
 
 
-def examine_blas(blas: Blas, flags: frozenset[str], environment: Mapping[str, str]) -> Iterator[Finding]:
-    """The BLAS, the kernels that it chose, and what keeps it from faster ones."""
-    chosen = f"{blas.name} {blas.version}, kernels for {blas.core_type}"
-    forced = environment.get(CORETYPE)
-    able = "avx512vl" in flags and blas.name == "openblas"
-    if able and blas.core_type not in AVX512 and forced:
-        yield Finding("BLAS", f"{chosen}: {CORETYPE}={forced} keeps it from AVX-512; unset it", "note")
-    elif able and blas.core_type not in AVX512:
-        yield Finding("BLAS", f"{chosen}: it does not use the processor's AVX-512", "note")
-    elif forced and blas.name == "openblas":
-        yield Finding("BLAS", f"{chosen}, set by {CORETYPE}={forced}; unset it to let OpenBLAS choose", "note")
+def examine_kernels(vectors: "Vectors") -> Iterator[Finding]:
+    """Which instructions the kernels use here; they change the speed, and no bit of a row."""
+    width = {16: "AVX-512", 8: "AVX2 and FMA", 4: "NEON"}
+    dot = {16: "with AVX-512 VNNI", 8: "with AVX-VNNI"}
+    if vectors.fma:
+        int8 = "with AMX (BATCHGEN_AMX)" if uses_amx() else dot.get(vectors.dot, "without VNNI")
+        yield Finding("kernels", f"float32 with {width[vectors.fma]}; int8 {int8}")
     else:
-        yield Finding("BLAS", f"{chosen}, its own choice")
+        what = "without FMA in the processor, a run takes about 50 times as long; use another machine"
+        yield Finding("kernels", what, "note")
+    if not vectors.dot:
+        what = "without VNNI in the processor, products in int8 are about as fast as in float32, not 4 times"
+        yield Finding("kernels", what, "note")
 
 
-def examine_rows() -> Finding:
-    """The probe of a run, on the embedded model."""
+def examine_code(cache: CodeCache) -> Finding:
+    """Whether the kernels are compiled, where their code is, and what keeps it from being kept."""
     try:
-        invariant = probe_arithmetic(Model.open(DEFAULT_MODEL)).batch_invariant
+        check_numba()
     except BatchgenError as error:
-        return Finding("rows", f"could not be probed: {error}", "broken")
-    if invariant:
-        return Finding("rows", "batch-invariant: a row has the same bits in any batch")
-    text = "not batch-invariant: the bits of a row depend on its batch; the same plan gives the same bits"
-    return Finding("rows", text, "note")
+        return Finding("kernels", str(error), "broken")
+    if files := cache.completed():
+        size, folders = sum(file.stat().st_size for file in files), sorted({str(file.parent) for file in files})
+        return Finding("kernels", f"{len(files)} compiled, {size / 1e6:.1f} MB in {', '.join(folders)}")
+    if cache.folder is None:
+        return Finding("kernels", f"each process compiles them, about {SECONDS} s: {'; '.join(cache.problems)}", "note")
+    return Finding(
+        "kernels", f"not compiled yet: the first run does, about {SECONDS} s, and keeps them in {cache.folder}"
+    )
 
 
 def examine_cores(environment: Mapping[str, str]) -> Finding:
@@ -127,14 +136,15 @@ def examine_cores(environment: Mapping[str, str]) -> Finding:
 
 
 def examine_memory() -> Finding:
-    """Free memory, and how many workers of the embedded model fit into it."""
+    """Free memory, what a worker of the embedded model takes of it, and how many fit into it."""
     free = available_memory()
     try:
         config = Model.open(DEFAULT_MODEL).config
     except BatchgenError:
         return Finding("memory", f"{free / 1e9:.1f} GB free")
-    kv_bytes = default_kv_bytes(config)
-    text = f"{free / 1e9:.1f} GB free; --jobs auto would be {fitting_jobs(kv_bytes, 0)}"
+    kv_bytes = default_kv_bytes(config, "float32")
+    takes, jobs = WORKER_BYTES + kv_bytes, fitting_jobs(kv_bytes, 0)
+    text = f"{free / 1e9:.1f} GB free; a worker takes up to {takes / 1e9:.1f} GB; --jobs auto would be {jobs}"
     if kv_bytes > free:
         return Finding(
             "memory", f"{text}, and one would lack memory: pass {say('kv_bytes', f'{int(free / 4e6)}M')}", "note"

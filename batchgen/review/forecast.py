@@ -12,15 +12,17 @@ import time
 from collections import Counter
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from batchgen.engine.engine import kv_bytes_per_token
-from batchgen.engine.sequence import expand
+from batchgen.engine.limits import kv_bytes_per_token
 from batchgen.errors import BatchgenError
 from batchgen.gpt2.kv_cache import BLOCK
+from batchgen.gpt2.machine_code import prepare_kernels
 from batchgen.input.prompts import Cut, Prompts
 from batchgen.input.validation import make_check
 from batchgen.job import Job
@@ -32,17 +34,9 @@ from batchgen.output.outputs import Output, open_output
 from batchgen.output.rows import Rows
 from batchgen.output.schema import Columns
 from batchgen.plan import Plan
-from batchgen.planning import (
-    WORKER_BYTES,
-    Setting,
-    check_memory,
-    default_kv_bytes,
-    fitting_jobs,
-    make_plan,
-    probe_arithmetic,
-)
+from batchgen.planning import WORKER_BYTES, Setting, check_memory, fitting_slots, make_plan
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import Chunk, Reason, Rejected, RowParameters, TokenizedRequest
+from batchgen.types import Chunk, Precision, Reason, Rejected, RowParameters, TokenizedRequest
 from batchgen.workers.complete import to_prompts
 from batchgen.workers.outlook import Lengths
 from batchgen.workers.pool import end_workers, exit_codes, keep_executor, no_interrupts_to_workers, take_executor
@@ -122,7 +116,7 @@ class Forecast:
     seconds: float | None = None
     completion_tokens: float = 0.0
     measured_in: float = 0.0
-    invariant: bool = False
+    precision: Precision = "float32"
     output_rows: int = 0
     first: list[Shown] = field(default_factory=list)
     is_complete: bool = False  # the output: a run has nothing to do
@@ -143,20 +137,19 @@ def forecast_job(job: Job, *, measure_time: bool = True, show: int = 0) -> Forec
     """Read the whole input as a run would, measure a few of its rows, and keep the first prompts; writes nothing."""
     prompts = Prompts.open(job.input, spool=Path(tempfile.gettempdir()))
     output = open_output(job.output, prompts, lambda: model.load_tokenizer()) if job.output.path else None
-    model = Model.open(job.model)
-    check_memory(model.name, model.config, model.bytes)
+    model = Model.open(job.model, job.work.precision)
+    check_memory(model)
     facts = prompts.scan()
     rows = output.rows_to_do(facts) if output else Rows(facts.rows)
-    slots = fitting_jobs(job.work.kv_bytes or default_kv_bytes(model.config), model.bytes)
-    setting = Setting(probe_arithmetic(model), rows.count, slots, output.format if output else "parquet")
+    setting = Setting(rows.count, fitting_slots(job.work.kv_bytes, model), output.format if output else "parquet")
     plan, automatic = make_plan(job, facts, model, setting)
-    forecast = Forecast(prompts.row_parameters, chunk_rows=plan.chunk_rows, invariant=plan.batch_invariant)
+    forecast = Forecast(prompts.row_parameters, chunk_rows=plan.chunk_rows, precision=plan.precision)
     if output and not (job.output.retry_failed and rows.count):
         forecast.is_complete = is_finished(output, job, plan, automatic)
     sample: list[TokenizedRequest] = []
     tokenizer = model.load_tokenizer()
     check = make_check(tokenizer, model.config.n_ctx, job.policy)
-    cut = Cut(plan.chunk_rows, rows.numbers, as_json=setting.format == "jsonl")
+    cut = Cut.for_output(plan.format, plan.chunk_rows, rows.numbers)
     for chunk in prompts.chunks(facts, job.sampling, check, cut):
         for item in chunk.items:
             count_row(item, forecast, sample, max(rows.count // SAMPLE_ROWS, 1))
@@ -234,10 +227,10 @@ def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool) -> ChunkCost:
 
 def add_memory(forecast: Forecast, job: Job, plan: Plan, model: Model) -> None:
     """Workers, sequences in flight and memory, from the mean length of a row."""
-    per_token = kv_bytes_per_token(model.config)
+    per_token = kv_bytes_per_token(model.config, plan.precision)
     mean = sum(length * n for length, n in forecast.lengths.items()) / max(forecast.ok, 1) + job.sampling.max_tokens
     forecast.max_batch = max(min(plan.batch_size, plan.kv_bytes // int(per_token * mean)), 1)
-    forecast.jobs = max(min(job.work.jobs or fitting_jobs(plan.kv_bytes, model.bytes), len(forecast.chunks)), 1)
+    forecast.jobs = max(min(job.work.jobs or fitting_slots(plan.kv_bytes, model), len(forecast.chunks)), 1)
     in_flight = min(forecast.max_batch, max((c.samples for c in forecast.chunks), default=0))
     kv_bytes = min(plan.kv_bytes, int(in_flight * mean * per_token))
     forecast.memory = model.bytes + forecast.jobs * (WORKER_BYTES + kv_bytes) + WORKER_BYTES
@@ -318,28 +311,20 @@ class TimedStep:
 
 def time_steps(setup: WorkerSetup, requests: list[TokenizedRequest]) -> list[TimedStep]:
     """Time steps until MEASURED_STEPS of them have followed the last prompt, or until nothing is left."""
+    prepare_kernels()
     engine, tokenizer, _ = load_engine(setup)
     prompts = [prompt for request in requests for prompt in to_prompts(request, tokenizer)]
-    sequences = {(sequence.prompt.row, sequence.sample) for sequence in expand(prompts)}  # without equal ones
-    unread = {row for row, _ in sequences}
-    running = drawn = 0
-
-    def on_step(starting: list[int], others: list[int]) -> None:
-        nonlocal running, drawn
-        unread.difference_update(starting)
-        running, drawn = len(others), len(starting) + len(others)
-
     result: list[TimedStep] = []
     left = MEASURED_STEPS
-    steps = engine.steps(prompts, on_step)
-    before, reading = time.perf_counter(), True
-    for finished, _ in steps:
-        now = time.perf_counter()
-        stops = sum(c.finish_reason == "stop" and (c.row, c.sample) in sequences for c in finished)
-        result.append(TimedStep(reading, running, now - before, drawn, stops))
-        left -= not reading
-        if left <= 0:
-            break
-        before, reading = time.perf_counter(), bool(unread)
-    steps.close()  # type: ignore[attr-defined]
+    with closing(engine.steps(prompts)) as steps:  # type: ignore[type-var]
+        before, started = copy(engine.work), time.perf_counter()
+        for _ in steps:
+            seconds, work = time.perf_counter() - started, copy(engine.work)
+            drawn, reading = work.generated - before.generated, work.read > before.read
+            running = drawn - (work.started - before.started)
+            result.append(TimedStep(reading, running, seconds, drawn, work.stopped - before.stopped))
+            left -= not reading
+            if not left:
+                break
+            before, started = work, time.perf_counter()
     return result

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,20 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen import __version__
-from batchgen.engine.probe import one_blas_thread
 from batchgen.errors import BatchgenError, InputError, ModelError, UsageError
 from batchgen.files import Stamp, stamp_of
+from batchgen.gpt2.machine_code import prepare_kernels
 from batchgen.input.validation import make_check
 from batchgen.models.model import Model
 from batchgen.models.registry import list_models
 from batchgen.options import say
 from batchgen.output.reading import check_rows, output_files, read_batches, read_input_rows, read_plan
 from batchgen.plan import Plan, read_parameters
-from batchgen.planning import check_memory, probe_arithmetic
-from batchgen.types import Chunk, OutputRow, Request, SamplingParams
+from batchgen.planning import check_memory
+from batchgen.types import Chunk, OutputRow, Precision, Request, SamplingParams
 from batchgen.workers.complete import complete_chunk, map_engine
 
-CLOSE = 1e-3  # of log-probabilities, if another BLAS may round differently
+CLOSE = 1e-3  # of log-probabilities, if rows may be rounded differently
 _AROUND = 30  # characters or tokens to show from the first difference
 _GIVEN = {"row", "sample", "id", "prompt", "status", "error"}  # not generated
 Row: TypeAlias = Mapping[str, object]
@@ -49,10 +50,16 @@ class Replay:
     differences: tuple[str, ...]
 
 
-def replay(path: Path, n_rows: int, seed: int | None = None, model: str | None = None) -> Replay:
-    """Generate n_rows random input rows of an output again, and compare all their samples with the file's."""
+def replay(
+    path: Path, n_rows: int, seed: int | None = None, model: str | None = None, precision: Precision | None = None
+) -> Replay:
+    """Generate n_rows random input rows of an output again, and compare all their samples with the file's.
+
+    precision: instead of the file's own, to see what it changes.
+    """
     stamps = list_stamps(path)
     plan = read_plan(path)
+    precision = precision or plan.precision
     found = find_same_model(path, plan, model)
     rows, ok = count_rows(path, plan)
     if seed is None:
@@ -61,9 +68,10 @@ def replay(path: Path, n_rows: int, seed: int | None = None, model: str | None =
     kept = read_input_rows(path, chosen)
     if list_stamps(path) != stamps:
         raise InputError(f"{path}: the file was changed while it was being read; verify it when nothing writes it")
-    check_memory(found.name, found.config, found.bytes)
+    found = found.with_precision(precision)
+    check_memory(found)
     found.verify()
-    notes = list_notes(plan, found)
+    notes = list_notes(plan, precision)
     made = generate_again(read_requests(path, plan, kept.to_pylist()), plan, found)
     generated = [field.name for field in fields(OutputRow) if field.name not in _GIVEN]
     columns = tuple(name for name in generated if name in kept.column_names)
@@ -130,22 +138,17 @@ def count_rows(path: Path, plan: Plan) -> tuple[int, npt.NDArray[np.int64]]:
     return rows, found
 
 
-def list_notes(plan: Plan, model: Model) -> list[str]:
+def list_notes(plan: Plan, precision: Precision) -> list[str]:
     """Why the rows cannot be compared bit for bit; empty if they can."""
-    arithmetic = probe_arithmetic(model)
-    here = {"batchgen": __version__} | {
-        name: getattr(arithmetic, name) for name in ("numpy", "blas", "numpy_kernels", "regex")
-    }
-    notes = [
+    if not plan.portable:
+        what = "then the bits of a row depended on the processor, and this version cannot make them again"
+        return [f"the file was made by batchgen {plan.batchgen}: {what}; that version can"]
+    here = {"batchgen": __version__, "regex": version("regex"), "precision": precision}
+    return [
         f"the file was made with {name} {getattr(plan, name)}, this is {value}"
         for name, value in here.items()
         if getattr(plan, name) not in ("", value)
     ]
-    if not plan.batch_invariant:
-        notes.append("the file was made where a row's bits depend on its batch (batch_invariant is false)")
-    if not arithmetic.batch_invariant:
-        notes.append(f"with {arithmetic.blas} a row's bits depend on its batch (batchgen doctor)")
-    return notes
 
 
 # ---- the rows' requests, from the file
@@ -208,9 +211,9 @@ def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dic
     """Every sample of the requests, generated as one chunk: (row, sample) -> what a run would write."""
     tokenizer = model.load_tokenizer()
     items = tuple(map(make_check(tokenizer, model.config.n_ctx, plan.policy()), requests))
-    with one_blas_thread:
-        engine = map_engine(model, tokenizer)
-        rows = complete_chunk(Chunk(0, items), plan.parameters, engine, tokenizer)
+    prepare_kernels()
+    engine = map_engine(model, tokenizer)
+    rows = complete_chunk(Chunk(0, items), plan.parameters, engine, tokenizer)
     model.check_unchanged()
     return {(row.row, row.sample): row for row in rows}
 
@@ -242,12 +245,10 @@ def list_differences(
 
 def _same(old: object, new: object, *, exact: bool) -> bool:
     """Equal; if not exact, fractions may differ by CLOSE."""
-    if isinstance(old, list) and isinstance(new, list):
-        return len(old) == len(new) and all(_same(a, b, exact=exact) for a, b in zip(old, new, strict=True))
     if isinstance(old, dict) and isinstance(new, dict):
-        return _same([*old.items()], [*new.items()], exact=exact)
-    if isinstance(old, tuple) and isinstance(new, tuple):
-        return _same([*old], [*new], exact=exact)
+        old, new = [*old.items()], [*new.items()]
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        return len(old) == len(new) and all(_same(a, b, exact=exact) for a, b in zip(old, new, strict=True))
     if isinstance(old, float) and isinstance(new, float) and not exact:
         return old == new or abs(old - new) <= CLOSE
     return bool(old == new)

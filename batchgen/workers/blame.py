@@ -115,7 +115,7 @@ def next_trial(history: History, loss: Loss, chunk: Chunk) -> Trial:
     losses = history.chunks.setdefault(loss.chunk, [])
     losses.append({*loss.sighting.in_flight})
     if len(losses) >= MAX_LOSSES:
-        raise no_cause(len(losses), f" on input rows {chunk.first_row} to {chunk.items[-1].row}", loss)
+        raise no_cause(len(losses), f" on {chunk.words}", loss)
     history.is_short_of_memory |= len(losses) > 2
     if loss.sighting.phase == Phase.WRITING:
         return Trial(frozenset())

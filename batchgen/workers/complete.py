@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from batchgen.engine.engine import MAX_BATCH, Engine, check_prompts
+from batchgen.engine.limits import MAX_BATCH, check_prompts
 from batchgen.engine.sequence import Completion, Prompt, sample_seeds
 from batchgen.models.model import Model
 from batchgen.planning import default_kv_bytes
@@ -13,6 +15,9 @@ from batchgen.text.stopping import StopStrings, bad_word_ids, completed_text
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, Rejected, SamplingParams, TokenizedRequest
 from batchgen.workers.marker import RECORD, Marker, Phase
+
+if TYPE_CHECKING:
+    from batchgen.engine.engine import Engine
 
 
 def map_engine(
@@ -22,16 +27,18 @@ def map_engine(
     kv_bytes: int | None = None,
     max_batch: int = MAX_BATCH,
     share_prefixes: bool = True,
-) -> Engine:
+) -> "Engine":
     """An engine over the model's shards, mapped and not read yet; an id that no token has is never generated."""
-    params, absent_ids = model.load_params(), tokenizer.absent_ids(model.config.n_vocab)
+    from batchgen.engine.engine import Engine  # with the kernels, which many commands never need
+
+    weights, absent_ids = model.load_weights(), tokenizer.absent_ids(model.config.n_vocab)
     if absent_ids:
-        params["absent_ids"] = np.array(absent_ids)
+        weights = replace(weights, absent_ids=np.array(absent_ids))
     return Engine(
-        params,
+        weights,
         model.config,
         eos_ids=tokenizer.special.end,
-        kv_bytes=default_kv_bytes(model.config) if kv_bytes is None else kv_bytes,
+        kv_bytes=default_kv_bytes(model.config, model.precision) if kv_bytes is None else kv_bytes,
         max_batch=max_batch,
         share_prefixes=share_prefixes,
     )
@@ -119,7 +126,7 @@ def _with_texts(completion: Completion, tokenizer: Tokenizer) -> tuple[tuple[tup
 
 
 def complete_chunk(
-    chunk: Chunk, params: SamplingParams, engine: Engine, tokenizer: Tokenizer, marker: Marker | None = None
+    chunk: Chunk, params: SamplingParams, engine: "Engine", tokenizer: Tokenizer, marker: Marker | None = None
 ) -> list[OutputRow]:
     """The chunk's output rows in order: every sample of every request, and a row for each rejected one."""
     marker = marker or Marker(np.zeros(1, RECORD))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from batchgen.engine.engine import LARGEST_BATCH
+from batchgen.engine.limits import LARGEST_BATCH
 from batchgen.engine.sequence import Work
 
 MAX_ROWS = 2 * LARGEST_BATCH

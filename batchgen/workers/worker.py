@@ -13,21 +13,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from joblib.externals.loky import process_executor
-from threadpoolctl import threadpool_limits
 
-from batchgen.engine.engine import Engine
-from batchgen.errors import ModelError, OutputError
+from batchgen.errors import ModelError, OutputError, SetupError
 from batchgen.input.kept import kept_columns
 from batchgen.limits import reached_limit
 from batchgen.models.model import Model
 from batchgen.output.parts import with_receipt, write_part
 from batchgen.output.schema import Columns
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import Chunk, OutputRow, Reason, Receipt, Rejected, SamplingParams, TokenizedRequest, add_reasons
+from batchgen.types import (
+    Chunk,
+    OutputRow,
+    Precision,
+    Reason,
+    Receipt,
+    Rejected,
+    SamplingParams,
+    TokenizedRequest,
+    add_reasons,
+)
 from batchgen.workers.complete import complete_chunk, map_engine
 from batchgen.workers.marker import Marker, Sighting
+
+if TYPE_CHECKING:
+    from batchgen.engine.engine import Engine
 
 OUT_OF_MEMORY = 12  # exit code: errno's ENOMEM
 _PR_SET_PDEATHSIG = 1
@@ -39,6 +51,7 @@ class WorkerSetup:
 
     model: str  # directory
     model_hash: str
+    precision: Precision
     model_files: str = ""  # the files that the run has verified, as Model.files_hash; empty: none yet
     kv_bytes: int
     max_batch: int
@@ -73,19 +86,14 @@ def become_worker(parent: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def load_engine(setup: WorkerSetup) -> tuple[Engine, Tokenizer, Model]:
+def load_engine(setup: WorkerSetup) -> tuple["Engine", Tokenizer, Model]:
     """Map the model, once per process; ModelError if it is not the run's: it may have been replaced."""
-    threadpool_limits(1, user_api="blas")  # two would change bits, and slow down two workers manyfold
-    model = Model.load(Path(setup.model), setup.model_hash)
+    model = Model.load(Path(setup.model), setup.model_hash, setup.precision)
     if model.files_hash != setup.model_files:  # the same model was put there anew, if it is the same
         model.verify()
     tokenizer = model.load_tokenizer()
     engine = map_engine(
-        model,
-        tokenizer,
-        kv_bytes=setup.kv_bytes,
-        max_batch=setup.max_batch,
-        share_prefixes=setup.share_prefixes,
+        model, tokenizer, kv_bytes=setup.kv_bytes, max_batch=setup.max_batch, share_prefixes=setup.share_prefixes
     )
     return engine, tokenizer, model
 
@@ -138,7 +146,7 @@ def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
         sha256 = _write_part(setup.columns, chunk, rows, receipt)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # the process is not usable; its marker names the rows
-    except (ModelError, OutputError, OSError):
+    except (ModelError, OutputError, SetupError, OSError):
         raise
     except Exception as error:  # a UsageError or InputError is a row's own here
         if reached_limit(error):  # no row is the cause; the parent says it

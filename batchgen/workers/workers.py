@@ -14,7 +14,7 @@ from batchgen.models.model import Model
 from batchgen.options import flags_in_use
 from batchgen.output.schema import Columns
 from batchgen.plan import Plan
-from batchgen.planning import default_kv_bytes, fitting_jobs
+from batchgen.planning import fitting_slots
 from batchgen.types import Chunk, Receipt
 from batchgen.workers.cluster.connection import Connection, connect
 from batchgen.workers.cluster.messages import NodeSetup
@@ -52,6 +52,7 @@ def worker_setup(model: Model, plan: Plan, columns: Columns) -> WorkerSetup:
         model=str(model.directory.resolve()),
         model_hash=plan.model_hash,
         model_files=model.files_hash,
+        precision=plan.precision,
         kv_bytes=plan.kv_bytes,
         max_batch=plan.batch_size,
         share_prefixes=plan.share_prefixes,
@@ -67,12 +68,12 @@ class LocalWorkers(Workers):
 
     @property
     def slots(self) -> int:
-        return fitting_jobs(self.options.kv_bytes or default_kv_bytes(self.model.config), self.model.bytes)
+        return fitting_slots(self.options.kv_bytes, self.model)
 
     def run(
         self, plan: Plan, columns: Columns, chunks: Iterator[Chunk], n_chunks: int, deadline: Deadline
     ) -> Iterator[Receipt]:
-        jobs = self.options.jobs or fitting_jobs(plan.kv_bytes, self.model.bytes)
+        jobs = self.options.jobs or fitting_slots(plan.kv_bytes, self.model)
         self.jobs = max(min(jobs, n_chunks), 1)
         pool = Pool(worker_setup(self.model, plan, columns), self.attempt, self.jobs, self.options.row_timeout)
         receipts = pool.receipts(deadline.limit(chunks, lambda: pool.longest))
@@ -97,9 +98,6 @@ class ClusterWorkers(Workers):
         setup = NodeSetup(
             worker=worker_setup(self.model, plan, columns),
             attempt=str(self.attempt.absolute()),
-            numpy=plan.numpy,
-            blas=plan.blas,
-            numpy_kernels=plan.numpy_kernels,
             regex=plan.regex,
             model_cache=str(options.model_cache.absolute()) if options.model_cache else None,
             row_timeout=options.row_timeout,

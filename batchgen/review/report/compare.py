@@ -8,16 +8,7 @@ from batchgen.output.reading import read_batches, read_plan
 from batchgen.plan import Plan
 from batchgen.review.report.counts import Counts, Row, count_output, percentile, read_status
 from batchgen.review.report.markup import Markup, element, visible
-from batchgen.review.report.page import (
-    MOST_ERROR,
-    check_page,
-    document,
-    origin,
-    sample,
-    short,
-    value_text,
-    write_page,
-)
+from batchgen.review.report.page import MOST_ERROR, check_page, document, origin, sample, short, value_text, write_page
 
 SHOWN_DIFFERENCES = 10
 _COLUMNS = ("row", "sample", "id", "prompt", "completion", "completion_tokens", "finish_reason", "status")

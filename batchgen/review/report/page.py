@@ -10,15 +10,7 @@ from batchgen.files import replace_file
 from batchgen.output.reading import check_rows, read_plan
 from batchgen.plan import Plan
 from batchgen.review.report import plots
-from batchgen.review.report.counts import (
-    SHOWN_REJECTS,
-    Counts,
-    Row,
-    RunStatus,
-    count_output,
-    percentile,
-    read_status,
-)
+from batchgen.review.report.counts import SHOWN_REJECTS, Counts, Row, RunStatus, count_output, percentile, read_status
 from batchgen.review.report.markup import Markup, element, join, visible
 
 MOST_ID, MOST_PROMPT, MOST_COMPLETION, MOST_ERROR = 100, 600, 2_000, 400  # characters that are shown
@@ -288,9 +280,9 @@ def reproduce(plan: Plan, path: Path) -> Iterator[Markup]:
     yield element("pre", element("code", visible(plan.command_line(output=path.name))), class_="card")
     note = f"INPUT is the file of {plan.rows} rows with sha256 {plan.input}. "
     note += (
-        "The rows are the same bit for bit if batch_invariant is yes and versions, blas and numpy_kernels are as above."
-        if plan.batch_invariant
-        else "The bits of a row depend on its batch: the same chunks and batches give the same rows."
+        "With the same batchgen and regex, the rows are the same bit for bit on any machine."
+        if plan.portable
+        else f"With batchgen {plan.batchgen} the bits of a row depend on the processor; later versions make others."
     )
     yield element("p", visible(note), class_="soft")
     yield element("p", "This command generates some of its rows again and compares them:")

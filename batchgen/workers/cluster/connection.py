@@ -58,11 +58,7 @@ class Connection:
         command = [sys.executable, "-m", "batchgen.workers.cluster.driver", backend, address]
         with no_interrupts_to_workers():
             self._driver = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env=environment_of_python(),
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment_of_python()
             )
             self._listener = threading.Thread(target=self._listen, daemon=True)
             self._listener.start()

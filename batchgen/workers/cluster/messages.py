@@ -22,10 +22,7 @@ class NodeSetup:
 
     worker: WorkerSetup
     attempt: str
-    numpy: str  # version
-    blas: str  # Blas.kernels
-    numpy_kernels: str = ""  # these two may be unknown
-    regex: str = ""
+    regex: str = ""  # version; empty: unknown
     model_cache: str | None = None  # a directory of the node's own
     row_timeout: float | None = None
     flags: Mapping[str, tuple[str, str | None]] = field(default_factory=dict)  # for options.use_flags

@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from batchgen import __version__
-from batchgen.engine.engine import kv_bytes_per_token
-from batchgen.engine.probe import blas_info, numpy_kernels
-from batchgen.engine.scheduler import tokens_needed
+from batchgen.engine.limits import kv_bytes_per_token, tokens_needed
 from batchgen.errors import BatchgenError, OutputError
 from batchgen.files import lock, sync_path, temporary_path
 from batchgen.gpt2.config import GPT2Config
@@ -82,26 +80,17 @@ def make_marker_folder() -> Path:
 # ---- what a node must have
 
 
-def check_versions(setup: NodeSetup) -> None:
-    """Rows have the same bits only with the same NumPy and the same kernels of it and its BLAS; regex cuts words."""
-    for name, planned in (("NumPy", setup.numpy), ("regex", setup.regex)):
-        if (found := version(name.lower())) != planned and planned:
-            raise BatchgenError(
-                f"this node has {name} {found}, and the run was planned with {planned}; install the same"
-            )
-    blas = "BLAS", blas_info().kernels, setup.blas, "OPENBLAS_CORETYPE, such as Haswell"
-    numpy = "NumPy", numpy_kernels(), setup.numpy_kernels, "NPY_DISABLE_CPU_FEATURES; numpy.show_runtime() lists some"
-    for name, found, planned, variable in (blas, numpy):
-        if found != planned and planned:
-            raise BatchgenError(
-                f"its {name} is {found!r}, and the run was planned with {planned!r}: rows would differ in their last "
-                f"bits; start the workers and this command with the same {variable}"
-            )
+def check_regex(setup: NodeSetup) -> None:
+    """The Unicode tables of regex decide where words are cut, so which tokens a prompt has."""
+    if (found := version("regex")) != setup.regex and setup.regex:
+        raise BatchgenError(
+            f"this node has regex {found}, and the run was planned with {setup.regex}; install the same"
+        )
 
 
 def check_memory(setup: WorkerSetup, config: GPT2Config) -> None:
     """Refuse to start a worker that would be killed for lack of memory, and lose its chunk again and again."""
-    most = setup.max_batch * tokens_needed(config.n_ctx, 0) * kv_bytes_per_token(config)
+    most = setup.max_batch * tokens_needed(config.n_ctx, 0) * kv_bytes_per_token(config, setup.precision)
     needed, free = min(setup.kv_bytes, most) + WORKER_BYTES, available_memory()
     if needed > free:
         raise BatchgenError(
@@ -117,7 +106,7 @@ def prepare_model(setup: NodeSetup) -> Model:
     with lock_here(str(directory)) as note:
         if setup.model_cache and not directory.exists():
             copy_model(source, directory, wanted)
-        model = Model.load(directory, wanted)
+        model = Model.load(directory, wanted, setup.worker.precision)
         checked = f"{setup.attempt} {model.files_hash}".encode()
         if note.read() != checked:
             model.verify()
@@ -167,7 +156,7 @@ class Node:
     def __init__(self, setup: NodeSetup, private: Path) -> None:
         """private is a directory on the node's own disk. Raises BatchgenError if the node is unfit for the run."""
         self.attempt = Path(setup.attempt)
-        check_versions(setup)
+        check_regex(setup)
         model = prepare_model(setup)
         check_memory(setup.worker, model.config)
         self.folder = self.attempt / f"node-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"

@@ -114,7 +114,7 @@ class ClusterPool:
         self._losses[chunk.index] += 1
         if self._losses[chunk.index] >= MAX_LOSSES:
             raise BatchgenError(
-                f"input rows {chunk.first_row} to {chunk.items[-1].row}: lost {MAX_LOSSES} times, the last time "
+                f"{chunk.words}: lost {MAX_LOSSES} times, the last time "
                 f"because {reason}; if workers do not live long enough for a chunk, lower {say('chunk_rows')} and add "
                 f"{say('restart')}. Finished chunks are kept: run the same command to resume."
             )
