@@ -1,12 +1,15 @@
-"""What holds for all tests: one BLAS thread, as batchgen's workers have, and models from nowhere but the test."""
+"""What holds for all tests: errors name flags, and models come from nowhere but the test."""
 
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from threadpoolctl import threadpool_limits
+
+# pico.py multiplies with NumPy: two processes of tests with two BLAS threads each would take turns.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is loaded
 
 from batchgen.job import FLAGS
 from batchgen.options import flags_in_use, use_flags
@@ -39,12 +42,6 @@ def pytest_collection_modifyitems(items):
     """The order in which `-n 2 --dist loadfile --no-loadscope-reorder` (make test) gives modules to its processes."""
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_blas_thread():
-    with threadpool_limits(1, user_api="blas"):
-        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,24 +6,48 @@ import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from typing import get_args
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from batchgen.engine.engine import Engine
+from batchgen.engine.sequence import Prompt
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.params import random_tensors
-from benchmarks import bench
+from batchgen.gpt2.params import nest
+from batchgen.gpt2.weights import pack
+from batchgen.types import Precision, SamplingParams
+from benchmarks import bench, quality
 from benchmarks.bench import HEADER, Row, section
-from benchmarks.breakdown import Clock
+from benchmarks.breakdown import measure as measure_steps
 from benchmarks.memory import PeakMemory, proportional_bytes, tree
 from benchmarks.models import huggingface_tensors, write_safetensors
 from benchmarks.peers import run_batchgen
 from benchmarks.peers.protocol import Job, Ready, Task, batches, check, measure
+from benchmarks.picture import Line, draw
 from benchmarks.systems import MissingError, System, run_logged
 from benchmarks.workloads import KINDS, N_ORDINARY, make_workload
 from tests.support.models import write_byte_model
+from tests.support.tensors import random_tensors
 
 CONFIG = GPT2Config(n_vocab=20, n_ctx=8, n_embd=4, n_head=2, n_layer=2)
+
+
+def test_a_score_is_of_the_second_model_against_the_first():
+    uniform, sure = np.log(np.full((2, 4), 0.25)), np.log(np.array([[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1]]))
+    window = np.array([[3, 0, 1]])  # both expect 0 after 3, and 1 after 0
+    assert quality.compare([sure], [sure], window) == quality.Score(pytest.approx(1 / 0.7), 0, 1)
+    score = quality.compare([sure], [uniform], window)
+    assert score.perplexity == pytest.approx(4)
+    assert score.divergence == pytest.approx(0.7 * np.log(2.8) + 0.3 * np.log(0.4))
+    assert score.same_best == 0.5
+
+
+def test_windows_predict_every_token_once():
+    windows = quality.cut_windows(list(range(10)), 3)
+    assert windows[:, 1:].ravel().tolist() == list(range(1, 10))
+    assert (windows[:, 0] == windows[:, 1] - 1).all()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -184,14 +208,15 @@ def test_safetensors_can_be_read_back(tmp_path):
 
 def test_a_missing_system_is_a_row_with_its_reason():
     workload = make_workload("W1", 0.05)
-    ours = Row("W1", "batchgen", tokens_per_s=200.0, seconds=[1.0], first_tokens=[1, 2])
+    ours = Row("W1", "batchgen-float32", tokens_per_s=200.0, seconds=[1.0], first_tokens=[1, 2])
+    int8 = replace(ours, system="batchgen-int8", tokens_per_s=500.0)
     peer = replace(ours, system="peer", tokens_per_s=100.0, first_tokens=[1, 3])
-    lines = section(workload, [ours, peer, Row("W1", "other", missing="no wheel")], 100.0, 2)
+    lines = section(workload, [ours, int8, peer, Row("W1", "other", missing="no wheel")], 100.0, 2)
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert table[0] == HEADER
-    assert table[3][:3] == ["peer", "100", "2.00x"]
-    assert table[3][5] == "50%"
-    assert table[4] == ["other", "missing", "", "", "", "", "no wheel"]
+    assert table[4][:4] == ["peer", "100", "2.00x", "5.00x"]
+    assert table[4][6] == "50%"
+    assert table[5] == ["other", "missing", "", "", "", "", "", "no wheel"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -219,19 +244,28 @@ def test_a_failing_command_gives_its_reason(tmp_path):
         run_logged([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", dict(os.environ), 0.2)
 
 
-def test_the_clock_separates_weights_from_attention():
-    clock = Clock()
-    a, heads = np.ones((2, 3), np.float32), np.ones((4, 2, 3), np.float32)
-    clock.matmul(a, a.T)
-    clock.matmul(heads, heads.swapaxes(1, 2))
-    assert clock.shapes == {(2, 3, 2): 1}
-    assert set(clock.seconds) == {"weights", "attention's products"}
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_the_clock_separates_the_parts_of_a_step(precision):
+    weights = pack(nest(random_tensors(CONFIG), CONFIG.n_layer), precision)
+    engine = Engine(weights, CONFIG, eos_ids=(), kv_bytes=2**20)
+    prompt = Prompt(0, (1, 2, 3), SamplingParams(max_tokens=1, ignore_eos=True), (0,))
+    case = measure_steps(engine, "Prefill", 3, lambda: list(engine.generate([prompt])))
+    assert set(case.parts) >= {"products with weights", "attention", "layer norm", "sampling"}
+    assert sum(case.shapes.values()) == 4 * CONFIG.n_layer + 1
+    assert case.products_alone > 0
+
+
+def test_a_picture_has_a_line_for_each_precision():
+    svg = draw("Tokens/s", [Line("float32", [(1, 20.0), (4, 60.5)]), Line("int8", [(1, 70.0), (4, 199.0)])])
+    ElementTree.fromstring(svg)
+    assert svg.count("<polyline") == 2
+    assert ">200<" in svg
 
 
 def test_batchgen_itself_can_be_measured(tmp_path):
     model = write_byte_model(tmp_path / "bytes")
     task = Task([[97, 98, 99], [100]], max_tokens=4)
-    ready = run_batchgen.load(Job(str(model), task, jobs=2, repeat=1, scratch=str(tmp_path)))
+    ready = run_batchgen.load(Job(str(model), task, 2, 1, str(tmp_path), {"precision": "int8"}))
     assert ready.warm_up is not None
     check(task, ready.complete(task))
     started = ready.warm_up()

@@ -6,52 +6,53 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 from typer.testing import CliRunner
 
-from batchgen import planning
-from batchgen.engine.probe import Blas
 from batchgen.errors import ModelError
+from batchgen.gpt2 import machine_code
+from batchgen.gpt2.machine_code import CodeCache
+from batchgen.gpt2.microkernels import Vectors
 from batchgen.jobs.cli import app
 from batchgen.models.model import Model
 from batchgen.review import doctor
 from batchgen.review.doctor import (
     examine,
-    examine_blas,
+    examine_code,
     examine_cores,
+    examine_kernels,
     examine_memory,
     examine_models,
     examine_packages,
-    examine_rows,
     read_processor,
 )
 from tests.support.models import write_byte_model
-
-SKYLAKE, HASWELL = (Blas("openblas", "0.3.31", kind, 2) for kind in ("SkylakeX", "Haswell"))
-AVX2, AVX512 = frozenset({"avx", "avx2", "fma"}), frozenset({"avx", "avx2", "fma", "avx512f", "avx512vl"})
 
 
 def test_everything_is_looked_at_and_nothing_is_broken():
     found = list(examine())
     assert [f.name for f in found if f.state == "broken"] == []
     assert {f.name for f in found} == {
-        "batchgen", "packages", "processor", "BLAS", "rows", "cores", "memory", "models"
+        "batchgen", "packages", "processor", "kernels", "cores", "memory", "models"
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("blas", "flags", "environment", "state", "text"),
+    ("vectors", "texts", "states"),
     [
-        (SKYLAKE, AVX512, {}, "ok", "its own choice"),
-        (HASWELL, AVX2, {}, "ok", "its own choice"),
-        (HASWELL, frozenset(), {}, "ok", "its own choice"),
-        (HASWELL, AVX512, {"OPENBLAS_CORETYPE": "Haswell"}, "note", "Haswell keeps it from AVX-512; unset it"),
-        (HASWELL, AVX512, {}, "note", "does not use the processor's AVX-512"),
-        (HASWELL, AVX2, {"OPENBLAS_CORETYPE": "Haswell"}, "note", "set by OPENBLAS_CORETYPE=Haswell"),
-        (Blas("mkl", "2025", "Skylake", 2), AVX512, {"OPENBLAS_CORETYPE": "Haswell"}, "ok", "mkl 2025"),
+        (Vectors(16, 16, 16), ["float32 with AVX-512; int8 with AVX-512 VNNI"], ["ok"]),
+        (Vectors(8, 8, 8), ["float32 with AVX2 and FMA; int8 with AVX-VNNI"], ["ok"]),
+        (Vectors(8, 8, 0), ["int8 without VNNI", "int8 are about as fast as in float32"], ["ok", "note"]),
+        (Vectors(0, 4, 0), ["about 50 times as long", "int8 are about as fast"], ["note", "note"]),
     ],
 )
-def test_a_setting_that_slows_the_blas_is_named(blas, flags, environment, state, text):
-    (finding,) = examine_blas(blas, flags, environment)
-    assert finding.state == state
-    assert text in finding.text
+def test_a_processor_that_slows_the_kernels_is_a_note(vectors, texts, states):
+    found = list(examine_kernels(vectors))
+    assert [finding.state for finding in found] == states
+    assert all(text in finding.text for finding, text in zip(found, texts, strict=True))
+
+
+def test_amx_is_named_if_it_is_used(monkeypatch):
+    monkeypatch.setattr(doctor, "uses_amx", lambda: True)
+    (finding,) = examine_kernels(Vectors(16, 16, 16))
+    assert "int8 with AMX" in finding.text
 
 
 def test_the_processor_is_read_as_linux_reports_it(tmp_path):
@@ -79,11 +80,21 @@ def test_a_package_that_one_command_needs_is_a_note_and_any_other_broken(monkeyp
     assert "pip install matplotlib" in states["matplotlib"].text
 
 
-def test_rows_that_depend_on_their_batch_are_a_note(monkeypatch):
-    monkeypatch.setattr(planning, "is_batch_invariant", lambda params, config: False)
-    assert examine_rows().state == "note"
-    monkeypatch.setattr(planning, "is_batch_invariant", lambda params, config: True)
-    assert examine_rows().state == "ok"
+def test_where_kernels_are_and_what_keeps_them_from_being_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine_code, "kernel_modules", lambda: ["batchgen.gpt2.kernels"])
+    cache = CodeCache([tmp_path / "a"])
+    assert examine_code(cache).text.startswith("not compiled yet")
+    name = "batchgen.gpt2.kernels.linear"
+    cache.names.add(name)
+    cache.write(name, bytes(10**6))
+    cache.complete()
+    assert f"1 compiled, 1.0 MB in {tmp_path / 'a'}" in examine_code(cache).text
+    (tmp_path / "file").touch()
+    finding = examine_code(CodeCache([tmp_path / "file"]))
+    assert finding.state == "note"
+    assert str(tmp_path / "file") in finding.text
+    monkeypatch.setattr(machine_code, "LOWEST", (1000, 0))
+    assert examine_code(cache).state == "broken"
 
 
 def test_what_limits_the_cores_is_named(monkeypatch):
@@ -93,10 +104,11 @@ def test_what_limits_the_cores_is_named(monkeypatch):
 
 
 def test_too_little_memory_names_a_value_that_fits(monkeypatch):
-    monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(doctor, "available_memory", lambda: 8 * 10**8)
     finding = examine_memory()
     assert finding.state == "note"
-    assert "pass --kv-memory 250M" in finding.text
+    assert "pass --kv-memory 200M" in finding.text
+    assert "a worker takes up to 1.2 GB; --jobs auto" in finding.text
 
 
 def test_a_broken_model_is_named_and_is_exit_code_1(monkeypatch, tmp_path):
@@ -119,6 +131,5 @@ def test_without_its_own_model_batchgen_is_broken(monkeypatch):
         raise ModelError(f"unknown model {name!r}")
 
     monkeypatch.setattr(Model, "open", nowhere)
-    assert examine_rows().state == "broken"
     assert list(examine_models())[-1].state == "broken"
     assert examine_memory().state == "ok"

@@ -107,7 +107,7 @@ def test_the_same_job_over_its_finished_output_says_so_and_changes_nothing(
     assert everything(job, request) == before
 
 
-def test_another_batchgen_numpy_or_blas_does_not_make_it_another_job(
+def test_another_batchgen_or_regex_does_not_make_it_another_job(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make(tmp_path, model, "c.parquet")
@@ -131,6 +131,7 @@ def test_finished_output_replaced(job: Job, request: pytest.FixtureRequest) -> N
         ({"input": other}, "other.jsonl is not the input that it had"),
         ({"sampling": SamplingParams(max_tokens=3)}, "it had --max-tokens 4, and this has --max-tokens 3"),
         ({"trim": True}, "it had no --trim, and this has --trim"),
+        ({"precision": "int8"}, "it had --precision float32, and this has --precision int8"),
         ({"sampling": SamplingParams(max_tokens=3), "restart": True}, "--max-tokens 3"),
     ):
         with pytest.raises(UsageError, match=said) as caught:

@@ -57,6 +57,15 @@ def test_the_engine_loads_numpy_alone(module):
     assert not loaded & {"joblib", "pyarrow", "regex", "requests", "rich", "tensorflow", "typer"}
 
 
+def test_what_computes_nothing_does_not_load_the_compiler():
+    script = """
+from batchgen.jobs.cli import app
+for words in (["--help"], ["generate", "--help"], ["models"]):
+    app(words, standalone_mode=False)
+"""
+    assert not loaded_by(script) & {"numba", "llvmlite"}
+
+
 def test_the_records_load_nothing_but_python():
     loaded = loaded_by("import batchgen.job, batchgen.plan, batchgen.progress, batchgen.files, batchgen.errors")
     assert not loaded & {"numpy", "joblib", "pyarrow", "regex", "requests", "tensorflow", "typer"}

@@ -207,6 +207,14 @@ def test_a_plan_of_another_version_is_refused(out):
         resumed_chunks(out)
 
 
+def test_the_unfinished_run_of_version_0_2_is_refused_by_its_version(out):
+    interrupted_run(out)
+    older = PLAN.to_json() | {"batchgen": "0.2.0", "blas": "openblas", "batch_invariant": True, "numpy_kernels": "exp"}
+    (work_directory(out) / "plan.json").write_text(json.dumps(older))
+    with pytest.raises(UsageError, match="it had batchgen '0.2.0', and this has batchgen '1.0'; run it as before, or"):
+        resumed_chunks(out)
+
+
 def test_an_option_that_was_automatic_may_be_given_with_the_same_value(out):
     interrupted_run(out)
     with suppress(Interrupted), open_ledger(out) as ledger:

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from batchgen.gpt2.machine_code import places_here
+
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def test_clean_removes_the_machine_code_of_kernels():
+    recipe = subprocess.run(["make", "-n", "clean"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert "find batchgen jobs tests benchmarks examples -name __pycache__" in recipe.stdout
+    assert places_here()[0] == ROOT / "batchgen/__pycache__/kernels"
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from batchgen.engine.engine import LARGEST_BATCH
+from batchgen.engine.limits import LARGEST_BATCH
 from batchgen.engine.sequence import Work
 from batchgen.workers.marker import Marker, Phase, read_sightings
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import replace
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen import __version__
+from batchgen.errors import UsageError
 from batchgen.jobs import generate
 from batchgen.jobs.cli import app
 from batchgen.models.registry import check_bare_name
 from batchgen.plan import Plan
-from batchgen.planning import Arithmetic, Setting, make_plan
+from batchgen.planning import Setting, make_plan
 from batchgen.types import MAX_SEED, SamplingParams
 from tests.support.models import BYTES
 from tests.support.plans import plan_of
@@ -47,9 +49,9 @@ sampling = st.builds(
 plans = st.builds(
     Plan,
     batchgen=st.just(__version__),
-    numpy=st.just("2.4.1"),
-    blas=st.just("openblas 0.3.31 Haswell"),
-    batch_invariant=st.booleans(),
+    regex=st.just(version("regex")),
+    precision=st.sampled_from(["float32", "int8"]),
+    portable=st.booleans(),
     input=st.text("0123456789abcdef", min_size=64, max_size=64),
     input_formats=st.sampled_from([("jsonl",), ("csv",), ("tsv",), ("parquet",), ("csv", "jsonl", "csv")]),
     rows=st.integers(0, 10**9),
@@ -71,6 +73,9 @@ plans = st.builds(
     share_prefixes=st.booleans(),
     files=st.lists(st.text("0123456789abcdef", min_size=16, max_size=16), max_size=3).map(tuple),
 )
+
+
+OPTIONAL = {"files", "regex", "precision", "portable", "batch_invariant"}  # older plans lack them
 
 
 class Stopped(Exception):
@@ -97,9 +102,8 @@ def test_the_command_line_of_a_plan_gives_the_plan(plan):
     with pytest.MonkeyPatch.context() as monkeypatch:
         job = parse(plan.command_line(), monkeypatch)
     facts = SimpleNamespace(sha256=plan.input, formats=plan.input_formats, rows=plan.rows, files=plan.files, names=())
-    model = SimpleNamespace(name=plan.model, hash=plan.model_hash, config=BYTES)
-    arithmetic = Arithmetic(plan.numpy, plan.blas, plan.batch_invariant)
-    made, automatic = make_plan(job, facts, model, Setting(arithmetic, plan.rows, 3, plan.format))
+    model = SimpleNamespace(name=plan.model, hash=plan.model_hash, config=BYTES, precision=job.work.precision)
+    made, automatic = make_plan(job, facts, model, Setting(plan.rows, 3, plan.format))
     assert made == plan
     assert automatic == frozenset()  # the command names every size
     for delimiter, quotes in ((";", "no"), ("tab", "auto")):
@@ -124,7 +128,7 @@ def test_a_plan_is_read_as_it_was_stored(plan):
 @given(plans, st.data())
 def test_what_is_missing_unknown_or_of_another_type_is_named(plan, data):
     stored = plan.to_json()
-    name = data.draw(st.sampled_from(sorted(stored.keys() - {"files"})))
+    name = data.draw(st.sampled_from(sorted(stored.keys() - OPTIONAL)))
     with pytest.raises(ValueError, match=f"'{name}' is missing"):
         Plan.from_json({key: value for key, value in stored.items() if key != name})
     with pytest.raises(ValueError, match="'mirostat' is not known here"):
@@ -155,19 +159,17 @@ def test_equal_plans_do_not_conflict(plan):
         ("trim", True, "it had no --trim, and this has --trim"),
         ("kv_bytes", 77, "it had --kv-memory 1000, and this has --kv-memory 77"),
         ("row_params", False, "it had --row-params, and this has --no-row-params"),
-        ("numpy", "2.5.0", "it had numpy '2.4.1', and this has numpy '2.5.0'"),
+        ("precision", "int8", "it had --precision float32, and this has --precision int8"),
         ("keep", ("a",), "it had no --keep, and this has --keep a"),
         ("regex", "2", "it had regex '1', and this has regex '2'"),
-        ("numpy_kernels", "exp X86_V3", "it had numpy_kernels 'exp X86_V4', and this has numpy_kernels 'exp X86_V3'"),
     ],
 )
 def test_a_conflict_is_named_in_the_words_of_the_command_line(name, value, words):
     plan = Plan(
-        batchgen="0.1.0", numpy="2.4.1", blas="b", batch_invariant=True, input="a", input_formats=("jsonl",), rows=1,
+        batchgen="0.1.0", input="a", input_formats=("jsonl",), rows=1,
         prompt_column="prompt", id_column="id", keep=(), row_params=True, model="m", model_hash="h",
         parameters=SamplingParams(), on_too_long="reject", empty_prompt="reject", trim=False, format="parquet",
         token_ids=False, chunk_rows=1, batch_size=1, kv_bytes=1000, share_prefixes=True, regex="1",
-        numpy_kernels="exp X86_V4",
     )  # fmt: skip
     other = replace(plan, **{name: value})
     assert plan.conflict(other) == words
@@ -175,11 +177,26 @@ def test_a_conflict_is_named_in_the_words_of_the_command_line(name, value, words
 
 
 def test_what_an_older_plan_does_not_know_agrees_with_anything_and_what_changes_no_row_is_only_recorded():
-    old, new = plan_of(), plan_of(regex="2", numpy_kernels="exp X86_V4", python="3.12.1", pyarrow="21.0.0")
+    old, new = plan_of(), plan_of(regex="2", numpy="2.4.1", python="3.12.1", pyarrow="21.0.0")
     assert old.conflict(new) is None
     stored = new.to_json()
-    assert (stored["python"], stored["pyarrow"]) == ("3.12.1", "21.0.0")
-    assert new.conflict(Plan.from_json(stored | {"python": "3.13.0", "pyarrow": "22.0.0"})) is None
+    assert (stored["numpy"], stored["python"], stored["pyarrow"]) == ("2.4.1", "3.12.1", "21.0.0")
+    assert new.conflict(Plan.from_json(stored | {"numpy": "3", "python": "3.13.0", "pyarrow": "22.0.0"})) is None
+
+
+def test_a_plan_from_before_version_0_3_is_read_as_one_in_float32_whose_bits_are_not_portable():
+    older = {"numpy": "2.4.1", "blas": "openblas", "batch_invariant": True, "numpy_kernels": "exp X86_V4"}
+    plan = Plan.from_json(plan_of().to_json() | older)
+    assert (plan.precision, plan.portable) == ("float32", False)
+    assert plan.conflict(plan_of(portable=True)) is None
+    assert not {"blas", "numpy_kernels", "batch_invariant", "portable"} & plan.to_json().keys()
+
+
+def test_a_plan_says_to_other_readers_how_precise_and_how_portable_its_rows_are():
+    stored = plan_of(portable=True).to_json()
+    assert (stored["batch_invariant"], stored["portable"], stored["precision"]) == (True, True, "float32")
+    with pytest.raises(UsageError, match="precision 'int4' is none of float32, int8"):
+        Plan.from_json(stored | {"precision": "int4"})
 
 
 FILES = {"files": ("aa", "bb", "cc"), "names": ("a.jsonl", "b.jsonl", "c.jsonl"), "rows": 12}

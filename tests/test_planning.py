@@ -1,15 +1,20 @@
 """planning.py: every row is in exactly one chunk, every worker has work, and memory bounds their number."""
 
 import re
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from batchgen import planning
-from batchgen.engine.engine import MAX_BATCH, Engine, kv_bytes_per_token
-from batchgen.errors import UsageError
+from batchgen.engine.engine import Engine
+from batchgen.engine.limits import MAX_BATCH, kv_bytes_per_token
+from batchgen.errors import BatchgenError, UsageError
 from batchgen.gpt2.config import GPT2Config
+from batchgen.gpt2.weights import pack
 from batchgen.models.model import Model
 from batchgen.plan import Plan
 from batchgen.planning import (
@@ -17,11 +22,11 @@ from batchgen.planning import (
     MAX_CHUNK_ROWS,
     MIN_CHUNK_ROWS,
     NOMINAL_JOBS,
-    Arithmetic,
     Setting,
     auto_chunk_rows,
     available_jobs,
     available_memory,
+    check_memory,
     default_kv_bytes,
     fitting_jobs,
     left_of_cgroup,
@@ -30,7 +35,7 @@ from batchgen.planning import (
     plan_chunks,
     rows_within,
 )
-from batchgen.types import Rejected, SamplingParams
+from batchgen.types import Precision, Rejected, SamplingParams
 from tests.support.inputs import facts
 from tests.support.jobs import make_job
 from tests.support.models import BYTES, TINY, sharp_params, write_byte_model
@@ -84,11 +89,12 @@ def test_chunks_are_bounded_in_samples_as_they_are_in_rows(n_rows, jobs, n):
 
 @pytest.mark.parametrize("config", SIZES, ids=lambda config: f"{config.n_layer}x{config.n_embd}")
 def test_the_default_memory_holds_four_sequences_of_full_length(config):
-    assert default_kv_bytes(config) >= 4 * config.n_ctx * kv_bytes_per_token(config)
+    for precision in get_args(Precision):
+        assert default_kv_bytes(config, precision) >= 4 * config.n_ctx * kv_bytes_per_token(config, precision)
 
 
 def test_the_default_memory_suffices_an_engine():
-    Engine(sharp_params(TINY), TINY, eos_ids=(0,), kv_bytes=default_kv_bytes(TINY))
+    Engine(pack(sharp_params(TINY)), TINY, eos_ids=(0,), kv_bytes=default_kv_bytes(TINY, "float32"))
 
 
 def test_at_least_one_job_fits_into_any_memory(monkeypatch):
@@ -127,6 +133,17 @@ def test_this_machine_has_cores_and_memory(monkeypatch):
     assert available_jobs() == 1
 
 
+def test_a_model_larger_than_memory_is_named(model, monkeypatch):
+    monkeypatch.setattr(planning, "available_memory", lambda: 4 * 10**9)
+    larger = SimpleNamespace(name="1558M", config=SIZES[-1], precision="float32", bytes=6_552_000_000)
+    with pytest.raises(
+        BatchgenError, match=r"1558M needs 7.. GB of memory \(6.6 of weights in float32, .* 4.0 GB are free"
+    ):
+        check_memory(larger)
+    monkeypatch.setattr(planning, "available_memory", lambda: 16 * 10**9)
+    check_memory(larger)
+
+
 # ---- the plan
 
 
@@ -135,9 +152,9 @@ def model(tmp_path_factory) -> Model:
     return Model.open(str(write_byte_model(tmp_path_factory.mktemp("planning") / "bytes")))
 
 
-def planned(model: Model, *, slots: int = 0, invariant: bool = True, **options) -> tuple[Plan, frozenset[str]]:
+def planned(model: Model, *, slots: int = 0, **options) -> tuple[Plan, frozenset[str]]:
     """The plan of 10,000 rows."""
-    setting = Setting(Arithmetic("2.0", "some kernels", invariant), 10_000, slots, "parquet")
+    setting = Setting(10_000, slots, "parquet")
     job = make_job("p.jsonl", "o.parquet", model.directory, **options)
     return make_plan(job, facts(10_000, "0" * 64, 1), model, setting)
 
@@ -145,7 +162,7 @@ def planned(model: Model, *, slots: int = 0, invariant: bool = True, **options) 
 def test_what_nobody_asked_for_is_automatic(model):
     plan, automatic = planned(model)
     assert automatic == {"chunk_rows", "batch_size", "kv_bytes"}
-    assert (plan.batch_size, plan.kv_bytes) == (MAX_BATCH, default_kv_bytes(model.config))
+    assert (plan.batch_size, plan.kv_bytes) == (MAX_BATCH, default_kv_bytes(model.config, "float32"))
     asked = {"chunk_rows": 7, "batch_size": 3, "kv_bytes": 2**24}
     plan, automatic = planned(model, **asked)
     assert automatic == frozenset()
@@ -159,19 +176,12 @@ def test_a_plan_holds_what_is_asked_for_and_what_is_found(model):
     assert (plan.parameters, plan.keep, plan.trim, plan.on_too_long) == (params, ("a",), True, "shorten")
     assert (plan.model, plan.model_hash, plan.share_prefixes) == ("bytes", model.hash, False)
     assert (plan.input, plan.input_formats, plan.rows, plan.format) == ("0" * 64, ("jsonl",), 10_000, "parquet")
-    assert (plan.numpy, plan.blas, plan.batch_invariant, plan.retry) == ("2.0", "some kernels", True, False)
+    assert (plan.portable, plan.regex, plan.retry) == (True, version("regex"), False)
 
 
 def test_chunks_are_for_the_jobs_asked_for_else_the_slots_else_a_nominal_number(model):
     for jobs, slots, expected in [(16, 8, 16), (None, 8, 8), (None, 0, NOMINAL_JOBS)]:
         assert planned(model, jobs=jobs, slots=slots)[0].chunk_rows == auto_chunk_rows(10_000, expected)
-
-
-def test_chunks_do_not_depend_on_the_jobs_if_bits_depend_on_the_batch(model):
-    expected = auto_chunk_rows(10_000, NOMINAL_JOBS)
-    assert expected != auto_chunk_rows(10_000, 16)
-    for jobs, slots in [(16, 8), (None, 8), (None, 0)]:
-        assert planned(model, jobs=jobs, slots=slots, invariant=False)[0].chunk_rows == expected
 
 
 def test_a_chunk_holds_fewer_rows_of_many_samples(model):
@@ -192,3 +202,10 @@ def test_a_short_time_limit_makes_chunks_of_which_several_end_within_it(model):
 def test_memory_that_holds_no_sequence_is_refused(model):
     with pytest.raises(UsageError, match="--kv-memory"):
         planned(model, kv_bytes=10)
+
+
+def test_a_plan_has_the_precision_of_the_model_as_it_was_opened(model):
+    plan, automatic = planned(model.with_precision("int8"))
+    assert (planned(model)[0].precision, plan.precision) == ("float32", "int8")
+    assert plan.kv_bytes == default_kv_bytes(model.config, "int8")
+    assert "precision" not in automatic  # an output in another precision is another output

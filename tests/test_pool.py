@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import BatchgenError, OutputError
+from batchgen.input import prompts as prompts_module
 from batchgen.job import Job
 from batchgen.output.ledger import Ledger, work_directory
 from batchgen.run import run_job
@@ -99,7 +100,8 @@ def test_a_row_that_ends_every_worker_fails(job, folder, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_trial")
-def test_all_such_rows_of_a_chunk_are_found(job, folder):
+def test_all_such_rows_of_a_chunk_are_found(job, folder, monkeypatch):
+    monkeypatch.setattr(prompts_module, "TOGETHER", 1)  # the first three are in one chunk
     words = {3: "exit-first", 4: "kill-last", 5: "raise-first", 50: "kill-first"}
     this = job(words)
     assert run_job(this).failed == 4

@@ -56,7 +56,7 @@ def test_a_summary_adds_the_rows_that_a_retry_leaves():
     counts = Counter(rows=6, ok=4, rejected=0, failed=2, prompt_tokens=90, completion_tokens=60, space_ends=1)
     resumed = Counter(rows=2, prompt_tokens=30, completion_tokens=20)
     reporter = Reporter(lambda _: Progress(0, 0, 0, 0, 0.0), counts, resumed, StatusFile(None, "o"))
-    summary = reporter.summarise("o", 16, Counter(ok=9, rejected=1), jobs=1, blas="")
+    summary = reporter.summarise("o", 16, Counter(ok=9, rejected=1), jobs=1, precision="int8")
     assert (summary.statuses, summary.rows) == ({"ok": 13, "rejected": 1, "failed": 2}, 16)
     assert (summary.resumed, summary.prompt_tokens, summary.completion_tokens, summary.space_ends) == (12, 60, 40, 1)
     assert summary.exit_code == 3

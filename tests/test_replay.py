@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from batchgen.engine.probe import is_batch_invariant
 from batchgen.errors import BatchgenError, InputError, ModelError
 from batchgen.jobs.cli import app
 from batchgen.models.model import Model
@@ -21,12 +20,12 @@ from batchgen.review.replay import replay
 from batchgen.run import run_job
 from batchgen.types import SamplingParams
 from tests.support.jobs import change, make_job
-from tests.support.models import BYTES, sharp_params, write_byte_model
+from tests.support.models import write_byte_model
 
-INVARIANT = is_batch_invariant(sharp_params(BYTES), BYTES)
 LINES = [json.dumps({"id": f"r{i}", "prompt": "the prompt "[: 1 + i % 11] * (1 + i % 9)}) for i in range(30)]
 LINES[7:7] = ["not JSON", '{"prompt": ""}', json.dumps({"prompt": "x" * 200})]
 OK = 30
+OLDER = {"batchgen": "0.2.0", "blas": "openblas", "batch_invariant": True, "numpy_kernels": "", "portable": ...}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +62,7 @@ def rewrite(
     """The output with other rows, or with other metadata."""
     table = pq.read_table(output)
     run = json.loads(table.schema.metadata[b"batchgen"]) | metadata
+    run = {key: value for key, value in run.items() if value is not ...}
     rows = table.to_pylist()
     change(rows)
     schema = table.schema.with_metadata({"batchgen": json.dumps(run)})
@@ -78,7 +78,7 @@ def test_rows_of_a_run_are_generated_again(output, model):
     done = replay(output, 100)
     assert (done.rows, done.ok, done.compared, done.samples) == (len(LINES), OK, OK, 2 * OK)
     assert done.model == model
-    assert done.exact is INVARIANT
+    assert done.exact
     assert {"completion", "completion_token_ids", "finish_reason", "logprobs", "seed"} <= set(done.columns)
     assert done.differences == ()
 
@@ -134,7 +134,6 @@ def test_an_edited_value_is_named_with_its_row(output, tmp_path, column, value):
     assert line.startswith(f"row 0, sample 0: {column} differs")
 
 
-@pytest.mark.skipif(not INVARIANT, reason="rows are compared by value here")
 def test_one_bit_of_a_log_probability_is_a_difference(output, tmp_path):
     def flip(rows):
         values = np.array(first_ok(rows)["logprobs"], np.float32)
@@ -145,18 +144,33 @@ def test_one_bit_of_a_log_probability_is_a_difference(output, tmp_path):
     assert line.startswith("row 0, sample 0: logprobs differs from place 0: ")
 
 
-@pytest.mark.parametrize("key", ["batchgen", "numpy", "blas", "batch_invariant", "numpy_kernels", "regex"])
-def test_values_are_compared_and_a_note_says_so_if_the_arithmetic_differs(output, tmp_path, key):
+@pytest.mark.parametrize(
+    ("another", "words"),
+    [
+        ({"batchgen": "9.9"}, "made with batchgen 9.9, this is"),
+        ({"regex": "9.9"}, "made with regex 9.9, this is"),
+        (OLDER, "made by batchgen 0.2.0: then the bits of a row depended on the processor"),
+    ],
+)
+def test_values_are_compared_and_a_note_says_so_if_the_arithmetic_differs(output, tmp_path, another, words):
     def nudge(rows):
         first_ok(rows)["logprobs"][0] += 1e-5
 
-    another = {key: False if key == "batch_invariant" else "another"}
     done = replay(rewrite(output, tmp_path, nudge, **another), 100)
     assert not done.exact
-    assert any(key in note for note in done.notes)
+    assert len(done.notes) == 1
+    assert words in done.notes[0]
     assert done.differences == ()
     edited = rewrite(output, tmp_path, lambda rows: first_ok(rows).update(completion="x"), **another)
     assert len(replay(edited, 100).differences) == 1
+
+
+def test_rows_are_generated_in_the_precision_of_the_file_or_in_the_one_asked_for(output, tmp_path):
+    made = rewrite(output, tmp_path, precision="int8")
+    assert len(replay(made, 100).differences) > OK  # they were made in float32
+    done = replay(made, 100, precision="float32")
+    assert done.differences == ()
+    assert done.notes == ("the file was made with precision int8, this is float32",)
 
 
 def test_another_prompt_seed_or_parameter_is_a_difference(output, tmp_path):
@@ -266,7 +280,7 @@ def test_the_command_says_what_was_compared(output, tmp_path):
     lines = done.output.splitlines()
     assert "33 input rows, 30 of them ok" in lines[0]
     assert lines[1] == "3 of these generated again (6 samples; --seed 1 chooses them again)"
-    assert lines[2].startswith(f"compared {'bit for bit' if INVARIANT else 'by value'}")
+    assert lines[2].startswith("compared bit for bit")
     assert lines[-1] == "verified: all rows are the same"
 
 

@@ -391,7 +391,7 @@ def test_nothing_that_a_row_holds_becomes_an_element(tmp_path, text):
         ok(text, prompt=text, id=text, finish_reason=text),
         {"status": "rejected", "error": f"{text}:1: {text}", "id": text},
     ]
-    plan = {"model": text, "parameters": SamplingParams(stop=(text,)), "keep": (text,), "input": text, "blas": text}
+    plan = {"model": text, "parameters": SamplingParams(stop=(text,)), "keep": (text,), "input": text, "regex": text}
     html = render(write_output(tmp_path / "out.parquet", rows, plan | {"prompt_column": text, "id_column": text}))
     seen = Page(html)
     assert seen.names() <= ELEMENTS
@@ -411,7 +411,7 @@ def test_a_file_of_any_name_has_a_page(tmp_path, name):
 def test_huge_prompts_and_empty_completions_do_not_fill_the_page(tmp_path):
     rows = [ok("", prompt="<" * 10**6), ok("x" * 10**6, prompt=None, id="y" * 10**6)]
     rows += [{"status": "rejected", "error": "z" * 10**6}]
-    html = render(write_output(tmp_path / "out.parquet", rows, {"blas": "y" * 10**5}))
+    html = render(write_output(tmp_path / "out.parquet", rows, {"regex": "y" * 10**5}))
     assert len(html) < 100_000
     assert "(empty)" in html
     assert "999,400 characters before" in html
@@ -449,7 +449,7 @@ def command_in(page: Page) -> list[str]:
 def test_the_command_names_only_options_that_generate_has(tmp_path):
     plan = {
         "model": "m", "prompt_column": "text", "id_column": "key", "on_too_long": "shorten", "token_ids": True,
-        "empty_prompt": "unconditional", "batch_invariant": False, "chunk_rows": 8, "batch_size": 4, "kv_bytes": 2**20,
+        "empty_prompt": "unconditional", "precision": "int8", "chunk_rows": 8, "batch_size": 4, "kv_bytes": 2**20,
         "row_params": False, "keep": ("a", "b"), "trim": True, "share_prefixes": False,
     }  # fmt: skip
     ones = {name: 1 for name in ("max_tokens", "min_tokens", "top_k", "n", "seed", "logprobs")}

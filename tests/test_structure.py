@@ -119,6 +119,13 @@ def test_self_and_cls_are_no_parameters_and_fields_are_none(text, count):
     assert found == ([f"f: {count} parameters"] if count else [])
 
 
+@pytest.mark.parametrize(("line", "limit"), [("import json", 6), ("from batchgen.gpt2.compiled import kernel", 11)])
+def test_compiled_functions_may_have_more_parameters(line, limit):
+    text = f"{line}\ndef f({', '.join(f'a{i}' for i in range(limit))}): ..."
+    assert not list(structure.long_parameter_lists(source(text)))
+    assert list(structure.long_parameter_lists(source(text.replace("a0", "a0, b"))))
+
+
 def test_a_function_is_as_long_as_from_def_to_its_last_line():
     text = "@decorator\n@decorator\ndef short():\n    a\n    b\n\n\ndef long():\n    a\n    (\n    )\n"
     assert list(structure.long_functions(source(text), MAX)) == ["batchgen/made.py:8 long: 4 lines"]

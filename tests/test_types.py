@@ -240,6 +240,7 @@ def test_exit_codes_tell_kinds_of_failure_apart():
         "InputError": 1,
         "OutputError": 1,
         "ModelError": 1,
+        "SetupError": 1,
         "UsageError": 2,
         "BusyError": 75,
         "StoppedError": 75,
@@ -247,7 +248,7 @@ def test_exit_codes_tell_kinds_of_failure_apart():
 
 
 def test_a_summary_is_exit_code_3_exactly_where_a_row_is_not_ok(tmp_path):
-    summary = run.Summary(tmp_path, 5, 5, 0, 0, 0, 9, 9, 1.0, 1, "blas")
+    summary = run.Summary(tmp_path, 5, 5, 0, 0, 0, 9, 9, 1.0, 1, "float32")
     assert (summary.rows, summary.exit_code) == (5, 0)
     assert replace(summary, ok=4, rejected=1).exit_code == 3
     assert replace(summary, ok=4, failed=1).exit_code == 3

@@ -48,7 +48,8 @@ def setup(model: Path, **changes) -> WorkerSetup:
     values = {
         "model": str(model),
         "model_hash": Model.load(model).hash,
-        "kv_bytes": default_kv_bytes(BYTES),
+        "kv_bytes": default_kv_bytes(BYTES, "float32"),
+        "precision": "float32",
         "max_batch": 8,
     }
     values |= {

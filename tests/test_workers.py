@@ -1,6 +1,7 @@
 """workers.py: this machine's processes do a run's chunks, and end with the block. supply.py: which chunk is next."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,14 @@ def test_a_worker_is_set_up_as_the_plan_says(model, plan):
     assert isinstance(setup, WorkerSetup)
     assert (setup.max_batch, setup.kv_bytes, setup.share_prefixes) == (8, 2**26, False)
     assert (setup.params, setup.columns) == (PARAMS, Columns(logprobs=True))
+    assert setup.precision == "float32"
+    assert worker_setup(model, replace(plan, precision="int8"), Columns()).precision == "int8"
     assert (setup.model, setup.model_hash) == (str(model.directory.resolve()), model.hash)
 
 
 def test_this_machine_has_a_slot_for_each_worker_that_fits(model, tmp_path):
     with open_workers(WorkOptions(), model, tmp_path) as workers:
-        assert workers.slots == fitting_jobs(default_kv_bytes(model.config), model.bytes)
+        assert workers.slots == fitting_jobs(default_kv_bytes(model.config, "float32"), model.bytes)
     with open_workers(WorkOptions(kv_bytes=2**50, jobs=8), model, tmp_path) as workers:
         assert workers.slots == 1
 

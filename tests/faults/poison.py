@@ -122,8 +122,6 @@ def _prompts(bench: Bench, n: int) -> Path:
 def _assert_failed(bench: Bench, out: Path, undisturbed: Path, rows: set[int]) -> None:
     """These rows have failed, with a reason; all others are as in an undisturbed run."""
     bench.assert_alone(out)
-    # if bits depend on the batch, a failed row changes the others
-    invariant = json.loads(pq.read_schema(undisturbed).metadata[b"batchgen"])["batch_invariant"]
     found, expected = pq.read_table(out).to_pylist(), pq.read_table(undisturbed).to_pylist()
     assert {row["row"] for row in found if row["status"] == "failed"} == rows
     for row, other in zip(found, expected, strict=True):
@@ -132,5 +130,4 @@ def _assert_failed(bench: Bench, out: Path, undisturbed: Path, rows: set[int]) -
             assert row["error"], row
             assert "\n" not in row["error"], row["error"]
         else:
-            same = row == other if invariant else row["status"] == "ok"
-            assert same, f"row {row['row']} differs"
+            assert row == other, f"row {row['row']} differs"

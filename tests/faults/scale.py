@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import pyarrow.parquet as pq
-from threadpoolctl import threadpool_limits
 
 from batchgen.engine.engine import Engine
 from batchgen.input.prompts import Cut, Prompts
@@ -18,7 +17,7 @@ from batchgen.models.model import Model
 from batchgen.output.ledger import open_ledger, work_directory
 from batchgen.output.outputs import open_output
 from batchgen.output.parts import write_part
-from batchgen.planning import Setting, make_plan, probe_arithmetic
+from batchgen.planning import Setting, make_plan
 from batchgen.progress import reporting
 from batchgen.run import make_reporter
 from batchgen.text.tokenizer import Tokenizer
@@ -139,9 +138,8 @@ def measure_overhead(bench: Bench) -> str:
     sampling = SamplingParams(max_tokens=40, temperature=0.8)
     job = Job(path, bench.new_output(), "tales", sampling, work=WorkOptions(jobs=1, chunk_rows=chunk_rows))
     bare, whole = Clock(), Clock()
-    with threadpool_limits(1, user_api="blas"):
-        for i in range(rounds):
-            _take_turns(job, Model.open(job.model), bare, whole, first=i % 2)
+    for i in range(rounds):
+        _take_turns(job, Model.open(job.model), bare, whole, first=i % 2)
     share = 1 - bare.seconds / whole.seconds
     assert share < (OVERHEAD if bench.full else 1), f"{share:.1%} of {whole.seconds:.1f} s"
     times = f"{whole.seconds:.1f} s, bare {bare.seconds:.1f} s"
@@ -154,7 +152,7 @@ def _take_turns(job: Job, model: Model, bare: Clock, whole: Clock, first: int) -
     output = open_output(job.output, prompts, model.load_tokenizer)
     facts = prompts.scan()
     rows = output.rows_to_do(facts)
-    asked = make_plan(job, facts, model, Setting(probe_arithmetic(model), rows.count, 1, output.format))
+    asked = make_plan(job, facts, model, Setting(rows.count, 1, output.format))
     columns = output.columns(facts, job.sampling)
     held = open_ledger(output.path)
     ledger = whole.time("lock", held.__enter__)
@@ -162,6 +160,7 @@ def _take_turns(job: Job, model: Model, bare: Clock, whole: Clock, first: int) -
     setup = worker_setup(model, plan, columns)
     engine, tokenizer, _ = load_engine(setup)
     check = make_check(tokenizer, model.config.n_ctx, job.policy)
+    cut = Cut.for_output(output.format, plan.chunk_rows, rows.numbers)
     reporter = make_reporter(job, prompts, output, ledger, rows, lambda _: None)
     schema, done = columns.schema(facts.kept), []
 
@@ -169,7 +168,7 @@ def _take_turns(job: Job, model: Model, bare: Clock, whole: Clock, first: int) -
         with reporting(reporter):
             ledger.commit(run_chunk(setup, chunk, str(ledger.attempt)))
 
-    for i, chunk in enumerate(prompts.chunks(facts, job.sampling, check, Cut(plan.chunk_rows))):
+    for i, chunk in enumerate(prompts.chunks(facts, job.sampling, check, cut)):
         for turn in (i + first, i + first + 1):
             if turn % 2:
                 done += bare.time(i, lambda chunk=chunk: _bare_rows(chunk, engine, tokenizer, job.sampling))
@@ -178,6 +177,7 @@ def _take_turns(job: Job, model: Model, bare: Clock, whole: Clock, first: int) -
     whole.time("merge", lambda: output.publish(ledger, plan, schema, facts.rows))
     whole.time("clear", lambda: held.__exit__(None, None, None))
     bare_path = output.path.with_name("bare.parquet")
+    done.sort(key=lambda row: (row.row, row.sample))
     bare.time("write", lambda: write_part(done, bare_path, schema))
     assert pq.read_table(output.path).equals(pq.read_table(bare_path))
     bare_path.unlink()

@@ -4,7 +4,6 @@ from importlib.metadata import version
 from typing import Any
 
 from batchgen import __version__
-from batchgen.engine.probe import blas_info
 from batchgen.models.model import Model
 from batchgen.plan import Plan
 from batchgen.types import SamplingParams
@@ -14,9 +13,6 @@ def plan_of(**changes: Any) -> Plan:
     """A whole plan, with these fields changed."""
     values: dict[str, Any] = {
         "batchgen": "1.0",
-        "numpy": "2.0",
-        "blas": "none",
-        "batch_invariant": True,
         "input": "abc",
         "input_formats": ("jsonl",),
         "rows": 12,
@@ -42,7 +38,7 @@ def plan_of(**changes: Any) -> Plan:
 
 def plan_for(model: Model, parameters: SamplingParams | None = None, **changes: Any) -> Plan:
     """A plan that workers of this machine can run."""
-    here = {"batchgen": __version__, "numpy": version("numpy"), "blas": blas_info().kernels}
+    here = {"batchgen": __version__, "regex": version("regex"), "portable": True}
     sizes = {"rows": 0, "chunk_rows": 2, "batch_size": 8, "kv_bytes": 2**26, "share_prefixes": False}
     own = {"model": model.name, "model_hash": model.hash, "parameters": parameters or SamplingParams()}
     return plan_of(**here | sizes | own | changes)

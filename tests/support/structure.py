@@ -25,13 +25,15 @@ MAX_RUN_LINES = 120
 MAX_FLOORS = 9
 MAX_ROOMS = 20
 MAX_PARAMETERS = 6
+MAX_KERNEL_PARAMETERS = 11  # Numba takes no records: what would be one comes apart into arrays and numbers
 MAX_FUNCTION_LINES = 40
 MAX_ANY_LINES = 79
 # Raised by a quarter for other tokenizers, CSV dialects, JSON layouts, tables, parameters under the names of other
 # libraries, the protection of finished outputs, and the estimate of the time left; then by a twenty-fifth for what is
-# compared while it is used (models, inputs, parts, places of rows), limits of the system, and bounds in bytes.
-MAX_LINES = 18_800
-MAX_CODE_LINES = 12_150  # without imports, docstrings, comments and blank lines
+# compared while it is used (models, inputs, parts, places of rows), limits of the system, and bounds in bytes; then by
+# an eighth for kernels of our own in two precisions, their code on disk, packed models, and chunks of related rows.
+MAX_LINES = 21_000
+MAX_CODE_LINES = 13_450  # without imports, docstrings, comments and blank lines
 MAX_INPUT_OPENS = 3
 
 PLAN_WORDS = {"plan", "run", "manifest", "metadata"}
@@ -206,8 +208,14 @@ def longest_chain(graph: Graph) -> list[str]:
 # ---- functions
 
 
-def long_parameter_lists(source: Source, limit: int = MAX_PARAMETERS) -> Iterator[str]:
+def is_compiled(source: Source) -> bool:
+    """Whether functions of a module are compiled, or write code that is."""
+    return any(f"{name}.".startswith(("numba.", "batchgen.gpt2.compiled.")) for name in _imported(source.tree))
+
+
+def long_parameter_lists(source: Source, limit: int | None = None) -> Iterator[str]:
     """Functions of more parameters than that; self and cls do not count, and fields of a dataclass are none."""
+    limit = limit or (MAX_KERNEL_PARAMETERS if is_compiled(source) else MAX_PARAMETERS)
     for function, is_method in functions(source.tree):
         count = len(_parameters(function)) - is_method
         if count > limit:
@@ -292,7 +300,7 @@ def measure(root: Path = ROOT) -> Iterator[Measure]:
     yield Measure("rooms", len(graph), MAX_ROOMS, (", ".join(sorted(graph)),))
     yield Measure("cycles of imports between rooms", int(bool(cycle)), 0, (" -> ".join(cycle),))
     for name, find in (
-        (f"functions of more than {MAX_PARAMETERS} parameters", long_parameter_lists),
+        (f"functions of over {MAX_PARAMETERS} parameters ({MAX_KERNEL_PARAMETERS} compiled)", long_parameter_lists),
         (f"functions of more than {MAX_FUNCTION_LINES} lines", long_functions),
         ("signatures with a plan as dict[str, Any]", loose_plans),
     ):

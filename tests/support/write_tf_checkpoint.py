@@ -15,7 +15,7 @@ os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
 import tensorflow as tf  # noqa: E402
 
 from batchgen.gpt2.config import GPT2Config  # noqa: E402
-from batchgen.gpt2.params import random_tensors  # noqa: E402
+from tests.support.tensors import random_tensors  # noqa: E402
 
 
 def main(directory: Path, hparams: dict[str, int], seed: int, training: str = "") -> None:
