@@ -3,8 +3,9 @@
 Each system runs in a process and a virtual environment of its own, one after another, with its best settings;
 systems.py lists the settings that are tried on a slice of a workload. tokens/s counts the generated tokens of a whole
 run on all cores, without start-up (from process start to the first token), which has its own column; the best of
---repeat runs counts. Peak memory is that of all the system's processes together; shared pages count once. "first
-token" is the share of greedy completions that begin with batchgen's token: it shows that all do the same work.
+--repeat runs counts. "float32 is" and "int8 is" say how many times as fast batchgen is in these precisions. Peak memory
+is that of all the system's processes together; shared pages count once. "first token" is the share of greedy
+completions that begin with the token of batchgen in float32: it shows that all do the same work.
 
 Needs Linux. Models, environments, the best settings, logs and results are kept in .bench/.
 """
@@ -24,8 +25,13 @@ from benchmarks.machine import available_cores, clean_environment, describe, pro
 from benchmarks.systems import ROOT, SYSTEMS, Choices, MissingError, Options, System, install, run_system
 from benchmarks.workloads import KINDS, Workload, make_workload
 
-HEADER = ["system", "tokens/s", "batchgen is", "start-up s", "peak GiB", "first token", "settings"]
-ALIGN = ["-", "-:", "-:", "-:", "-:", "-:", "-"]
+HEADER = ["system", "tokens/s", "float32 is", "int8 is", "start-up s", "peak GiB", "first token", "settings"]
+ALIGN = ["-", "-:", "-:", "-:", "-:", "-:", "-:", "-"]
+EXTRAS = {
+    "breakdown": "The engine alone, one process",
+    "products": "Products with weights, one core",
+}
+OURS = {precision: f"batchgen-{precision}" for precision in ("float32", "int8")}
 
 
 @dataclass(slots=True)
@@ -61,8 +67,8 @@ def main() -> None:
         rows += measured
         report += section(workload, measured, sgemm_peak(args.jobs)[0], args.jobs)
         save(cache, report, machine, rows)
-    if "batchgen" in args.systems and args.breakdown:
-        report += ["## The engine alone, one process", "", run_breakdown()]
+    for module, title in EXTRAS.items() if args.breakdown else ():
+        report += [f"## {title}", "", run_module(module)]
         save(cache, report, machine, rows)
     print("\n" + "\n".join(report))
 
@@ -155,8 +161,8 @@ def tune(
     return best, tried
 
 
-def run_breakdown() -> str:
-    command = [sys.executable, "-m", "benchmarks.breakdown"]
+def run_module(module: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{module}"]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
     return done.stdout if not done.returncode else f"missing: exit status {done.returncode}\n"
 
@@ -167,34 +173,36 @@ def run_breakdown() -> str:
 def section(workload: Workload, rows: list[Row], sgemm: float, jobs: int) -> list[str]:
     """A workload's heading and table, as Markdown."""
     by_name = {row.system: row for row in rows}
-    ours = by_name.get("batchgen")
+    ours = [by_name.get(name) for name in OURS.values()]
     table = [cells(row, ours) for row in rows]
     lines = [f"## {workload.name}: {workload.line}", "", *markdown_table(table), ""]
-    return [*lines, " ".join(remarks(ours, by_name.get("batchgen-1-job"), sgemm, jobs)), ""]
+    return [*lines, " ".join(remarks(by_name, sgemm, jobs)), ""]
 
 
-def remarks(ours: Row | None, one: Row | None, sgemm: float, jobs: int) -> Iterator[str]:
-    if ours and one and ours.tokens_per_s and one.tokens_per_s:
-        yield f"{jobs} workers are {ours.tokens_per_s / one.tokens_per_s:.2f}x one."
-    if ours and ours.reported:
-        yield (
-            f"A worker's start to its first token: {ours.reported['worker_first_token_s']:.2f} s, "
-            f"to its first part on disk: {ours.reported['worker_first_part_s']:.2f} s."
-        )
+def remarks(by_name: dict[str, Row], sgemm: float, jobs: int) -> Iterator[str]:
+    for precision, name in OURS.items():
+        ours, one = by_name.get(name), by_name.get(f"{name}-1-job")
+        if ours and one and ours.tokens_per_s and one.tokens_per_s:
+            yield f"In {precision}, {jobs} workers are {ours.tokens_per_s / one.tokens_per_s:.2f}x one."
+        if ours and ours.reported:
+            yield (
+                f"A worker's start to its first token in {precision}: {ours.reported['worker_first_token_s']:.2f} s, "
+                f"to its first part on disk: {ours.reported['worker_first_part_s']:.2f} s."
+            )
     yield f"sgemm just after this workload: {sgemm:,.0f} GF/s."
 
 
-def cells(row: Row, ours: Row | None) -> list[str]:
+def cells(row: Row, ours: list[Row | None]) -> list[str]:
+    """A line of the table; `ours` is batchgen in each precision."""
     if row.missing:
-        return [row.system, "missing", "", "", "", "", row.missing.replace("|", "/")]
-    ratio = f"{ours.tokens_per_s / row.tokens_per_s:.2f}x" if ours and ours.tokens_per_s else ""
+        return [row.system, "missing", "", "", "", "", "", row.missing.replace("|", "/")]
     return [
         row.system,
         f"{row.tokens_per_s:,.0f}" if row.tokens_per_s >= 100 else f"{row.tokens_per_s:.1f}",
-        ratio,
+        *(f"{our.tokens_per_s / row.tokens_per_s:.2f}x" if our and our.tokens_per_s else "" for our in ours),
         f"{row.startup_s:.1f}",
         f"{row.peak_bytes / 2**30:.2f}",
-        agreement(row, ours),
+        agreement(row, ours[0]),
         f"{row.version}; {row.settings}",
     ]
 

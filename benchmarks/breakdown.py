@@ -1,19 +1,19 @@
-"""Where the engine's time goes, in one process: python -m benchmarks.breakdown.
+"""Where the engine's time goes, in one process, in both precisions: python -m benchmarks.breakdown.
 
 Three cases on random weights of 124M's shape: a step of 96 sequences and a step of 256, each at about 124 tokens of
-context, and a step of 1,024 prompt tokens. A step is compared with this machine's own rate, measured in the same run:
-np.matmul of the same shapes, on matrices that stay in the cache, and nothing else.
+context, and a step of 1,024 prompt tokens. A step is compared with the same products and nothing else, measured in the
+same run, and with np.matmul of the same shapes. --picture FILE.svg draws tokens/s over the number in flight.
 """
 
-import os
+import argparse
 import statistics
-import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
 from unittest.mock import patch
 
 import numpy as np
@@ -21,19 +21,29 @@ from threadpoolctl import threadpool_limits
 
 from batchgen.engine import engine as engine_module
 from batchgen.engine.engine import MAX_ROWS, Engine
-from batchgen.engine.probe import blas_info
 from batchgen.engine.sequence import Prompt
 from batchgen.gpt2 import forward as forward_module
-from batchgen.gpt2.forward import Forward
-from batchgen.gpt2.params import Array, nest, random_tensors
-from batchgen.types import SamplingParams
-from benchmarks.machine import UNSET
+from batchgen.gpt2.microkernels import target_vectors
+from batchgen.gpt2.params import nest
+from batchgen.gpt2.weights import pack
+from batchgen.types import Precision, SamplingParams
+from benchmarks.machine import blas, processor, without_blas_variables
 from benchmarks.models import SIZE_124M
+from benchmarks.picture import Line, draw
+from tests.support.tensors import random_tensors
 
 CONTEXT, STEPS = 124, 16  # 2*STEPS steps about a mean of CONTEXT tokens a sequence
 PREFILL_PROMPTS, PREFILL_TOKENS = 8, 128
+IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 KV_BYTES = 4 * 2**30
-ATTENTION = ("_attend_decode", "_attend_prefill", "_write_cache")
+PARTS = {  # kernels of the forward pass: part of a step
+    "linear_float32": "products with weights",
+    "linear_int8": "products with weights",
+    "quantise": "rounding rows to bytes",
+    "attend": "attention",
+    "write": "writing keys and values",
+    "layer_norm": "layer norm",
+}
 
 Shape = tuple[int, int, int]  # m, k, n
 
@@ -45,47 +55,26 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
         self.shapes: Counter[Shape] = Counter()
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
             start = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.seconds[name] += time.perf_counter() - start
+            result = function(*args)
+            self.seconds[part] += time.perf_counter() - start
+            if part == "products with weights":
+                self.shapes[len(args[0]), args[0].shape[1], args[-1].shape[1]] += 1
             return result
 
         return wrapped
 
-    def matmul(self, a: Array, b: Array, out: Array | None = None) -> Array:
-        """np.matmul; two-dimensional products are with weights, the others are attention's."""
-        start = time.perf_counter()
-        result = np.matmul(a, b, out=out)
-        elapsed = time.perf_counter() - start
-        if b.ndim == 2:
-            self.seconds["weights"] += elapsed
-            self.shapes[len(a), *b.shape] += 1
-        else:
-            self.seconds["attention's products"] += elapsed
-        return result
-
-
-class TimedNumPy:
-    """NumPy with the clock's matmul."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.matmul = clock.matmul
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
 
 @contextmanager
 def instrument(clock: Clock) -> Iterator[None]:
-    """Put the forward pass and the engine on the clock."""
-    attention = {name: clock.timed("attention", getattr(Forward, name)) for name in ATTENTION}
-    with (
-        patch.object(forward_module, "np", TimedNumPy(clock)),
-        patch.object(engine_module, "sample", clock.timed("sampling", engine_module.sample)),
-        patch.multiple(Forward, **attention),
-    ):
+    """Put the kernels of the forward pass, and sampling, on the clock."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(engine_module, "sample", clock.timed("sampling", engine_module.sample)))
+        for name, part in PARTS.items():
+            kernel = getattr(forward_module, name)
+            stack.enter_context(patch.object(forward_module, name, clock.timed(part, kernel)))
         yield
 
 
@@ -98,7 +87,8 @@ class Case:
     plain: float
     clocked: float
     parts: dict[str, float]
-    shapes: dict[Shape, float] = field(default_factory=dict)  # number of products in one step
+    shapes: dict[Shape, float]  # number of products in one step
+    products_alone: float
 
     @property
     def gflop(self) -> float:
@@ -112,15 +102,19 @@ def prompts(n: int, length: int, max_tokens: int) -> list[Prompt]:
     return [Prompt(row, tuple(ids[row]), params, (0,)) for row in range(n)]
 
 
-def decode_case(engine: Engine, n: int) -> Case:
-    """Steps that decode n sequences; those that finished prefill first are a few tokens ahead."""
-    length = CONTEXT - STEPS
+def decode_steps(engine: Engine, n: int, steps: int) -> Iterator[object]:
+    """Steps that decode n sequences about CONTEXT tokens; those that finish prefill first are a few tokens ahead."""
+    length = CONTEXT - steps // 2
     passes = -(-n * length // (MAX_ROWS - n))  # of prefill, at most
-    steps = engine.steps(prompts(n, length - passes // 2, passes + 2 * STEPS + 1))
-    while len(next(steps)[1]) < n:  # until the last prompt is read; later steps only decode
+    found = engine.steps(prompts(n, length - passes // 2, passes + steps + 1))
+    while len(next(found)[1]) < n:  # until the last prompt is read; later steps only decode
         pass
-    with closing(steps):  # frees the arena
-        case = measure(f"Decode, {n} sequences", n, lambda: next(steps))
+    return found
+
+
+def decode_case(engine: Engine, n: int) -> Case:
+    with closing(decode_steps(engine, n, 2 * STEPS)) as steps:  # closing frees the arena
+        case = measure(engine, f"Decode, {n} sequences", n, lambda: next(steps))
     if {m for m, _, _ in case.shapes} != {n}:
         raise RuntimeError(f"not every step had {n} sequences: {case.shapes}")
     return case
@@ -131,10 +125,10 @@ def prefill_case(engine: Engine) -> Case:
     batch = prompts(PREFILL_PROMPTS, PREFILL_TOKENS, 1)
     rows = PREFILL_PROMPTS * PREFILL_TOKENS
     deque(engine.steps(batch), maxlen=0)
-    return measure(f"Prefill, {rows:,} rows", rows, lambda: deque(engine.steps(batch), maxlen=0))
+    return measure(engine, f"Prefill, {rows:,} rows", rows, lambda: deque(engine.steps(batch), maxlen=0))
 
 
-def measure(name: str, rows: int, step: Callable[[], object]) -> Case:
+def measure(engine: Engine, name: str, rows: int, step: Callable[[], object]) -> Case:
     """STEPS steps without the clock and STEPS with it, in turn."""
     clock = Clock()
     plain, clocked = [], []
@@ -144,7 +138,9 @@ def measure(name: str, rows: int, step: Callable[[], object]) -> Case:
             clocked.append(seconds_of(step))
     parts = {part: seconds / STEPS for part, seconds in clock.seconds.items()}
     shapes = {shape: count / STEPS for shape, count in clock.shapes.items()}
-    return Case(name, rows, statistics.median(plain), statistics.mean(clocked), parts, shapes)
+    precision = engine.forward.weights.precision
+    name = f"{name}, {precision}"
+    return Case(name, rows, statistics.median(plain), statistics.mean(clocked), parts, shapes, alone(engine, shapes))
 
 
 def seconds_of(step: Callable[[], object]) -> float:
@@ -153,63 +149,89 @@ def seconds_of(step: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def fewest_seconds(shapes: list[Shape], seconds: float = 0.4) -> dict[Shape, float]:
-    """The seconds that each product takes at best, on matrices that stay in the cache."""
-    best: dict[Shape, float] = {}
+def alone(engine: Engine, shapes: dict[Shape, float]) -> float:
+    """The seconds of a step's products at best: all layers and the head, one after another, and nothing else."""
+    forward, weights = engine.forward, engine.forward.weights
+    linears = [w for block in weights.blocks for w in (block.c_attn, block.attn_proj, block.c_fc, block.mlp_proj)]
+    linears.append(weights.lm_head)
+    by_shape: dict[tuple[int, int], list[Any]] = defaultdict(list)
+    for linear in linears:
+        n_in = linear.panels.shape[1] * (1 if weights.precision == "float32" else linear.panels.shape[3])
+        by_shape[n_in, len(linear.b)].append(linear)
+    rng, total = np.random.default_rng(0), 0.0
+    for (m, n_in, n_out), count in shapes.items():
+        x, out = rng.random((m, n_in), np.float32), np.empty((m, n_out), np.float32)
+        clock = Clock()
+        with instrument(clock):
+            for _ in range(4):
+                for linear in by_shape[n_in, n_out]:
+                    forward._linear(x, linear, 0, out)
+        total += clock.seconds["products with weights"] / 4 / len(by_shape[n_in, n_out]) * count
+    return total
+
+
+def matmul_seconds(shapes: dict[Shape, float], seconds: float = 0.3) -> float:
+    """The seconds of np.matmul at best for the same products, on matrices that stay in the cache."""
+    total = 0.0
     rng = np.random.default_rng(0)
-    for m, k, n in shapes:
-        a, b = rng.random((m, k), np.float32), rng.random((k, n), np.float32)
-        out = np.empty((m, n), np.float32)
-        best[m, k, n] = float("inf")
-        end = time.perf_counter() + seconds
+    for (m, k, n), count in shapes.items():
+        a, b, out = rng.random((m, k), np.float32), rng.random((k, n), np.float32), np.empty((m, n), np.float32)
+        best, end = float("inf"), time.perf_counter() + seconds
         while time.perf_counter() < end:
-            start = time.perf_counter()
-            np.matmul(a, b, out=out)
-            best[m, k, n] = min(best[m, k, n], time.perf_counter() - start)
-    return best
+            best = min(best, seconds_of(lambda: np.matmul(a, b, out=out)))  # noqa: B023
+        total += best * count
+    return total
 
 
-def report(case: Case, best: dict[Shape, float]) -> None:
-    """The case's table: milliseconds a step and shares of it, and the fraction of the machine's own rate."""
-    ideal = sum(best[shape] * count for shape, count in case.shapes.items())
-    attention, sampling, weights = (case.parts.get(part, 0.0) for part in ("attention", "sampling", "weights"))
-    lines = {
-        "products with weights": weights,
-        "attention": attention,
-        "  of it, products": case.parts.get("attention's products", 0.0),
-        "sampling": sampling,
-        "the rest": case.clocked - weights - attention - sampling,
-        "a step, with the clock": case.clocked,
-        "a step": case.plain,
-        "the same products alone": ideal,
-    }
+def report(case: Case) -> None:
+    """The case's table: milliseconds a step and shares of it, and the fraction of the kernels' own rate."""
+    parts = case.parts | {"the rest": case.clocked - sum(case.parts.values())}
+    lines = sorted(parts.items(), key=lambda item: -item[1])
+    lines += [("a step, with the clock", case.clocked), ("a step", case.plain)]
+    lines += [("the same products alone", case.products_alone), ("np.matmul of them", matmul_seconds(case.shapes))]
     print(f"{case.name}, {case.gflop:.1f} GF of products with weights a step\n")
     print("| part                    |      ms |  share |")
     print("| ----------------------- | ------: | -----: |")
-    for name, seconds in lines.items():
+    for name, seconds in lines:
         print(f"| {name:23} | {seconds * 1e3:7.1f} | {seconds / case.clocked:6.1%} |")
     print(
-        f"\n{ideal / case.plain:.0%} of the machine's own sgemm rate at these shapes, all overheads included: "
-        f"{case.gflop / case.plain:,.0f} of {case.gflop / ideal:,.0f} GF/s, {case.rows / case.plain:,.0f} rows/s\n"
+        f"\n{case.products_alone / case.plain:.0%} of the product kernels' own rate, all overheads included: "
+        f"{case.gflop / case.plain:,.0f} of {case.gflop / case.products_alone:,.0f} GF/s, "
+        f"{case.rows / case.plain:,.0f} rows/s\n"
     )
 
 
-def unset_variables() -> None:
-    """Start again without the variables that change BLAS, if any is set: BLAS reads them when it is loaded."""
-    if any(name in os.environ for name in UNSET if "OPENBLAS" in name):
-        environment = {name: value for name, value in os.environ.items() if name not in UNSET}
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.breakdown", *sys.argv[1:]], environment)
+def in_flight(engine: Engine) -> Line:
+    """Tokens/s of decoding over the number of sequences in flight."""
+    rates = []
+    for n in IN_FLIGHT:
+        with closing(decode_steps(engine, n, 8)) as steps:
+            rates.append(n / min(seconds_of(lambda: next(steps)) for _ in range(8)))  # noqa: B023
+    points = list(zip(IN_FLIGHT, rates, strict=True))
+    print(f"{engine.forward.weights.precision}: " + ", ".join(f"{n}: {rate:,.0f}" for n, rate in points))
+    return Line(engine.forward.weights.precision, points)
 
 
 def main() -> None:
-    unset_variables()
+    without_blas_variables("benchmarks.breakdown")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--picture", type=Path, help="draw tokens/s over the number of sequences in flight")
+    args = parser.parse_args()
     with threadpool_limits(1, user_api="blas"):
+        print(f"{processor()}, one core, {target_vectors()}; NumPy {np.__version__}, {blas()}\n")
+        lines = []
         params = nest(random_tensors(SIZE_124M), SIZE_124M.n_layer)
-        engine = Engine(params, SIZE_124M, eos_ids=(), kv_bytes=KV_BYTES)
-        print(f"{blas_info()}, NumPy {np.__version__}\n")
-        for make in (lambda: decode_case(engine, 96), lambda: decode_case(engine, 256), lambda: prefill_case(engine)):
-            case = make()
-            report(case, fewest_seconds(list(case.shapes)))
+        for precision in get_args(Precision):
+            engine = Engine(pack(params, precision), SIZE_124M, eos_ids=(), kv_bytes=KV_BYTES)
+            if args.picture:
+                lines.append(in_flight(engine))
+                continue
+            for n in (96, 256):
+                report(decode_case(engine, n))
+            report(prefill_case(engine))
+    if args.picture:
+        title = f"Tokens/s of one core while decoding at about {CONTEXT} keys, by sequences in flight ({processor()})"
+        args.picture.write_text(draw(title, lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

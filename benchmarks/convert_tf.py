@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.params import random_tensors
+from batchgen.models.model import Model
 from batchgen.models.openai import CONFIGS, DATA, INDEX, known_file
-from batchgen.models.shards import load_manifest, load_params
+from batchgen.models.shards import load_tensors
+from tests.support.tensors import random_tensors
 
-WRITER = Path(__file__).parents[1] / "tests" / "support" / "write_tf_checkpoint.py"
+ROOT = Path(__file__).parents[1]
 CONVERT = """
 import pathlib, sys, time
 from batchgen.models.convert import convert_tf_checkpoint
@@ -37,8 +38,15 @@ def measure(size: str, folder: Path) -> bool:
     config = CONFIGS[size]
     src, dst = folder / "src", folder / size
     src.mkdir()
-    command = [sys.executable, str(WRITER), str(src), json.dumps(config.as_dict()), "7"]
-    subprocess.run(command, check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.write_tf_checkpoint",
+        str(src.absolute()),
+        json.dumps(config.as_dict()),
+        "7",
+    ]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     sizes = {name: (src / name).stat().st_size for name in (DATA, INDEX)}
     same_sizes = all(known_file(size, name)[0] in (None, found) for name, found in sizes.items())
     done = subprocess.run(
@@ -46,9 +54,9 @@ def measure(size: str, folder: Path) -> bool:
     )
     seconds, peak = map(float, done.stdout.split())
     shutil.rmtree(src)
-    load_params(dst)  # once, so that the disk is not timed
+    Model.load(dst).load_weights()  # once, so that the disk is not timed
     started = time.perf_counter()
-    load_params(dst)
+    Model.load(dst).load_weights()
     load = time.perf_counter() - started
     equal = has_weights(dst, config)
     print(
@@ -63,10 +71,8 @@ def measure(size: str, folder: Path) -> bool:
 def has_weights(model: Path, config: GPT2Config) -> bool:
     """Whether the shards hold the checkpoint's weights, bit for bit."""
     expected = random_tensors(config, 7)
-    shards = load_manifest(model).tensors
     return all(
-        np.array_equal(np.load(model / shard.file, mmap_mode="r").view("u4"), expected.pop(name).view("u4"))
-        for name, shard in shards.items()
+        np.array_equal(found.view("u4"), expected.pop(name).view("u4")) for name, found in load_tensors(model).items()
     )
 
 

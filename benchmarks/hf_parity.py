@@ -26,6 +26,7 @@ from batchgen.engine.engine import Engine
 from batchgen.engine.sequence import Prompt, sample_seeds
 from batchgen.gpt2.forward import Forward, Prefill
 from batchgen.gpt2.kv_cache import KVArena
+from batchgen.gpt2.weights import pack
 from batchgen.models.convert import convert_checkpoint
 from batchgen.models.shards import load_manifest, load_params
 from batchgen.types import SamplingParams
@@ -92,17 +93,18 @@ def make_model(shape: Shape, deep: bool, directory: Path) -> GPT2LMHeadModel:
 @torch.no_grad()
 def compare(model: GPT2LMHeadModel, converted: Path, lengths: tuple[int, ...]) -> tuple[float, float, int, int, int]:
     """(largest difference of logits, largest logit, greedy tokens, number that differ, of these within MARGIN)."""
-    params, config = load_params(converted), load_manifest(converted).config
+    config = load_manifest(converted).config
+    weights = pack(load_params(converted))
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, config.n_vocab, length).tolist()) for length in lengths]
     worst, largest = 0.0, 0.0
     for prompt in prompts:
         expected = model(torch.tensor([prompt])).logits[0].numpy()
-        found = logits(params, config, prompt)
+        found = logits(weights, config, prompt)
         worst, largest = max(worst, float(np.abs(found - expected).max())), max(largest, float(np.abs(expected).max()))
     n, different, close = 0, 0, 0
     sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
-    engine = Engine(params, config, eos_ids=(), kv_bytes=2**30, max_batch=len(prompts))
+    engine = Engine(weights, config, eos_ids=(), kv_bytes=2**30, max_batch=len(prompts))
     requests = [Prompt(i, ids, sampling, sample_seeds(0, i, 1)) for i, ids in enumerate(prompts)]
     for completion in engine.generate(requests):
         prompt, new = prompts[completion.row], list(completion.token_ids)
@@ -115,11 +117,11 @@ def compare(model: GPT2LMHeadModel, converted: Path, lengths: tuple[int, ...]) -
     return worst, largest, n, different, close
 
 
-def logits(params: Any, config: Any, prompt: tuple[int, ...]) -> Any:
+def logits(weights: Any, config: Any, prompt: tuple[int, ...]) -> Any:
     """batchgen's logits at every position of a prompt."""
     segment = KVArena(config, len(prompt)).allocate(len(prompt), start=0)
     assert segment is not None
-    return Forward(params, config, len(prompt), len(prompt))(prefills=[Prefill(segment, prompt, n_logits=len(prompt))])
+    return Forward(weights, config, len(prompt), len(prompt))(prefills=[Prefill(segment, prompt, n_logits=len(prompt))])
 
 
 def check(name: str, deep: bool) -> bool:

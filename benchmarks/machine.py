@@ -13,9 +13,7 @@ from pathlib import Path
 
 import joblib
 import numpy as np
-from threadpoolctl import threadpool_limits
-
-from batchgen.engine.probe import blas_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 # set when a program starts, they change the kernels of BLAS or its number of threads
 UNSET = (
@@ -27,6 +25,23 @@ UNSET = (
     "PYTHONPATH",
     "VIRTUAL_ENV",
 )
+
+
+def blas() -> str:
+    """The BLAS that np.matmul uses, and the processor type of its kernels."""
+    found = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    if not found:
+        return "unknown BLAS"
+    name, version, threads = (found[0][key] for key in ("internal_api", "version", "num_threads"))
+    kernels = found[0].get("architecture") or "unknown core type"
+    return f"{name} {version} {kernels}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def without_blas_variables(module: str) -> None:
+    """Start `python -m module` again without the variables that BLAS reads when it is loaded."""
+    if any(name in os.environ for name in UNSET if "OPENBLAS" in name):
+        environment = {name: value for name, value in os.environ.items() if name not in UNSET}
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], environment)
 
 
 def clean_environment() -> dict[str, str]:
@@ -77,13 +92,13 @@ def sgemm_peak(jobs: int) -> tuple[float, str]:
 
 
 def describe(jobs: int) -> str:
-    peak, blas = sgemm_peak(jobs)
+    peak, library = sgemm_peak(jobs)
     return (
         f"{processor()} ({instruction_sets()}), {jobs} of {available_cores()} cores; "
-        f"NumPy {np.__version__}, {blas} a process; sgemm peak {peak:,.0f} GF/s"
+        f"NumPy {np.__version__}, {library} a process; sgemm peak {peak:,.0f} GF/s"
     )
 
 
 if __name__ == "__main__":
     with threadpool_limits(1, user_api="blas"):
-        print(json.dumps({"gflops": sgemm_rate(), "blas": str(blas_info())}))
+        print(json.dumps({"gflops": sgemm_rate(), "blas": blas()}))

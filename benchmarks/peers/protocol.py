@@ -16,6 +16,8 @@ from typing import Any, TextIO
 Prompts = list[list[int]]
 Completions = list[list[int]]  # every sample of the first prompt, then of the second ...
 
+Rates = dict[str, dict[str, float]]  # of products.py: library -> rows -> GF/s
+
 LONG_RUN = 120.0  # seconds after which a task is not repeated
 
 

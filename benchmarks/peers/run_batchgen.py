@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchgen import __version__
-from batchgen.engine.engine import MAX_BATCH
-from batchgen.engine.probe import blas_info
+from batchgen.engine.limits import MAX_BATCH
+from batchgen.gpt2.machine_code import prepare_kernels
+from batchgen.input.grouping import TOGETHER
 from batchgen.models.model import Model
 from batchgen.output.schema import Columns
 from batchgen.planning import auto_chunk_rows, default_kv_bytes, plan_chunks
@@ -27,12 +28,16 @@ class Workers:
     """The part of run_job between the plan and the merge: chunks to a pool, parts in a folder."""
 
     def __init__(self, job: Job) -> None:
-        self.job, model = job, Model.load(Path(job.model))
+        precision = job.options["precision"]
+        self.job, model = job, Model.load(Path(job.model), precision=precision)
+        prepare_kernels()
         self.tokenizer = model.load_tokenizer()
         self.setup = WorkerSetup(
             model=str(model.directory.resolve()),
             model_hash=model.hash,
-            kv_bytes=default_kv_bytes(model.config),
+            model_files=model.files_hash,  # as a run does, which has verified them
+            kv_bytes=default_kv_bytes(model.config, precision),
+            precision=precision,
             max_batch=MAX_BATCH,
             share_prefixes=True,
             columns=Columns(token_ids=True),
@@ -44,9 +49,11 @@ class Workers:
     def complete(self, task: Task) -> Completions:
         with tempfile.TemporaryDirectory(dir=self.job.scratch) as attempt:
             chunk_rows = auto_chunk_rows(len(task.prompts), self.job.jobs, task.n)
-            receipts = self.run(plan_chunks(self.requests(task), chunk_rows), Path(attempt))
-            tables = [pq.read_table(receipt.path, columns=["completion_token_ids"]) for receipt in receipts]
-            return [ids for table in tables for ids in table.column(0).to_pylist()]
+            receipts = self.run(plan_chunks(self.requests(task), chunk_rows, TOGETHER), Path(attempt))
+            columns = ["row", "sample", "completion_token_ids"]
+            table = pa.concat_tables(pq.read_table(receipt.path, columns=columns) for receipt in receipts)
+            rows = table.sort_by([("row", "ascending"), ("sample", "ascending")])
+            return rows.column("completion_token_ids").to_pylist()  # type: ignore[no-any-return]
 
     def run(self, chunks: Iterator[Chunk], attempt: Path) -> list[Receipt]:
         start = time.perf_counter()
@@ -96,7 +103,7 @@ def load(job: Job) -> Ready:
     chunk_rows = auto_chunk_rows(len(job.task.prompts), job.jobs, job.task.n)
     return Ready(
         complete=workers.complete,
-        version=f"{__version__}, numpy {np.__version__}, {blas_info().core_type}",
+        version=f"{__version__}, {workers.setup.precision}",
         settings=f"{job.jobs} {'workers' if job.jobs > 1 else 'worker'}, chunks of {chunk_rows} rows",
         warm_up=workers.warm_up,
     )
