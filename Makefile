@@ -49,7 +49,7 @@ faults: .venv/dev  ## Cause each fault many times and show the outcome (over an 
 	@$(BIN)/python -m tests.faults $(ARGS)
 
 .PHONY: bench
-bench: .venv/dev  ## Compare speed with transformers, CTranslate2, vLLM and llama.cpp, each in its own environment (2.5 hours).
+bench: .venv/dev  ## Compare speed with transformers, CTranslate2, vLLM, OpenVINO and llama.cpp, each in its own environment (3 hours).
 	@$(BIN)/python -m benchmarks.bench $(ARGS)
 
 .PHONY: parity
