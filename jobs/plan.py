@@ -1,4 +1,4 @@
-"""batchgen plan: what a run would do, and how long it would take; writes nothing."""
+"""batchgen plan: what a run would do, and how long it would take; writes no output."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def plan(
     quiet: options.Quiet = False,
     show: options.Show = 3,
 ) -> None:
-    """Say what generate would do with INPUT: rows, rejects, lengths, chunks, memory, time. Writes nothing.
+    """Say what generate would do with INPUT: rows, rejects, lengths, chunks, memory, time. Writes no output.
 
     It takes every option of generate; an --output is checked too. The last lines are the first prompts, as the model
     reads them. Exit code 0: every row can be generated; 3: some would be rejected; 4: all would be rejected.

@@ -134,7 +134,7 @@ class Forecast:
 
 
 def forecast_job(job: Job, *, measure_time: bool = True, show: int = 0) -> Forecast:
-    """Read the whole input as a run would, measure a few of its rows, and keep the first prompts; writes nothing."""
+    """Read the whole input as a run would, measure a few of its rows, and keep the first prompts; writes no output."""
     prompts = Prompts.open(job.input, spool=Path(tempfile.gettempdir()))
     output = open_output(job.output, prompts, lambda: model.load_tokenizer()) if job.output.path else None
     model = Model.open(job.model, job.work.precision)
