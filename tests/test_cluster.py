@@ -47,8 +47,8 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc"),
 ]
 
-SLOW = GPT2Config(n_vocab=257, n_ctx=128, n_embd=256, n_head=8, n_layer=4)
-PARAMS = SamplingParams(max_tokens=16, temperature=0.7)
+SLOW = GPT2Config(n_vocab=257, n_ctx=128, n_embd=320, n_head=8, n_layer=8)
+PARAMS = SamplingParams(max_tokens=80, temperature=0.7)
 ROWS, CHUNK_ROWS = 64, 4
 CHUNKS = ROWS // CHUNK_ROWS
 KINDS = {"dask": DaskCluster, "ray": RayCluster}
@@ -103,7 +103,18 @@ class Run:
 
     def __init__(self, cluster: Cluster, prepared: tuple, out: Path) -> None:
         model, prompts = prepared[:2]
-        options = ["--model", model, "--chunk-rows", CHUNK_ROWS, "--jobs", 2, "--max-tokens", 16, "--temperature", 0.7]
+        options = [
+            "--model",
+            model,
+            "--chunk-rows",
+            CHUNK_ROWS,
+            "--jobs",
+            2,
+            "--max-tokens",
+            PARAMS.max_tokens,
+            "--temperature",
+            0.7,
+        ]
         command = [
             sys.executable,
             "-m",
