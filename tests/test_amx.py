@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from batchgen.gpt2 import amx, machine_code, microkernels
-from batchgen.gpt2.amx import ROWS, amx_product, tile_function
+from batchgen.gpt2.amx import ROWS, amx_product, write_tile
 from batchgen.gpt2.machine_code import prepare_kernels, uses_amx
-from batchgen.gpt2.microkernels import Int8, call, target_vectors
+from batchgen.gpt2.microkernels import Int8, call, target_vectors, tile_function
 from batchgen.gpt2.weights import PANEL, to_int8
 
 INSTRUCTIONS = ["ldtilecfg", "tileloadd", "tilestored", "tdpbusd", "tilerelease"]
@@ -25,7 +25,7 @@ def _module() -> str:
     module = ir.Module()
     module.triple = llvm.get_default_triple()
     for rows in range(1, ROWS + 1):
-        tile_function(module, Int8(16, True), rows, 4).linkage = "external"
+        tile_function(module, write_tile, Int8(16, True), rows, 4).linkage = "external"
     return str(module)
 
 

@@ -7,7 +7,7 @@ A panel is stored as the instruction wants it: 16 groups of k of 16 columns are 
 import llvmlite.ir as ir
 from numba.core import cgutils
 
-from batchgen.gpt2.microkernels import I64, POINTER, Int8, at, begin_function, call, load, product
+from batchgen.gpt2.microkernels import I64, POINTER, Int8, at, call, load, product
 from batchgen.gpt2.weights import GROUP, PANEL
 
 ROWS, GROUPS = 16, 16  # of a tile; GROUPS of k are 64 bytes
@@ -48,12 +48,8 @@ def _add_step(builder, x, ldx, b, ldb):
         call(builder, "llvm.x86.tdpbusd", VOID, I8(v), I8(U), I8(columns))
 
 
-def tile_function(module, kind, rows, _):
-    """As those of microkernels, for PANEL columns."""
-    name = f"Int8_amx_{rows}"
-    if name in module.globals:
-        return module.globals[name]
-    function = begin_function(module, name, kind)
+def write_tile(function, kind, rows, _):
+    """The body of a tile of PANEL columns, as microkernels.write_tile."""
     x, ldx, b, ldb, c, ldc, n_k, *extra = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     shapes, sums = (builder.alloca(I64, n // 8) for n in (64, 4 * ROWS * PANEL))
@@ -81,9 +77,8 @@ def tile_function(module, kind, rows, _):
             value = kind.finish(builder, total, loop.index, v, *extra)
             builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
     builder.ret_void()
-    return function
 
 
 def amx_product():
     """As microkernels.int8_product."""
-    return product(Int8(16, True), ROWS, len(SUMS), tile_function), ROWS
+    return product(Int8(16, True), ROWS, len(SUMS), write_tile), ROWS

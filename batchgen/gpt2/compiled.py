@@ -36,7 +36,7 @@ def kernel(*signatures: str) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function for these signatures, or load its code from disk; its constants are those of its module."""
 
     def declare(function: Callable[..., Any]) -> Any:
-        assert function.__closure__ is None, "the name of a kernel's code does not tell two closures apart"
+        assert function.__closure__ is None, "two closures of one function would share a file of code"
         if getattr(numba.config, "DISABLE_JIT", 0):  # by the environment, a file .numba_config.yaml, or a program
             raise SetupError("DISABLE_JIT is set, and Numba then compiles nothing; unset it")
         dispatcher = numba.njit(**_OPTIONS)(function)

@@ -104,12 +104,29 @@ def activate(x, number):
 assert len(ACTIVATIONS) == 7  # as many as activate has
 
 
+@inline
+def _places(out, row, column, c, nothing, epilogue):
+    """Where a panel's tiles go, and what is added to them: addresses, and bytes from a row to the next.
+
+    A panel that goes past the last column is collected in c [BLOCK, PANEL], and `_finish_block` takes it from there.
+    """
+    if out.shape[1] - column < PANEL:
+        return address(c), 4 * PANEL, nothing, 0
+    end, step = address(out) + 4 * (row * out.shape[1] + column), 4 * out.shape[1]
+    return (end, step, end, step) if epilogue == ADD else (end, step, nothing, 0)
+
+
 @kernel("void(f4[:, ::1], i8, f4[:, ::1], i8, i8, i8)")
-def _write_block(c, n_row, out, row, column, epilogue):
-    """Write or add the first n_row rows of c [BLOCK, PANEL] to out at (row, column), up to its last column."""
-    for i in range(n_row):
-        for j in range(out.shape[1] - column):
-            out[row + i, column + j] = out[row + i, column + j] + c[i, j] if epilogue == ADD else c[i, j]
+def _finish_block(c, n_row, out, row, column, epilogue):
+    """Take n_row rows of an incomplete panel from c [BLOCK, PANEL] to out at (row, column), and activate any panel."""
+    n_column = min(PANEL, out.shape[1] - column)
+    if n_column < PANEL:
+        for i in range(n_row):
+            for j in range(n_column):
+                out[row + i, column + j] = out[row + i, column + j] + c[i, j] if epilogue == ADD else c[i, j]
+    if epilogue >= ACTIVATE:
+        for i in range(row, row + n_row):
+            activate(out[i, column : column + n_column], epilogue - ACTIVATE)
 
 
 @kernel("void(f4[:, ::1], Array(f4, 3, 'C', readonly=True), Array(f4, 1, 'C', readonly=True), i8, f4[:, ::1])")
@@ -131,9 +148,7 @@ def linear_float32(x, panels, b, epilogue, out):
                 end, end_step, bias, residual, residual_step = c_0, line, nothing_0, nothing_0, 0
                 if k + n_k == n_in:
                     bias = address(b_p)
-                    if n_column == PANEL:
-                        end, end_step = address(out) + 4 * (row * n_out + p * PANEL), 4 * n_out
-                        residual, residual_step = (end, end_step) if epilogue == ADD else (nothing_0, 0)
+                    end, end_step, residual, residual_step = _places(out, row, p * PANEL, c, nothing_0, epilogue)
                 i, ahead = 0, piece + (line * n_k if n > _FLOAT32_ROWS else 0)  # one tile reads from front to back
                 for tiles in range(-(-n // _FLOAT32_ROWS), 0, -1):
                     m = -(-(n - i) // tiles)  # rows of a tile: as equal as can be
@@ -142,11 +157,7 @@ def linear_float32(x, panels, b, epilogue, out):
                     end_i, rest = end + i * end_step, (*of_rows, bias, ahead)
                     _multiply_float32(m, PANEL, x_i, 4 * n_in, piece, line, end_i, end_step, n_k, rest)
                     i, ahead = i + m, ahead + LINE * n_k
-            if n_column < PANEL:
-                _write_block(c, n, out, row, p * PANEL, epilogue)
-            if epilogue >= ACTIVATE:
-                for i in range(row, row + n):
-                    activate(out[i, p * PANEL : p * PANEL + n_column], epilogue - ACTIVATE)
+            _finish_block(c, n, out, row, p * PANEL, epilogue)
 
 
 @kernel(
@@ -165,10 +176,7 @@ def linear_int8(u, scale, zero, panels, column_scale, column_sum, b, epilogue, o
         panel = address(panels) + p * n_in * PANEL
         columns = address(column_scale) + line * p, address(column_sum) + line * p, address(b_p)
         for row in range(0, n_row, BLOCK):
-            end, end_step, residual, residual_step = address(c), line, nothing_0, 0
-            if n_column == PANEL:
-                end, end_step = address(out) + 4 * (row * n_out + p * PANEL), 4 * n_out
-                residual, residual_step = (end, end_step) if epilogue == ADD else (nothing_0, 0)
+            end, end_step, residual, residual_step = _places(out, row, p * PANEL, c, nothing_0, epilogue)
             n, i = min(BLOCK, n_row - row), 0
             ahead = panel + (n_in * PANEL if n > _INT8_ROWS else 0)
             for tiles in range(-(-n // _INT8_ROWS), 0, -1):
@@ -178,11 +186,7 @@ def linear_int8(u, scale, zero, panels, column_scale, column_sum, b, epilogue, o
                 rest = rows + columns + (ahead,)
                 _multiply_int8(m, PANEL, u_i, n_in, panel, PANEL * GROUP, end_i, end_step, n_in // GROUP, rest)
                 i, ahead = i + m, ahead + n_in // GROUP * LINE
-            if n_column < PANEL:
-                _write_block(c, n, out, row, p * PANEL, epilogue)
-            if epilogue >= ACTIVATE:
-                for i in range(row, row + n):
-                    activate(out[i, p * PANEL : p * PANEL + n_column], epilogue - ACTIVATE)
+            _finish_block(c, n, out, row, p * PANEL, epilogue)
 
 
 @inline

@@ -240,19 +240,20 @@ class Int8:
         return builder.fadd(before, value)
 
 
-def begin_function(module, name, kind):
-    """A function (x, ldx, b, ldb, c, ldc, n_k, *extra) for one tile; addresses, and bytes from a row to the next."""
+def tile_function(module, write, kind, rows, vectors):
+    """The function (x, ldx, b, ldb, c, ldc, n_k, *extra) for one tile; addresses, and bytes from a row to the next."""
+    name = f"{write.__module__}_{type(kind).__name__}_{kind.b_bytes}_{rows}x{vectors}x{kind.width}"
+    if name in module.globals:
+        return module.globals[name]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * (7 + getattr(kind.extra, "count", 1))), name)
     function.linkage = "internal"
     function.attributes.add("noinline")  # registers are given out for this loop alone
+    write(function, kind, rows, vectors)
     return function
 
 
-def _tile_function(module, kind, rows, vectors):
-    name = f"{type(kind).__name__}_{kind.b_bytes}_{rows}x{vectors}x{kind.width}"
-    if name in module.globals:
-        return module.globals[name]
-    function = begin_function(module, name, kind)
+def write_tile(function, kind, rows, vectors):
+    """The body of a tile whose sums stay in vector registers."""
     x, ldx, b, ldb, c, ldc, n_k, *extra = function.args
     entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
     tile = [(r, v) for r in range(rows) for v in range(vectors)]
@@ -283,14 +284,14 @@ def _tile_function(module, kind, rows, vectors):
         value = kind.finish(builder, total, r, v, *extra)
         builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=4)
     builder.ret_void()
-    return function
 
 
-def product(kind, most_rows, vectors, tile_function=_tile_function):
+def product(kind, most_rows, vectors, write=write_tile):
     """An intrinsic multiply(rows, columns, x, ldx, b, ldb, c, ldc, n_k, extra): c = x @ b for a few rows.
 
     1 <= rows <= most_rows; columns is a multiple of vectors * kind.width; n_k >= 1. x, b, c are addresses
-    (array.ctypes.data), ldx, ldb, ldc the bytes from a row to the next; `extra` is described at the kind.
+    (array.ctypes.data), ldx, ldb, ldc the bytes from a row to the next; `extra` is described at the kind. `write`
+    writes the body of the function for a tile.
     """
 
     @intrinsic
@@ -309,7 +310,7 @@ def product(kind, most_rows, vectors, tile_function=_tile_function):
                 block = builder.append_basic_block(f"rows_{r}")
                 switch.add_case(I64(r), block)
                 builder.position_at_end(block)
-                builder.call(tile_function(builder.module, kind, r, vectors), tile)
+                builder.call(tile_function(builder.module, write, kind, r, vectors), tile)
                 builder.branch(end)
             builder.position_at_end(end)
         return context.get_dummy_value()
