@@ -2,7 +2,8 @@
 
 Three cases on random weights of 124M's shape: a step of 96 sequences and a step of 256, each at about 124 tokens of
 context, and a step of 1,024 prompt tokens. A step is compared with the same products and nothing else, measured in the
-same run, and with np.matmul of the same shapes. --picture FILE.svg draws tokens/s over the number in flight.
+same run, and with np.matmul of the same shapes. --score: instead, a step that scores every token of 5 texts of 200
+tokens. --picture FILE.svg draws tokens/s over the number in flight.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -20,13 +21,14 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from batchgen.engine import engine as engine_module
+from batchgen.engine import scores as scores_module
 from batchgen.engine.engine import MAX_ROWS, Engine
 from batchgen.engine.sequence import Prompt
 from batchgen.gpt2 import forward as forward_module
 from batchgen.gpt2.microkernels import target_vectors
 from batchgen.gpt2.params import nest
 from batchgen.gpt2.weights import pack
-from batchgen.types import Precision, SamplingParams
+from batchgen.types import READING, Precision, SamplingParams
 from benchmarks.machine import blas, processor, without_blas_variables
 from benchmarks.models import SIZE_124M
 from benchmarks.picture import Line, draw
@@ -34,7 +36,9 @@ from tests.support.tensors import random_tensors
 
 CONTEXT, STEPS = 124, 16  # 2*STEPS steps about a mean of CONTEXT tokens a sequence
 PREFILL_PROMPTS, PREFILL_TOKENS = 8, 128
+SCORE_TEXTS, SCORE_TOKENS, SCORE_STEPS = 5, 200, 5
 IN_FLIGHT = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+SCORE = READING
 KV_BYTES = 4 * 2**30
 PARTS = {  # kernels of the forward pass: part of a step
     "linear_float32": "products with weights",
@@ -44,6 +48,7 @@ PARTS = {  # kernels of the forward pass: part of a step
     "write": "writing keys and values",
     "layer_norm": "layer norm",
 }
+OTHER_PARTS = {"sample": "sampling", "score_tokens": "log-softmax and ranks"}
 
 Shape = tuple[int, int, int]  # m, k, n
 
@@ -71,7 +76,8 @@ class Clock:
 def instrument(clock: Clock) -> Iterator[None]:
     """Put the kernels of the forward pass, and sampling, on the clock."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(engine_module, "sample", clock.timed("sampling", engine_module.sample)))
+        for module, name in ((engine_module, "sample"), (scores_module, "score_tokens")):
+            stack.enter_context(patch.object(module, name, clock.timed(OTHER_PARTS[name], getattr(module, name))))
         for name, part in PARTS.items():
             kernel = getattr(forward_module, name)
             stack.enter_context(patch.object(forward_module, name, clock.timed(part, kernel)))
@@ -128,16 +134,24 @@ def prefill_case(engine: Engine) -> Case:
     return measure(engine, f"Prefill, {rows:,} rows", rows, lambda: deque(engine.steps(batch), maxlen=0))
 
 
-def measure(engine: Engine, name: str, rows: int, step: Callable[[], object]) -> Case:
-    """STEPS steps without the clock and STEPS with it, in turn."""
+def score_case(engine: Engine) -> Case:
+    """One step that reads as many texts as fit into a pass, and scores all their tokens but the first."""
+    batch = [replace(one, params=SCORE, scored=1) for one in prompts(SCORE_TEXTS, SCORE_TOKENS + 1, 1)]
+    rows = SCORE_TEXTS * SCORE_TOKENS
+    deque(engine.steps(batch), maxlen=0)
+    return measure(engine, f"Score, {rows:,} rows", rows, lambda: deque(engine.steps(batch), maxlen=0), SCORE_STEPS)
+
+
+def measure(engine: Engine, name: str, rows: int, step: Callable[[], object], steps: int = STEPS) -> Case:
+    """So many steps without the clock and as many with it, in turn."""
     clock = Clock()
     plain, clocked = [], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         plain.append(seconds_of(step))
         with instrument(clock):
             clocked.append(seconds_of(step))
-    parts = {part: seconds / STEPS for part, seconds in clock.seconds.items()}
-    shapes = {shape: count / STEPS for shape, count in clock.shapes.items()}
+    parts = {part: seconds / steps for part, seconds in clock.seconds.items()}
+    shapes = {shape: count / steps for shape, count in clock.shapes.items()}
     precision = engine.forward.weights.precision
     name = f"{name}, {precision}"
     return Case(name, rows, statistics.median(plain), statistics.mean(clocked), parts, shapes, alone(engine, shapes))
@@ -216,6 +230,7 @@ def main() -> None:
     without_blas_variables("benchmarks.breakdown")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", type=Path, help="draw tokens/s over the number of sequences in flight")
+    parser.add_argument("--score", action="store_true", help="measure the scoring of texts instead")
     args = parser.parse_args()
     with threadpool_limits(1, user_api="blas"):
         print(f"{processor()}, one core, {target_vectors()}; NumPy {np.__version__}, {blas()}\n")
@@ -225,6 +240,9 @@ def main() -> None:
             engine = Engine(pack(params, precision), SIZE_124M, eos_ids=(), kv_bytes=KV_BYTES)
             if args.picture:
                 lines.append(in_flight(engine))
+                continue
+            if args.score:
+                report(score_case(engine))
                 continue
             for n in (96, 256):
                 report(decode_case(engine, n))

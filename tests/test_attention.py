@@ -97,6 +97,7 @@ def test_keys_and_values_are_rounded_to_the_nearest_bfloat16_ties_to_even_and_na
     bits = np.random.default_rng(1).integers(0, 2**32, qkv.size, np.uint32).reshape(qkv.shape)
     bits[0], bits[1], bits[2], bits[3] = 0x3F808000, 0x3F818000, 0x7F800000, 0xFF800001  # two ties, infinity, a nan
     qkv = bits.view(np.float32)
+    qkv[:, 200:400] = qkv[:, 400:]  # keys as values
     _, memory = attend_in_cache(qkv, 100, np.uint16, 1.0)
     values = memory.reshape(2, 2, 160, 100)[:, 1, :N]  # [n_head, N, d_head]
     found = (values.astype(np.uint32) << 16).view(np.float32)
@@ -106,6 +107,9 @@ def test_keys_and_values_are_rounded_to_the_nearest_bfloat16_ties_to_even_and_na
     assert (values[:, 0] == 0x3F80).all()
     assert (values[:, 1] == 0x3F82).all()
     assert np.isnan(found[:, 3]).all()
+    keys = memory.reshape(2, 2, 160 * 100)[:, 0]
+    blocks = [keys[:, 100 * t : 100 * (t + BLOCK)].reshape(2, 100, -1) for t in range(0, 160, BLOCK)]
+    np.testing.assert_array_equal(np.concatenate(blocks, 2)[:, :, :N].transpose(0, 2, 1), values)
 
 
 def contents(segment: Segment) -> tuple[np.ndarray, np.ndarray]:

@@ -42,9 +42,9 @@ class Clocked(Marker):
     def note(self) -> None:
         self.seen.append((self.seconds, _sighting(self.pid, self.record[0])))
 
-    def on_step(self, starting, running) -> None:
+    def on_step(self, starting, running, reading) -> None:
         before = _sighting(self.pid, self.record[0]).work
-        super().on_step(starting, running)
+        super().on_step(starting, running, reading)
         work = self._engine_work
         self.seconds += 0.1 + 0.01 * (work.generated - before.generated) + 0.0025 * (work.read - before.read)
         self.note()

@@ -1,4 +1,4 @@
-"""The arithmetic of the sampler on one row, compiled: its bits are the same on every processor.
+"""The arithmetic of the sampler and of scores on rows, compiled: its bits are the same on every processor.
 
 The weight of a token is exp((logit - largest) / temperature) in float32. Weights are added up in float64, in the order
 that is written here.
@@ -7,10 +7,12 @@ that is written here.
 import numpy as np
 
 from batchgen.gpt2.compiled import inline, kernel
-from batchgen.gpt2.portable import bits_of, exp, in_order, log64
+from batchgen.gpt2.portable import as_float32, bits_of, exp, exp_below, in_order, log64
 
 F32, I32, I64 = np.float32, np.int32, np.int64
 
+INFINITY = I32(0x7F800000)  # its bits
+LOWEST = F32(np.finfo(np.float32).min)
 LANES = 64  # sums that grow side by side; also logits that are skipped together if all are small
 BLOCK = 32 * LANES  # weights whose sum a draw may skip
 
@@ -24,20 +26,33 @@ def weigh(logits, largest, inverse_temperature, weights):
 
 
 @inline
+def _add_block(weights, lanes, total):
+    """total + the sum of BLOCK weights"""
+    lanes[:] = 0.0
+    for i in range(0, BLOCK, LANES):
+        for lane in range(LANES):
+            lanes[lane] += np.float64(weights[i + lane])
+    for lane in range(LANES):
+        total += lanes[lane]
+    return total
+
+
+@inline
+def _add_rest(weights, total):
+    """total + the sum of weights that fill no block"""
+    for i in range(weights.size):
+        total += np.float64(weights[i])
+    return total
+
+
+@inline
 def _add_blocks(weights, lanes, totals):
     """totals[b] = the sum of blocks 0 to b; returns the sum of all, with the rest that fills no block."""
     total = 0.0
     for block in range(weights.size // BLOCK):
-        lanes[:] = 0.0
-        for i in range(block * BLOCK, (block + 1) * BLOCK, LANES):
-            for lane in range(LANES):
-                lanes[lane] += np.float64(weights[i + lane])
-        for lane in range(LANES):
-            total += lanes[lane]
+        total = _add_block(weights[block * BLOCK : (block + 1) * BLOCK], lanes, total)
         totals[block] = total
-    for i in range(weights.size // BLOCK * BLOCK, weights.size):
-        total += np.float64(weights[i])
-    return total
+    return _add_rest(weights[weights.size // BLOCK * BLOCK :], total)
 
 
 @kernel("f8(f4[::1])")
@@ -107,9 +122,85 @@ def find(logits, bound, keys):
     return n
 
 
+@inline
+def _log_probability(logit, largest, total):
+    """log(exp(logit - largest) / total); nan for the lowest number, which stands for a nan"""
+    if logit == LOWEST:
+        return F32(np.nan)
+    below = 0.0 if logit == largest else np.float64(logit) - np.float64(largest)
+    return F32(below - log64(total))
+
+
 @kernel("void(f4[::1], f4, f8, f4[::1])")
 def log_probabilities(logits, largest, total, out):
     """[n] -> [n] log(exp(logit - largest) / total)."""
     for i in range(logits.size):
-        below = 0.0 if logits[i] == largest else np.float64(logits[i]) - np.float64(largest)
-        out[i] = F32(below - log64(total))
+        out[i] = _log_probability(logits[i], largest, total)
+
+
+@inline
+def _largest(row):
+    """The largest logit; each nan becomes the lowest finite number."""
+    largest, farthest = I32(-0x80000000), I32(0)  # in the order of the floats; the bits that are farthest from 0
+    for i in range(row.size):
+        largest = max(largest, in_order(bits_of(row[i])))
+        farthest = max(farthest, I32(bits_of(row[i]) & I32(0x7FFFFFFF)))
+    if farthest > INFINITY:
+        largest = I32(-0x80000000)
+        for i in range(row.size):
+            row[i] = row[i] if row[i] == row[i] else LOWEST
+            largest = max(largest, in_order(bits_of(row[i])))
+    return as_float32(in_order(largest))
+
+
+@inline
+def _total(row, largest, weights, lanes):
+    """add_up of the weights of a row at temperature 1; overwrites weights [BLOCK] and lanes [LANES]."""
+    total = 0.0
+    for start in range(0, row.size, BLOCK):
+        part = row[start : start + BLOCK]
+        for i in range(part.size):
+            weight = exp_below(part[i] - largest)
+            weights[i] = F32(1) if part[i] == largest else weight
+        total = _add_block(weights, lanes, total) if part.size == BLOCK else _add_rest(weights[: part.size], total)
+    return total
+
+
+@inline
+def _rank(row, token):
+    """1 + the number of larger logits, and of equal ones of lower tokens."""
+    x, before, after, rank = row[token], row[:token], row[token + 1 :], I32(1)
+    for i in range(before.size):
+        rank = I32(rank + I32(before[i] >= x))  # in vectors of int32: the sum of two is an int64
+    for i in range(after.size):
+        rank = I32(rank + I32(after[i] > x))
+    return I64(rank)
+
+
+@kernel("void(f4[:, ::1], i8[::1], i8[::1], f4[::1], i8[::1], f4[::1], f8[::1])")
+def score(logits, rows, tokens, logprobs, ranks, largest, totals):
+    """The log-probability and the rank of tokens[i] under logits[rows[i]], for each i.
+
+    And of that row the largest logit and the sum of all weights. Equal rows should be adjacent, as should equal tokens
+    of a row: they are then computed once. A nan of the rows becomes the lowest finite number.
+    """
+    weights, lanes = np.empty(BLOCK, F32), np.empty(LANES)
+    for i in range(rows.size):
+        row, token = logits[rows[i]], tokens[i]
+        if i and rows[i] == rows[i - 1]:
+            largest[i], totals[i] = largest[i - 1], totals[i - 1]
+        else:
+            largest[i] = _largest(row)
+            totals[i] = _total(row, largest[i], weights, lanes)
+        if i and rows[i] == rows[i - 1] and token == tokens[i - 1]:
+            logprobs[i], ranks[i] = logprobs[i - 1], ranks[i - 1]
+        else:
+            logprobs[i], ranks[i] = _log_probability(row[token], largest[i], totals[i]), _rank(row, token)
+
+
+@kernel("void(f4[:, ::1], f8[::1])")
+def add_rows(rows, sums):
+    """Add rows [n, n_embd] to sums [n_embd], one after another."""
+    for i in range(len(rows)):
+        for j in range(sums.size):
+            sums[j] += np.float64(rows[i, j])

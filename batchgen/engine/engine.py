@@ -1,24 +1,40 @@
 """The engine: schedule, forward, sample, one step after another, until every prompt has its completions."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from copy import copy
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
-from batchgen.engine.limits import MAX_BATCH, check_limits, check_prompts, kv_bytes_per_token, tokens_needed
+import numpy as np
+import numpy.typing as npt
+
+from batchgen.engine.draw import add_rows
+from batchgen.engine.limits import (
+    MAX_BATCH,
+    check_limits,
+    check_prompts,
+    kv_bytes_per_token,
+    layer_index,
+    tokens_needed,
+)
 from batchgen.engine.sampler import sample
-from batchgen.engine.scheduler import Scheduler
-from batchgen.engine.sequence import Completion, Prompt, Sequence, Work, expand, is_loop
+from batchgen.engine.scheduler import Piece, Scheduler
+from batchgen.engine.scores import ROWS, score_prompts
+from batchgen.engine.sequence import Completion, Prompt, Sequence, Work, expand, expand_texts, is_loop
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.forward import Forward
 from batchgen.gpt2.kv_cache import KVArena
+from batchgen.gpt2.params import Array
 from batchgen.gpt2.weights import Weights
 from batchgen.types import FinishReason
 
 MAX_ROWS = 1024  # rows of one pass
 
-# Called before each step with the rows that finish prefill and the rows that decode.
-OnStep: TypeAlias = Callable[[list[int], list[int]], None]
+# Called before each step with the rows that finish prefill and get a token, the rows that decode, and the other rows
+# whose prompt is read.
+OnStep: TypeAlias = Callable[[list[int], list[int], list[int]], None]
 
 # Called after each new token of a sequence; a reason ends the sequence.
 ShouldStop: TypeAlias = Callable[[Sequence], FinishReason | None]
@@ -26,12 +42,26 @@ ShouldStop: TypeAlias = Callable[[Sequence], FinishReason | None]
 # The completions that a step finishes, and the token that each of its sequences gets.
 Step: TypeAlias = tuple[list[Completion], list[tuple[Sequence, int]]]
 
+# Of each sequence that is embedded, the sum [n_embd] of its states so far.
+Sums: TypeAlias = dict[Sequence, npt.NDArray[np.float64]]
+
 
 def _adjacency(sequence: Sequence) -> tuple[int, int]:
     """Sort key: sequences that share a prefix become adjacent, the others are in order of length."""
     assert sequence.segment is not None
     has_shared_prefix = sequence.segment.parent is not None
     return (sequence.order, 0) if has_shared_prefix else (-1, sequence.segment.end)
+
+
+def _names(running: list[Sequence], pieces: list[Piece]) -> tuple[list[int], list[int], list[int]]:
+    """The rows of a step, for on_step."""
+    starting: list[int] = []
+    reading: list[int] = []
+    for piece in pieces:
+        for sequence in piece.sequences:
+            gets_token = piece.is_last and sequence.params.max_tokens
+            (starting if gets_token else reading).append(sequence.prompt.row)
+    return starting, [sequence.prompt.row for sequence in running], reading
 
 
 class Engine:
@@ -54,13 +84,13 @@ class Engine:
         largest = max_batch * tokens_needed(config.n_ctx, 0)
         n_tokens = min(kv_bytes // kv_bytes_per_token(config, weights.precision), largest)
         self.arena = KVArena(config, n_tokens, weights.precision)
-        self.forward = Forward(weights, config, max_rows=max(MAX_ROWS, max_batch), max_logits=max_batch)
+        self.forward = Forward(weights, config, max(MAX_ROWS, max_batch), max_logits=max(max_batch, ROWS))
 
     def twin(self) -> "Engine":
         """An engine over the same weights with buffers and a cache of its own."""
         twin = copy(self)
         twin.arena = KVArena(self.config, self.arena.n_tokens, self.forward.weights.precision)
-        twin.forward = Forward(self.forward.weights, self.config, self.forward.max_rows, self.max_batch)
+        twin.forward = Forward(self.forward.weights, self.config, self.forward.max_rows, self.forward.max_logits)
         return twin
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
@@ -68,6 +98,15 @@ class Engine:
         if token in p.stop_token_ids or (token in self.eos_ids and not p.ignore_eos):
             return "stop"
         return "length" if len(sequence.token_ids) + 1 >= p.max_tokens else None
+
+    def _end(
+        self, scheduler: Scheduler, sequence: Sequence, reason: FinishReason, has_stop_token: bool = False
+    ) -> list[Completion]:
+        scheduler.finish(sequence)
+        self.work.finished += 1
+        self.work.stopped += reason != "length"
+        self.work.finished_tokens += len(sequence.token_ids) + has_stop_token
+        return sequence.completions(reason)
 
     def _append(
         self, scheduler: Scheduler, sequences: list[Sequence], tokens: list[int], should_stop: ShouldStop | None
@@ -84,39 +123,71 @@ class Engine:
                 if should_stop is not None:
                     reason = should_stop(sequence) or reason
             if reason:
-                scheduler.finish(sequence)
-                self.work.finished += 1
-                self.work.stopped += reason != "length"
-                self.work.finished_tokens += len(sequence.token_ids) + is_stop_token
-                finished += sequence.completions(reason)
+                finished += self._end(scheduler, sequence, reason, is_stop_token)
         return finished
 
-    def _step(self, scheduler: Scheduler, on_step: OnStep | None, should_stop: ShouldStop | None) -> Step:
-        """Schedule, forward, sample, append."""
-        scheduler.admit()
-        self.work.batch = max(self.work.batch, len(scheduler.running) + scheduler.n_pending)
+    def _read(
+        self, scheduler: Scheduler, on_step: OnStep | None, layer: int | None = None
+    ) -> tuple[Array, list[Sequence], list[Piece]]:
+        """Schedule and forward: states [n_decode + all n_logits, n_embd] of running sequences, then of pieces."""
         running = scheduler.running
+        max_rows = self.forward.max_rows - len(running)
+        scheduler.admit(max_rows)
+        self.work.batch = max(self.work.batch, len(running) + scheduler.n_pending)
         running.sort(key=_adjacency)
-        prefills, ready = scheduler.next_prefills(self.forward.max_rows - len(running))
+        pieces = scheduler.next_pieces(max_rows)
         if on_step:
-            on_step([s.prompt.row for same in ready for s in same], [s.prompt.row for s in running])
+            on_step(*_names(running, pieces))
         last_ids = [sequence.token_ids[-1] for sequence in running]
         segments = [sequence.segment for sequence in running if sequence.segment is not None]
-        logits = self.forward(last_ids, segments, prefills)  # [n_running + n_ready, n_vocab]
-        sampled = list(running)
-        source = list(range(len(running)))  # the row of logits of each sequence; those of one prompt share a row
-        for row, same in enumerate(ready, start=len(running)):
-            scheduler.start(same)
-            sampled += same
-            source += [row] * len(same)
-        if len(source) > len(logits):
-            logits = logits[source]  # [n_sampled, n_vocab]
-        tokens = sample(logits, sampled, self.eos_ids)
-        self.work.read += sum(len(prefill.token_ids) for prefill in prefills)
-        self.work.started += len(sampled) - len(last_ids)
-        self.work.generated += len(sampled)
+        states = self.forward.states(last_ids, segments, [piece.prefill for piece in pieces], layer)
+        self.work.read += sum(piece.prefill.n_row for piece in pieces)
         self.work.steps += 1
-        return self._append(scheduler, sampled, tokens, should_stop), list(zip(sampled, tokens, strict=True))
+        return states, list(running), pieces
+
+    def _step(self, scheduler: Scheduler, on_step: OnStep | None, should_stop: ShouldStop | None) -> Step:
+        """Schedule, forward, score, sample, append."""
+        states, sampled, pieces = self._read(scheduler, on_step)
+        score_prompts(self.forward, states, pieces, len(sampled))
+        finished: list[Completion] = []
+        source = list(range(len(sampled)))  # the row of states of each sequence; those of one prompt share a row
+        row = len(sampled)
+        for piece in pieces:
+            row += piece.prefill.n_logits
+            if piece.is_last:
+                self._start(scheduler, piece)
+                for sequence in piece.sequences:
+                    if sequence.params.max_tokens:
+                        sampled.append(sequence)
+                        source.append(row - 1)
+                    else:
+                        finished += self._end(scheduler, sequence, "length")
+        rows, index = np.unique(np.array(source, np.int64), return_inverse=True)
+        logits = self.forward.head(states[rows])  # [n_row, n_vocab]
+        if len(source) > len(rows):
+            logits = logits[index]  # [n_sampled, n_vocab]
+        tokens = sample(logits, sampled, self.eos_ids)
+        self.work.generated += len(sampled)
+        finished += self._append(scheduler, sampled, tokens, should_stop)
+        return finished, list(zip(sampled, tokens, strict=True))
+
+    def _start(self, scheduler: Scheduler, piece: Piece) -> None:
+        if piece.sequences:
+            scheduler.start(piece.sequences)
+            self.work.started += len(piece.sequences)
+
+    @contextmanager
+    def _scheduled(self, sequences: list[Sequence]) -> Iterator[Scheduler]:
+        """A scheduler of what is to read; also if the caller leaves early, nothing is left in the end."""
+        scheduler = Scheduler([s for s in sequences if s.read], self.arena, self.max_batch, self.share_prefixes)
+        self.work.sequences += len(sequences)
+        self.work.max_tokens += sum(sequence.params.max_tokens for sequence in sequences)
+        self.work.prompt_tokens += scheduler.prompt_tokens
+        try:
+            yield scheduler
+        finally:
+            self.arena.clear()
+            self.work.end_call()
 
     def steps(
         self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None
@@ -124,16 +195,15 @@ class Engine:
         """Complete the prompts; yields each step. should_stop may depend on the sequence's own tokens alone."""
         check_prompts(prompts, self.config)
         sequences = expand(prompts)
-        scheduler = Scheduler(sequences, self.arena, self.max_batch, self.share_prefixes)
-        self.work.sequences += len(sequences)
-        self.work.max_tokens += sum(sequence.params.max_tokens for sequence in sequences)
-        self.work.prompt_tokens += scheduler.prompt_tokens
-        try:
+        with self._scheduled(sequences) as scheduler:
+            if unread := [sequence for sequence in sequences if not sequence.read]:
+                if on_step:
+                    on_step([], [], [sequence.prompt.row for sequence in unread])
+                self.work.started += len(unread)
+                self.work.finished += len(unread)
+                yield [completion for sequence in unread for completion in sequence.completions("length")], []
             while scheduler.is_busy:
                 yield self._step(scheduler, on_step, should_stop)
-        finally:  # also if the caller closes the iterator early
-            self.arena.clear()
-            self.work.end_call()
 
     def generate(
         self, prompts: Seq[Prompt], on_step: OnStep | None = None, should_stop: ShouldStop | None = None
@@ -141,3 +211,38 @@ class Engine:
         """Complete the prompts; yields each sample when it ends, so not in the order of the prompts."""
         for finished, _ in self.steps(prompts, on_step, should_stop):
             yield from finished
+
+    def embed(
+        self, prompts: Seq[Prompt], layer: int, pool: Literal["mean", "last"], on_step: OnStep | None = None
+    ) -> Iterator[tuple[Prompt, Array]]:
+        """The state [n_embd] of each prompt, of max_tokens 0: the mean of its positions, or the last; in any order.
+
+        layer is an index into transformers' hidden_states: 0 is before the first block, -1 after ln_f.
+        """
+        check_prompts(prompts, self.config, last_is_read=True)
+        layer = layer_index(layer, self.config)
+        same = expand_texts(prompts, pool)
+        with self._scheduled([*same]) as scheduler:
+            sums: Sums = defaultdict(lambda: np.zeros(self.config.n_embd))
+            while scheduler.is_busy:
+                states, _, pieces = self._read(scheduler, on_step, layer)
+                for sequence in self._add_states(scheduler, states, pieces, sums):
+                    mean = sums.pop(sequence) / (len(sequence.read) - sequence.first_wanted)
+                    for prompt in same[sequence]:
+                        yield prompt, mean.astype(np.float32)
+
+    def _add_states(self, scheduler: Scheduler, states: Array, pieces: list[Piece], sums: Sums) -> list[Sequence]:
+        """Add the pieces' wanted states to the sums of their sequences; returns the sequences that end."""
+        finished: list[Sequence] = []
+        row = 0
+        for piece in pieces:
+            wanted = states[row : row + piece.prefill.n_logits]
+            row += len(wanted)
+            for sequence in piece.sequences:
+                add_rows(wanted, sums[sequence])
+            if piece.is_last:
+                self._start(scheduler, piece)
+                for sequence in piece.sequences:
+                    self._end(scheduler, sequence, "length")
+                finished += piece.sequences
+        return finished

@@ -43,16 +43,28 @@ def check_limits(config: GPT2Config, precision: Precision, kv_bytes: int, max_ba
         )
 
 
-def check_prompts(prompts: Seq[Prompt], config: GPT2Config) -> None:
+def layer_index(layer: int, config: GPT2Config) -> int:
+    """The number of blocks before a layer, an index into transformers' hidden_states; UsageError if there is none."""
+    n_layer = config.n_layer
+    if not -(n_layer + 1) <= layer <= n_layer:
+        layers = f"{-(n_layer + 1)} to {n_layer}: the model has {n_layer} blocks"
+        raise UsageError(f"{say('layer', layer)} is out of range ({layers})")
+    return layer % (n_layer + 1)
+
+
+def check_prompts(prompts: Seq[Prompt], config: GPT2Config, last_is_read: bool = False) -> None:
     """Raise UsageError for a prompt that does not fit the model's arrays; callers validate prompts before."""
     for prompt in prompts:
         ids = np.asarray(prompt.token_ids)  # [n_prompt]
         p = prompt.params
-        if not len(ids) or len(ids) + p.max_tokens > config.n_ctx:
+        most = config.n_ctx + (not p.max_tokens and not last_is_read)
+        if not len(ids) or len(ids) + p.max_tokens > most:
             raise UsageError(
                 f"row {prompt.row}: {len(ids)} prompt tokens + {p.max_tokens} max_tokens; "
                 f"there must be at least one prompt token, and at most n_ctx {config.n_ctx} in all"
             )
+        if prompt.scored is not None and not 1 <= prompt.scored <= len(ids):
+            raise UsageError(f"row {prompt.row}: scored {prompt.scored} is out of range (1 to {len(ids)})")
         bad = [token for word in prompt.bad_words for token in word]
         named = [*p.stop_token_ids, *(token for token, _ in p.logit_bias), *bad]
         for token in (int(ids.min()), int(ids.max()), *named):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from batchgen.engine.draw import add_up, count_kept, draw, find, log_probabilities, weigh
+from batchgen.engine.draw import LOWEST, add_up, count_kept, draw, find, log_probabilities, score, weigh
 from batchgen.engine.sequence import Sequence
 from batchgen.gpt2.params import Array
 
@@ -59,7 +59,7 @@ def most_likely(row: Array) -> int:
     """The first of the largest logits. A nan becomes the lowest finite number."""
     token = int(row.argmax())  # a nan, if there is one
     if row[token] != row[token]:
-        row[np.isnan(row)] = np.finfo(row.dtype).min
+        row[np.isnan(row)] = LOWEST
         token = int(row.argmax())
     return token
 
@@ -137,17 +137,38 @@ def _choose(row: Array, sequence: Sequence, buffers: _Buffers) -> int:
     return int(draw(_weights(row, row[token], p.temperature, buffers.weights), sequence.next_random()))
 
 
-def _append_logprobs(row: Array, sequence: Sequence, token: int, buffers: _Buffers) -> None:
-    """Append the token's log-probability under the model's own logits [n_vocab], and the highest ones."""
-    n_top = sequence.params.logprobs or 0
-    largest = row[most_likely(row)]
-    total = add_up(_weights(row, largest, 1.0, buffers.weights))
-    ids = np.append(find_largest(row, max(n_top, 1), buffers.keys)[:n_top], token)
+Top = tuple[tuple[int, float], ...]  # (token id, log-probability), best first
+
+
+def _top(row: Array, n: int, largest: np.float32, total: float) -> Top:
+    """The n highest log-probabilities of a row [n_vocab]."""
+    if not n:
+        return ()
+    ids = find_largest(row, n, np.empty(row.size, np.int64))[:n]
     values = np.empty(len(ids), np.float32)
     log_probabilities(row[ids], largest, total, values)
-    *top, (_, logprob) = zip(ids.tolist(), values.tolist(), strict=True)
-    sequence.logprobs.append(logprob)
-    sequence.top_logprobs.append(tuple(pair for pair in top if pair[1] > -np.inf))  # -inf: an id that no token has
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return tuple(pair for pair in pairs if pair[1] > -np.inf)  # -inf: an id that no token has
+
+
+class Scores(NamedTuple):
+    """Of some tokens, each under a row of the model's own logits."""
+
+    logprobs: list[float]
+    ranks: list[int]  # 1: the likeliest
+    tops: list[Top]
+
+
+def score_tokens(logits: Array, rows: Ids, tokens: Ids, n_tops: Seq[int]) -> Scores:
+    """The scores of tokens [n], each under its row of logits [n_row, n_vocab]; rows are in order."""
+    n = len(rows)
+    logprobs, ranks = np.empty(n, np.float32), np.empty(n, np.int64)
+    largest, totals = np.empty(n, np.float32), np.empty(n)
+    score(logits, rows, tokens, logprobs, ranks, largest, totals)
+    each = zip(rows, n_tops, largest, totals, strict=True)
+    return Scores(
+        logprobs.tolist(), ranks.tolist(), [_top(logits[row], k, high, total) for row, k, high, total in each]
+    )
 
 
 def _sample_one(row: Array, sequence: Sequence, eos_ids: Seq[int], buffers: _Buffers) -> int:
@@ -155,7 +176,10 @@ def _sample_one(row: Array, sequence: Sequence, eos_ids: Seq[int], buffers: _Buf
     penalise(row, sequence, eos_ids)
     token = _choose(row, sequence, buffers)
     if model_row is not None:
-        _append_logprobs(model_row, sequence, token, buffers)
+        ids = np.array([0, token])
+        found = score_tokens(model_row[None], ids[:1], ids[1:], [sequence.params.logprobs or 0])
+        sequence.logprobs += found.logprobs
+        sequence.top_logprobs += found.tops
     return token
 
 

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
 
 from batchgen.engine.sequence import Sequence
 from batchgen.gpt2.attention import copy_segment
@@ -38,12 +39,16 @@ class Prefix:
 
 @dataclass(slots=True, eq=False)
 class PromptGroup:
-    """The sequences of one prompt text; those admitted together share its prefill."""
+    """The sequences that read the same tokens; those admitted together share the prefill."""
 
     token_ids: Tokens
     sequences: list[Sequence]
     prefix: Prefix | None = None
-    admitted: list[Sequence] = field(default_factory=list)  # since the last prefill; the next one is for the first
+    pending: "_PendingPrefill | None" = None  # the last one
+    first_wanted: int = field(init=False)  # of any sequence: each group reads this position, and what follows, itself
+
+    def __post_init__(self) -> None:
+        self.first_wanted = min(sequence.first_wanted for sequence in self.sequences)
 
     @property
     def copied(self) -> Prefix | None:
@@ -62,24 +67,40 @@ class PromptGroup:
 
 
 def _block_at(group: PromptGroup, start: int) -> Tokens | None:
-    """The block from `start` on; None if it includes the last token, which each prompt reads itself for its logits."""
-    return group.token_ids[start : start + BLOCK] if start + BLOCK < len(group.token_ids) else None
+    """The block from `start` on; None if it includes a position whose state is wanted."""
+    return group.token_ids[start : start + BLOCK] if start + BLOCK <= group.first_wanted else None
 
 
-def _set_partial_prefixes(groups: list[PromptGroup], start: int, parent: Prefix | None) -> None:
-    """Set the prefix of groups that share less than a block, but at least LANES tokens: fewer are not worth a copy."""
+def _common(groups: list[PromptGroup], start: int) -> Tokens:
+    """The tokens from `start` on that all groups share, before those whose state is wanted."""
+    rests = [group.token_ids[start : group.first_wanted] for group in groups]
+    first, last = min(rests), max(rests)  # a beginning that these two share is shared by all
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def _set_partial_prefixes(groups: list[PromptGroup], start: int, parent: Prefix | None, known: int = 0) -> None:
+    """Set the prefix of groups that share less than a block, but at least LANES tokens: fewer are not worth a copy.
+
+    The first `known` of these tokens are already shared by all groups. A family that shares LANES more has a prefix of
+    its own if that saves tokens: the choices of one question, after a beginning that many questions share.
+    """
     families: dict[Tokens, list[PromptGroup]] = {}
     for group in groups:
-        families.setdefault(group.token_ids[start:-1][:LANES], []).append(group)
+        families.setdefault(group.token_ids[start + known : group.first_wanted][:LANES], []).append(group)
     for beginning, family in families.items():
-        if len(beginning) < LANES or len(family) < 2:
+        tokens = _common(family, start)
+        if len(beginning) < LANES or len(family) < 2 or (len(family) - 1) * (len(tokens) - known) <= known:
             continue
-        rests = [group.token_ids[start:-1] for group in family]
-        first, last = min(rests), max(rests)  # a beginning that these two share is shared by all
-        n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        prefix = Prefix(first[:n], start, parent, sum(len(group.sequences) for group in family))
+        prefix, before = Prefix(tokens, start, parent), family[0].prefix
         for group in family:
             group.prefix = prefix
+        _set_partial_prefixes(family, start, parent, len(tokens))
+        users = [group for group in family if group.prefix is prefix]
+        if len(users) > 1:
+            prefix.token_ids = _common(users, start)
+            prefix.unfinished = sum(len(group.sequences) for group in users)
+        elif users:
+            users[0].prefix = before
 
 
 def find_prefixes(
@@ -112,14 +133,45 @@ def find_prefixes(
     return [*families, *([group] for group in alone)]
 
 
+def group_sequences(sequences: Iterable[Sequence], share_prefixes: bool) -> tuple[list[list[PromptGroup]], int]:
+    """Families of groups that share a first block, and the tokens that they read, those of each prefix once."""
+    # of a group, those that generate come first: they need the keys and values that one of them reads
+    in_order = sorted(sequences, key=lambda s: (s.read, not s.params.max_tokens))
+    groups = [PromptGroup(token_ids, list(same)) for token_ids, same in groupby(in_order, key=lambda s: s.read)]
+    families = find_prefixes(groups) if share_prefixes else [[group] for group in groups]
+    prefixes = {prefix for group in groups if group.prefix for prefix in group.prefix.path}
+    own = sum(len(group.token_ids) - (group.prefix.end if group.prefix else 0) for group in groups)
+    return families, own + sum(len(prefix.token_ids) for prefix in prefixes)
+
+
 @dataclass(slots=True, eq=False)
 class _PendingPrefill:
     """Tokens of a segment that no pass has read yet."""
 
     segment: Segment
     token_ids: Tokens
-    group: PromptGroup | None = None  # its sequences start with the logits of the last token; None for a prefix
+    position: int  # of the first of them
     copied: Segment | None = None  # the keys and values before the tokens, to be copied into the segment
+    sequences: list[Sequence] = field(default_factory=list)  # none for a prefix; the segment is the first's
+
+    def take(self, n: int) -> "Piece":
+        """The first n tokens, for the next pass."""
+        taken, self.token_ids = self.token_ids[:n], self.token_ids[n:]
+        self.position += len(taken)
+        first_wanted = min((sequence.first_wanted for sequence in self.sequences), default=self.position)
+        n_wanted = min(max(self.position - first_wanted, 0), len(taken))
+        prefill = Prefill(self.segment, taken, n_wanted, self.copied)
+        self.copied = None
+        return Piece(prefill, self.position, self.sequences, not self.token_ids)
+
+
+class Piece(NamedTuple):
+    """What one pass reads of a prompt or a prefix; the states of its last prefill.n_logits positions are wanted."""
+
+    prefill: Prefill
+    end: int  # the position after it
+    sequences: list[Sequence]  # none of a prefix
+    is_last: bool
 
 
 class Scheduler:
@@ -133,19 +185,13 @@ class Scheduler:
         self.prefix_of: dict[Sequence, Prefix | None] = {}
         self.prefixes: dict[Prefix, None] = {}  # those with a segment, in order of allocation
         self.waiting: deque[tuple[Sequence, PromptGroup]] = deque()
-        self.prompt_tokens = 0  # to read; each shared prefix once
-        by_text = groupby(sorted(sequences, key=lambda s: s.prompt.token_ids), key=lambda s: s.prompt.token_ids)
-        groups = [PromptGroup(token_ids, list(same)) for token_ids, same in by_text]
-        families = find_prefixes(groups) if share_prefixes else [[group] for group in groups]
+        families, self.prompt_tokens = group_sequences(sequences, share_prefixes)
         families.sort(key=lambda family: -max(group.longest for group in family))
         for group in (group for family in families for group in family):
-            self.prompt_tokens += len(group.token_ids) - (group.prefix.end if group.prefix else 0)
             for sequence in group.sequences:
                 sequence.order = len(self.waiting)
                 self.prefix_of[sequence] = group.prefix
                 self.waiting.append((sequence, group))
-        prefixes = {prefix for group in groups if group.prefix for prefix in group.prefix.path}
-        self.prompt_tokens += sum(len(prefix.token_ids) for prefix in prefixes)
 
     @property
     def is_busy(self) -> bool:
@@ -159,6 +205,12 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, group: PromptGroup) -> bool:
         """Allocate memory for a sequence and its prefixes and queue their prefill; False, with no change, if full."""
+        joined = group.pending  # unless it is past what the sequence wants, or past its end
+        if joined and (not joined.token_ids or joined.position > sequence.first_wanted):
+            joined = None
+        if joined and not sequence.params.max_tokens:
+            joined.sequences.append(sequence)  # it needs no keys and values after that
+            return True
         new: dict[Prefix, _PendingPrefill] = {}
         for prefix in group.prefix.path if group.prefix else []:
             if prefix.segment is not None:
@@ -168,7 +220,7 @@ class Scheduler:
             if prefix.segment is None:
                 break
             self.prefixes[prefix] = None
-            new[prefix] = _PendingPrefill(prefix.segment, prefix.token_ids)
+            new[prefix] = _PendingPrefill(prefix.segment, prefix.token_ids, prefix.start)
         else:
             shared, start = (group.shared.segment, group.shared.end) if group.shared else (None, 0)
             n_own = len(group.token_ids) - start + sequence.params.max_tokens
@@ -178,17 +230,25 @@ class Scheduler:
                 self._drop(prefix)
             return False
         self.pending += new.values()
-        group.admitted.append(sequence)
-        if len(group.admitted) == 1:
-            rest = group.token_ids[group.prefix.end if group.prefix else 0 :]
+        if not joined:
+            start = group.prefix.end if group.prefix else 0
             copied = group.copied.segment if group.copied else None
-            self.pending.append(_PendingPrefill(sequence.segment, rest, group, copied))
+            joined = _PendingPrefill(sequence.segment, group.token_ids[start:], start, copied)
+            group.pending = joined
+            self.pending.append(joined)
+        joined.sequences.append(sequence)
         return True
 
-    def admit(self) -> None:
-        """Admit waiting sequences in order until slots or memory run out."""
+    def admit(self, max_rows: int) -> None:
+        """Admit waiting sequences in order until slots or memory run out.
+
+        Those that generate nothing, only until the next pass has max_rows rows: what it read gives its memory back.
+        """
         while self.waiting and len(self.running) + self.n_pending < self.max_batch:
             sequence, group = self.waiting[0]
+            can_wait = not sequence.params.max_tokens and not (group.pending and group.pending.token_ids)
+            if can_wait and sum(len(pending.token_ids) for pending in self.pending) >= max_rows:
+                return
             if not self._admit(sequence, group):
                 if self.running or self.pending:
                     return
@@ -199,41 +259,33 @@ class Scheduler:
             self.waiting.popleft()
             self.n_pending += 1
 
-    def next_prefills(self, max_rows: int) -> tuple[list[Prefill], list[list[Sequence]]]:
-        """Up to max_rows rows of prefill, and for each prompt that ends in them its admitted sequences."""
-        prefills: list[Prefill] = []
-        ready: list[list[Sequence]] = []
+    def next_pieces(self, max_rows: int) -> list[Piece]:
+        """Up to max_rows rows of prefill."""
+        pieces: list[Piece] = []
         while self.pending and max_rows > 0:
-            piece = self.pending[0]
-            taken = piece.token_ids[:max_rows]
-            max_rows -= len(taken)
-            piece.token_ids = piece.token_ids[len(taken) :]
-            is_done = not piece.token_ids
-            prefills.append(Prefill(piece.segment, taken, int(is_done and piece.group is not None), piece.copied))
-            piece.copied = None
-            if is_done:
+            pieces.append(self.pending[0].take(max_rows))
+            max_rows -= pieces[-1].prefill.n_row
+            if pieces[-1].is_last:
                 self.pending.popleft()
-                if piece.group is not None:
-                    ready.append(piece.group.admitted)
-                    piece.group.admitted = []
-        return prefills, ready
+        return pieces
 
     def start(self, sequences: list[Sequence]) -> None:
-        """Run sequences of one prompt after its prefill, which is the first one's; the others copy keys and values."""
-        source, *copies = [sequence.segment for sequence in sequences]
-        assert source is not None
-        for segment in copies:
-            assert segment is not None
-            copy_segment(self.arena.config, source, segment)
-        self.running += sequences
+        """After a prefill, which is the first sequence's: run those that generate, which copy keys and values."""
+        source, *copies = sequences
+        for sequence in copies:
+            if sequence.segment is not None:
+                assert source.segment is not None
+                copy_segment(self.arena.config, source.segment, sequence.segment)
+        self.running += [sequence for sequence in sequences if sequence.params.max_tokens]
         self.n_pending -= len(sequences)
 
     def finish(self, sequence: Sequence) -> None:
         """Release the sequence's memory, and that of prefixes that no other sequence needs."""
-        self.running.remove(sequence)
-        assert sequence.segment is not None
-        self.arena.release(sequence.segment)
-        sequence.segment = None
+        if sequence.params.max_tokens:
+            self.running.remove(sequence)
+        if sequence.segment is not None:
+            self.arena.release(sequence.segment)
+            sequence.segment = None
         prefix = self.prefix_of[sequence]
         for part in prefix.path if prefix else []:
             part.unfinished -= 1

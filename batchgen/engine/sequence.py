@@ -1,9 +1,10 @@
 """The records of the engine: its input (Prompt), its state (Sequence) and its output (Completion)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,14 @@ class Prompt:
     seeds: tuple[int, ...]  # one for each of the params.n samples
     first_sample: int = 0  # the number of this prompt's first sample within the row
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that no generated token may complete
+    scored: int | None = None  # log-probabilities are wanted of its tokens from this index on, 1 or more; None: of none
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """The tokens that are read: without the last one if nothing follows it, and none if no logits are wanted."""
+        if self.params.max_tokens:
+            return self.token_ids
+        return () if self.scored in (None, len(self.token_ids)) else self.token_ids[:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,9 @@ class Completion:
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None = None  # of the model itself, before penalties and temperature
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None  # (token id, log-probability), best first
+    prompt_logprobs: tuple[float, ...] | None = None  # of the prompt's tokens from its `scored` on
+    prompt_ranks: tuple[int, ...] | None = None  # of the same tokens; 1 is the likeliest, equal ones by token id
+    prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
 
 def sample_seeds(seed: int, row: int, n: int, first: int = 0) -> tuple[int, ...]:
@@ -96,17 +108,22 @@ _counts: Callable[[Work], tuple[int, ...]] = attrgetter(*(one.name for one in fi
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The state of one sample in generation."""
+    """The state of one sample in generation, or of a prompt that is only read."""
 
     prompt: Prompt
     sample: int
     seed: int
+    read: tuple[int, ...] = ()  # tokens of the prompt
+    first_wanted: int = 0  # the first of these positions whose state is wanted; those of all after it are, too
     order: int = 0  # set by the scheduler; sequences that share a prefix are adjacent
     duplicates: list[tuple[int, int]] = field(default_factory=list)  # (row, sample) of equal greedy requests
     segment: Segment | None = None  # the last on the path of its keys and values
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)  # of the prompt's scored tokens, as far as it is read
+    prompt_ranks: list[int] = field(default_factory=list)
+    prompt_top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     random: npt.NDArray[np.float64] | None = None  # [max_tokens], made for the first draw: many sequences may wait
 
     @property
@@ -130,6 +147,7 @@ class Sequence:
     def completions(self, finish_reason: FinishReason) -> list[Completion]:
         """The finished sample, for its own request and for each duplicate."""
         has_logprobs, n = self.params.logprobs is not None, len(self.token_ids)  # [:n] leaves out that of a stop token
+        is_scored = self.prompt.scored is not None
         return [
             Completion(
                 row,
@@ -138,6 +156,9 @@ class Sequence:
                 finish_reason,
                 tuple(self.logprobs[:n]) if has_logprobs else None,
                 tuple(self.top_logprobs[:n]) if has_logprobs else None,
+                tuple(self.prompt_logprobs) if is_scored else None,
+                tuple(self.prompt_ranks) if is_scored else None,
+                tuple(self.prompt_top_logprobs) if is_scored else None,
             )
             for row, sample in [(self.prompt.row, self.sample), *self.duplicates]
         ]
@@ -158,16 +179,26 @@ def is_loop(token_ids: list[int]) -> bool:
 
 
 def expand(prompts: Seq[Prompt]) -> list[Sequence]:
-    """A sequence for each sample; equal greedy requests share one sequence, equal sampled requests do not."""
+    """A sequence for each sample; equal requests that draw nothing share one sequence, equal sampled ones do not."""
     sequences: list[Sequence] = []
     greedy: dict[tuple[object, ...], Sequence] = {}
     for prompt in prompts:
+        read, draws = prompt.read, prompt.params.max_tokens > 0 and not prompt.params.greedy
+        first_wanted = min(prompt.scored or len(read), len(read)) - 1
         for sample, seed in enumerate(prompt.seeds, start=prompt.first_sample):
-            key = (prompt.token_ids, prompt.params, prompt.bad_words)
-            if prompt.params.greedy and key in greedy:
+            key = (prompt.token_ids, prompt.params, prompt.bad_words, prompt.scored)
+            if not draws and key in greedy:
                 greedy[key].duplicates.append((prompt.row, sample))
                 continue
-            sequences.append(Sequence(prompt, sample, seed))
-            if prompt.params.greedy:
+            sequences.append(Sequence(prompt, sample, seed, read, first_wanted))
+            if not draws:
                 greedy[key] = sequences[-1]
     return sequences
+
+
+def expand_texts(prompts: Iterable[Prompt], pool: Literal["mean", "last"]) -> dict[Sequence, list[Prompt]]:
+    """A sequence for each text to embed, with the prompts that are this text."""
+    same: dict[tuple[int, ...], list[Prompt]] = {}
+    for prompt in prompts:
+        same.setdefault(prompt.token_ids, []).append(prompt)
+    return {Sequence(own[0], 0, 0, ids, 0 if pool == "mean" else len(ids) - 1): own for ids, own in same.items()}

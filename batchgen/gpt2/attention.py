@@ -19,7 +19,7 @@ from numba.extending import intrinsic, overload
 from batchgen.gpt2.compiled import inline, kernel
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.kv_cache import BLOCK, LANES, Segment
-from batchgen.gpt2.microkernels import CONTINUE, MOST_ROWS, START, Float32, address, product, target_vectors
+from batchgen.gpt2.microkernels import CONTINUE, MOST_ROWS, START, Float32, address, at, load, product, target_vectors
 from batchgen.gpt2.portable import as_float32, bits_of, exp, in_order
 from batchgen.gpt2.weights import round_up
 
@@ -87,18 +87,15 @@ def _halve(lanes, half):
 def _softmax(s, n, ones, lanes):
     """Replace n scores by their exponentials, not normalised; returns the sum."""
     width = _round_up(n, BLOCK)
-    for j in range(n, width):
-        s[j] = -np.inf
+    row, last, n_last = s[:width], s[width - BLOCK : width], I32(n - width + BLOCK)
+    for j in range(BLOCK):
+        last[j] = last[j] if I32(j) < n_last else F32(-np.inf)
     largest = I32(-0x80000000)
-    for at in range(0, width, BLOCK):
-        block = s[at : at + BLOCK]
-        for j in range(BLOCK):
-            largest = max(largest, in_order(bits_of(block[j])))
+    for j in range(row.size):
+        largest = max(largest, in_order(bits_of(row[j])))
     top = as_float32(in_order(largest))
-    for at in range(0, width, BLOCK):
-        block = s[at : at + BLOCK]
-        for j in range(BLOCK):
-            block[j] = exp(block[j] - top)
+    for j in range(row.size):
+        row[j] = exp(row[j] - top)
     _add_lanes(1, LANES, address(ones), 0, address(s), 4 * LANES, address(lanes), 0, width // LANES, START)
     _halve(lanes, 8)
     _halve(lanes, 4)
@@ -166,22 +163,53 @@ def attend(memory, layer, scale, qkv, queries, groups, parts, n_ctx, out):
                         out[first + i, head, d] = o[i, d] / totals[i]
 
 
+def _narrowed(builder, x, kind):
+    """A float32, or a vector of them, as numbers of the cache: see `_narrow`."""
+    if kind == types.float32:
+        return x
+    count = getattr(x.type, "count", None)
+    i32, i16 = ((ir.VectorType(i, count) if count else i) for i in (ir.IntType(32), ir.IntType(16)))
+    sixteen, one, half, quiet = (ir.Constant(i32, [n] * count if count else n) for n in (16, 1, 0x7FFF, 0x400000))
+    bits = builder.bitcast(x, i32)
+    odd = builder.and_(builder.lshr(bits, sixteen), one)
+    rounded = builder.add(bits, builder.add(odd, half))
+    is_nan = builder.fcmp_unordered("uno", x, x)
+    return builder.trunc(builder.lshr(builder.select(is_nan, builder.or_(bits, quiet), rounded), sixteen), i16)
+
+
 @intrinsic
 def _narrow(typing_context, x, number):
     """A float32 as a number of the cache: itself, or the bits of the nearest bfloat16 (ties to even; nan stays nan)."""
-    if number == types.float32:
-        return x(x, number), lambda context, builder, signature, arguments: arguments[0]
 
     def generate(context, builder, signature, arguments):
-        i32 = ir.IntType(32)
-        bits = builder.bitcast(arguments[0], i32)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(i32, 16)), ir.Constant(i32, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(i32, 0x7FFF)))
-        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
-        chosen = builder.select(is_nan, builder.or_(bits, ir.Constant(i32, 0x400000)), rounded)
-        return builder.trunc(builder.lshr(chosen, ir.Constant(i32, 16)), ir.IntType(16))
+        return _narrowed(builder, arguments[0], number)
 
-    return types.uint16(types.float32, number), generate
+    return number(types.float32, number), generate
+
+
+@intrinsic
+def _transpose(typing_context, source, source_step, target, target_step, number):
+    """Columns of LANES rows of LANES float32 -> rows of numbers of the cache; addresses, bytes from a row to the next.
+
+    Shuffled in registers: processors read a column of memory one number at a time.
+    """
+
+    def generate(context, builder, signature, arguments):
+        source, source_step, target, target_step, _ = arguments
+        floats, lanes = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+        loaded = (load(builder, at(builder, source, row, source_step), floats) for row in range(LANES))
+        rows = [_narrowed(builder, x, number) for x in loaded]
+        half = LANES // 2
+        zips = [ir.Constant(lanes, [i + j // 2 + LANES * (j % 2) for j in range(LANES)]) for i in (0, half)]
+        for _ in range(LANES.bit_length() - 1):  # each time, zip the first half of the rows with the second
+            pairs = zip(rows[:half], rows[half:], strict=True)
+            rows = [builder.shuffle_vector(*pair, order) for pair in pairs for order in zips]
+        for row, x in enumerate(rows):
+            to = builder.inttoptr(at(builder, target, row, target_step), x.type.as_pointer())
+            builder.store(x, to, align=number.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4, number), generate
 
 
 @inline
@@ -231,7 +259,8 @@ def write(memory, layer, n_head, d_head, qkv, writes):
     writes is [n_write, 7]: first row and rows; base and size of a segment; the first row's position in it; base and
     size of a segment whose content before that position is copied first, or zeros.
     """
-    n_embd = n_head * d_head
+    n_embd, width = n_head * d_head, qkv.shape[1]
+    rows, numbers, number = address(qkv), address(memory), memory.itemsize
     for w in range(len(writes)):
         row, n, base, size, position = writes[w, 0], writes[w, 1], writes[w, 2], writes[w, 3], writes[w, 4]
         if writes[w, 6]:
@@ -241,17 +270,18 @@ def write(memory, layer, n_head, d_head, qkv, writes):
             values = keys + (size + position) * d_head
             column = n_embd + head * d_head
             i = 0
-            while i < n:  # up to LANES rows: their numbers stay in the first cache while keys are transposed
+            while i < n:  # up to LANES rows at a time
                 lane = (position + i) % BLOCK
                 block, count = position + i - lane, min(n - i, LANES - lane % LANES)
                 step = min(BLOCK, size - block)
-                for d in range(d_head):
-                    at = keys + block * d_head + d * step + lane
-                    target, source = memory[at : at + count], qkv[row + i : row + i + count, column + d]
-                    if count == LANES:
-                        _narrow_all(source, target, LANES)  # in vectors
-                    else:
-                        _narrow_all(source, target, count)
+                whole = d_head // LANES * LANES if count == LANES else 0
+                for d in range(0, whole, LANES):
+                    source = rows + 4 * ((row + i) * width + column + d)
+                    target = numbers + number * (keys + block * d_head + d * step + lane)
+                    _transpose(source, 4 * width, target, number * step, memory[0])
+                for d in range(whole, d_head):
+                    target = memory[keys + block * d_head + d * step + lane :]
+                    _narrow_all(qkv[row + i : row + i + count, column + d], target, count)
                 i += count
             for i in range(n):
                 target = memory[values + i * d_head : values + (i + 1) * d_head]

@@ -32,7 +32,7 @@ class Prefill:
 
     segment: Segment
     token_ids: Sequence[int]
-    n_logits: int = 0  # the caller needs the logits of this many last rows
+    n_logits: int = 0  # the caller needs the states, or logits, of this many last rows
     copied: Segment | None = None  # copy its content into the empty segment first; it is complete before this prefill
     first_row: int = 0  # set by the pass, as is first_position
     first_position: int = 0
@@ -122,7 +122,7 @@ class Forward:
     """One model's forward pass and its work buffers, for up to max_rows rows and max_logits rows of logits a pass."""
 
     def __init__(self, weights: Weights, config: GPT2Config, max_rows: int, max_logits: int) -> None:
-        self.weights, self.config, self.max_rows = weights, config, max_rows
+        self.weights, self.config, self.max_rows, self.max_logits = weights, config, max_rows, max_logits
         n_embd, inner_dim = config.n_embd, config.inner_dim
         self._activate = ACTIVATE + ACTIVATIONS.index(config.activation_function)
         self._x = _floats(max_rows, n_embd)
@@ -187,27 +187,44 @@ class Forward:
         self._linear(hidden, block.mlp_proj, ADD, x)
         return x
 
-    def __call__(
-        self, decode_ids: Sequence[int] = (), decode_segments: Sequence[Segment] = (), prefills: Sequence[Prefill] = ()
+    def states(
+        self,
+        decode_ids: Sequence[int] = (),
+        decode_segments: Sequence[Segment] = (),
+        prefills: Sequence[Prefill] = (),
+        layer: int | None = None,
     ) -> Array:
         """Read one more token of each decode segment and the tokens of each prefill; cache their keys and values.
 
         Decode and prefill rows share every product with weights (chunked prefill, in vLLM's words). Sequences that
         share segments should be adjacent in decode_segments. The parents of a prefill's segment are read in an earlier
-        pass or by an earlier prefill of this one. Returns the logits [n_decode + all n_logits, n_vocab] of the decode
-        rows, then of the prefills: a view that the next call overwrites.
+        pass or by an earlier prefill of this one. Returns the states [n_decode + all n_logits, n_embd] of the decode
+        rows, then of the prefills, for `head`: a view that the next call overwrites. With a layer below n_layer they
+        are those between the blocks: 0 is before the first one, and nothing else is computed.
         """
+        n_block = self.config.n_layer if layer is None else layer
         n_row = self._embed(decode_ids, decode_segments, prefills)
         memory = (*decode_segments, *(prefill.segment for prefill in prefills))[0].memory
         writes = _writes(decode_segments, prefills)
         queries = _queries(decode_segments, prefills, only_logits=False)
+        wanted = _queries(decode_segments, prefills, only_logits=True) if prefills else queries
         x = self._x[:n_row]
-        for layer in range(self.config.n_layer):
-            if prefills and layer == self.config.n_layer - 1:  # after keys and values, the other rows end here
-                queries = _queries(decode_segments, prefills, only_logits=True)
-            x = self._transformer_block(layer, x, writes, queries, memory)
-        logits = self._logits[: len(x)]
-        self._linear(self._layer_norm(x, **self.weights.ln_f), self.weights.lm_head, STORE, logits)
+        for number in range(n_block):  # in the last block, rows that are not wanted end after keys and values
+            x = self._transformer_block(number, x, writes, wanted if number == n_block - 1 else queries, memory)
+        if not n_block:
+            x = x[wanted.queries[:, 0]]
+        return x if n_block < self.config.n_layer else self._layer_norm(x, **self.weights.ln_f)
+
+    def head(self, states: Array) -> Array:
+        """[n_row, n_embd] -> logits [n_row, n_vocab] of up to max_logits rows: a view that the next call overwrites."""
+        logits = self._logits[: len(states)]
+        self._linear(states, self.weights.lm_head, STORE, logits)
         if self.weights.absent_ids is not None:
             logits[:, self.weights.absent_ids] = -np.inf
         return logits
+
+    def __call__(
+        self, decode_ids: Sequence[int] = (), decode_segments: Sequence[Segment] = (), prefills: Sequence[Prefill] = ()
+    ) -> Array:
+        """The logits of `states`' rows [n_decode + all n_logits, n_vocab]."""
+        return self.head(self.states(decode_ids, decode_segments, prefills))

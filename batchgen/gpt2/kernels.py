@@ -192,7 +192,7 @@ def linear_int8(u, scale, zero, panels, column_scale, column_sum, b, epilogue, o
 @inline
 def _round(x):
     """The nearest int32 of |x| < 2**22, ties to even; no conversion of a float, which is undefined for some."""
-    return bits_of(x + F32(12582912)) - I32(0x4B400000)
+    return I32(bits_of(x + F32(12582912)) - I32(0x4B400000))  # without it, an int64, in vectors of half as many
 
 
 @kernel(
@@ -216,9 +216,11 @@ def quantise(x, inverse, offset, u, scale, zero):
             step = largest / F32(255) - smallest / F32(255)  # their difference may overflow
             step = step if step > F32(1e-36) else F32(1)  # so small a row is zeros
             reciprocal = F32(1) / step
-            scale[i], zero[i] = step, _round(-smallest * reciprocal)
+            middle = _round(-smallest * reciprocal)
+            scale[i], zero[i] = step, middle
             for k in range(n_in):
-                u[i, k] = min(max(_round(fma(x[i, k], inverse[k], offset[k]) * reciprocal) + zero[i], 0), 255)
+                byte = I32(_round(fma(x[i, k], inverse[k], offset[k]) * reciprocal) + middle)
+                u[i, k] = min(max(byte, I32(0)), I32(255))
 
 
 @inline

@@ -56,21 +56,33 @@ def in_order(bits):
 
 
 @inline
-def exp(x):
-    """exp of a float32, within 1.1 units in the last place; 0 below -87.3; nan of nan."""
-    clipped = _SMALLEST if x < _SMALLEST else (_LARGEST if x > _LARGEST else x)
-    n = np.floor(fma(clipped, _LOG2_E, F32(0.5)))
+def _exp_within(x):
+    """exp of a float32 from _SMALLEST to _LARGEST, or of nan."""
+    n = np.floor(fma(x, _LOG2_E, F32(0.5)))
     n = n if n == n else F32(0)  # an integer of nan is undefined
-    r = fma(-n, _LN2_LOW, fma(-n, _LN2_HIGH, clipped))
+    r = fma(-n, _LN2_LOW, fma(-n, _LN2_HIGH, x))
     p = fma(F32(1.9875691500e-4), r, F32(1.3981999507e-3))
     p = fma(p, r, F32(8.3334519073e-3))
     p = fma(p, r, F32(4.1665795894e-2))
     p = fma(p, r, F32(1.6666665459e-1))
     p = fma(p, r, F32(5.0000001201e-1))
     p = fma(p * r, r, r) + F32(1)
-    p = as_float32(bits_of(p) + (np.int32(n) << np.int32(23)))  # n more in the exponent; 2**128 itself is no float32
+    return as_float32(bits_of(p) + (np.int32(n) << np.int32(23)))  # n more in the exponent; 2**128 is no float32
+
+
+@inline
+def exp(x):
+    """exp of a float32, within 1.1 units in the last place; 0 below -87.3; nan of nan."""
+    p = _exp_within(_SMALLEST if x < _SMALLEST else (_LARGEST if x > _LARGEST else x))
     p = F32(0) if x < _SMALLEST else p
     return F32(np.inf) if x > _LARGEST else p
+
+
+@inline
+def exp_below(x):
+    """exp of a float32 that is at most 0, or nan: the same bits in fewer steps."""
+    p = _exp_within(_SMALLEST if x < _SMALLEST else x)
+    return F32(0) if x < _SMALLEST else p
 
 
 @inline

@@ -159,7 +159,7 @@ def find_guilty(history: History, rows: Iterable[int], try_rows: TryRows) -> Ite
     left = list(rows)
     while left and (loss := _next_end(left, try_rows)):
         history.failed = 0 if loss.sighting.rows else history.failed
-        row = next(iter(loss.sighting.in_flight), left[0])  # none is, until a long prompt is read
+        row = next(iter(loss.sighting.in_flight), left[0])  # none is, while a pass reads a shared prefix alone
         left.remove(row)
         if last := _last_end(row, loss, try_rows):
             if history.failed == MAX_FAILED:

@@ -108,6 +108,10 @@ class Marker:
         self._record["rows"] += rows
         self._record["prompt_tokens"] += prompt_tokens
 
+    def add_scored(self, tokens: int) -> None:
+        """Count tokens that are scored, in the place of generated ones."""
+        self._record["completion_tokens"] += tokens
+
     def set_in_flight(self, suspects: Sequence[int], running: Sequence[int] = ()) -> None:
         """Name the rows that are next, before anything is done with them."""
         rows = [*suspects, *running][:MAX_ROWS]
@@ -118,14 +122,14 @@ class Marker:
         self._record["n_running"] = max(len(rows) - len(suspects), 0)
         self._record["pulse"] += 1
 
-    def on_step(self, starting: Sequence[int], running: Sequence[int]) -> None:
-        """Called by the engine before each step; each row of the step gets a token."""
+    def on_step(self, starting: Sequence[int], running: Sequence[int], reading: Sequence[int] = ()) -> None:
+        """Called by the engine before each step, of which the rows that are only read get no token."""
         if self._rows:
             self._begun[:] = self._rows, self._begun[1] + self._rows
             self._rows = 0
         self._work[:] = self._engine_work.counts()
         self._record["phase"] = Phase.ROWS
-        self.set_in_flight(starting, running)
+        self.set_in_flight([*starting, *reading], running)
         self._record["completion_tokens"] += len(starting) + len(running)
 
     def set_completion_tokens(self, completion_tokens: int) -> None:

@@ -33,10 +33,10 @@ def _taking_steps(
 ) -> Any:
     """The engine's steps; before_step is called with the rows of each, once the engine's own on_step was."""
 
-    def call_both(starting: Sequence[int], running: Sequence[int]) -> None:
+    def call_both(starting: Sequence[int], running: Sequence[int], reading: Sequence[int]) -> None:
         if on_step:
-            on_step(starting, running)
-        before_step({*starting, *running})
+            on_step(starting, running, reading)
+        before_step({*starting, *running, *reading})
 
     return _steps(engine, prompts, call_both, *more)
 
@@ -173,7 +173,7 @@ def run_stub() -> None:
 
 
 def run_stub_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
-    worker.complete_chunk = _make_rows
+    worker.rows_of_chunk = _make_rows
     return worker.run_chunk(setup, chunk, attempt)
 
 

@@ -149,14 +149,14 @@ def measure_overhead(bench: Bench) -> str:
 def _take_turns(job: Job, model: Model, bare: Clock, whole: Clock, first: int) -> None:
     """One round: the steps of run_job in this process, and beside each chunk the bare engine with the same chunk."""
     prompts = Prompts.open(job.input)
-    output = open_output(job.output, prompts, model.load_tokenizer)
+    output = open_output(job, prompts, model.load_tokenizer)
     facts = prompts.scan()
     rows = output.rows_to_do(facts)
     asked = make_plan(job, facts, model, Setting(rows.count, 1, output.format))
-    columns = output.columns(facts, job.sampling)
     held = open_ledger(output.path)
     ledger = whole.time("lock", held.__enter__)
     plan = whole.time("plan", lambda: output.claim(ledger, *asked, job.work.restart))
+    columns = output.columns(facts, plan, model.config.n_embd)
     setup = worker_setup(model, plan, columns)
     engine, tokenizer, _ = load_engine(setup)
     check = make_check(tokenizer, model.config.n_ctx, job.policy)

@@ -4,7 +4,7 @@ The tests compare the fast forward pass and pico.py with it. It is slow and plai
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,24 +57,25 @@ def _attend(query: Doubles, keys: list[Doubles], values: list[Doubles], scale: f
     return sum((weight / total * value for weight, value in zip(weights, values, strict=True)), np.zeros(len(query)))
 
 
-def logits(
-    token_ids: list[int],
+def hidden_states(
+    token_ids: Sequence[int],
     float32_tensors: dict[str, npt.NDArray[np.float32]],
     n_head: int,
     options: Options = OPENAI,
-) -> Doubles:
-    """[n_seq] token ids -> [n_seq, n_vocab] logits, in float64 from float32 tensors under OpenAI's names.
+) -> list[Doubles]:
+    """[n_seq] token ids -> transformers' hidden_states, [n_seq, n_embd] each, in float64.
 
-    With a tensor lm_head [n_embd, n_vocab], it makes the logits, else wte does.
+    n_layer + 1 of them: before each block, and after ln_f. The tensors have OpenAI's names.
     """
     tensors = {name: tensor.astype(np.float64) for name, tensor in float32_tensors.items()}
     n_layer = 1 + max(int(name[1:].split("/")[0]) for name in tensors if name[0] == "h")
     n_embd = tensors["wte"].shape[1]
     d_head = n_embd // n_head
-    head_weights = tensors["lm_head"].T if "lm_head" in tensors else tensors["wte"]
     activate = ACTIVATIONS[options.activation]
     stream = [tensors["wte"][token] + tensors["wpe"][position] for position, token in enumerate(token_ids)]
+    states = []
     for layer in range(n_layer):
+        states.append(np.array(stream))
         name = f"h{layer}"
         scale = 1 / math.sqrt(d_head) if options.scale_attn_weights else 1.0
         scale /= layer + 1 if options.scale_attn_by_inverse_layer_idx else 1
@@ -92,4 +93,16 @@ def logits(
             hidden = _affine(_norm(x, tensors, f"{name}/ln_2", options.eps), tensors, f"{name}/mlp/c_fc")
             hidden = np.array([activate(value) for value in hidden])
             stream[position] = x + _affine(hidden, tensors, f"{name}/mlp/c_proj")
-    return np.array([head_weights @ _norm(x, tensors, "ln_f", options.eps) for x in stream])
+    return [*states, np.array([_norm(x, tensors, "ln_f", options.eps) for x in stream])]
+
+
+def logits(
+    token_ids: Sequence[int],
+    float32_tensors: dict[str, npt.NDArray[np.float32]],
+    n_head: int,
+    options: Options = OPENAI,
+) -> Doubles:
+    """[n_seq] token ids -> [n_seq, n_vocab] logits; a tensor lm_head [n_embd, n_vocab] makes them, else wte does."""
+    last = hidden_states(token_ids, float32_tensors, n_head, options)[-1]
+    head_weights = float32_tensors.get("lm_head", float32_tensors["wte"].T)
+    return last @ head_weights.astype(np.float64)
