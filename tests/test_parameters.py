@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from batchgen.errors import UsageError
 from batchgen.input.parameters import (
     ALIASES,
+    ASKING,
     PARAMETERS,
+    asked_in,
     find_misspelled,
     find_results,
     override_params,
@@ -41,6 +43,7 @@ VALUES: dict[str, list[tuple[Any, Any]]] = {  # as written in a row, as it is th
     "n": [(2, 2)],
     "seed": [(2**63 - 1, 2**63 - 1)],
     "logprobs": [(0, 0), (5, 5)],
+    "prompt_logprobs": [(0, 0), (5.0, 5)],
     "stop": [("a", ("a",)), (["a", "\n\n"], ("a", "\n\n")), ([], ()), ("", ()), (["", "a"], ("a",))],
     "include_stop": [(True, True)],
     "bad_words": [("a", ("a",)), (["a", "b"], ("a", "b"))],
@@ -64,6 +67,7 @@ WRONG: dict[str, list[Any]] = {
     "n": [0],
     "seed": [-1],
     "logprobs": [101, True],
+    "prompt_logprobs": [101, -1, True, "1"],
     "stop": [5, ["a"] * (MAX_STOPS + 1), [None], {"a": 1}, "x" * 1001, "\ud800", b"a"],
     "include_stop": ["yes"],
     "bad_words": [5, [5], ["a"] * 65],
@@ -268,11 +272,18 @@ def test_a_column_and_a_member_that_differ_are_named() -> None:
 NOTHING: list[dict[str, Any]] = [
     {"best_of": 2, "n": 2},
     {"best_of": 1, "use_beam_search": False, "num_beams": 1, "length_penalty": 1.0, "early_stopping": False},
-    {"prompt_logprobs": None, "typical_p": None},
+    {"truncate_prompt_tokens": None, "prompt_logprobs": None, "typical_p": None},
     {"do_sample": True, "temperature": 0.7},
     {"do_sample": False, "temperature": 0},
 ]
-NO_MEMBERS = {"logprobs": False, "top_logprobs": 0, "stream_options": {}, "extra_body": {}, "return_token_ids": False}
+NO_MEMBERS = {
+    "logprobs": False,
+    "prompt_logprobs": False,
+    "top_logprobs": 0,
+    "stream_options": {},
+    "extra_body": {},
+    "return_token_ids": False,
+}
 
 
 @pytest.mark.parametrize("values", NOTHING)
@@ -311,14 +322,23 @@ OUTPUT = (
     "seed",
     "parameters",
     "logprobs",
+    "prompt_logprobs",
+    "prompt_token_ids",
+    "prompt_top_logprobs",
     "n",
 )
 
 
 def test_the_results_in_an_output_of_batchgen_are_no_parameters() -> None:
-    assert find_results(OUTPUT) == ("seed", "logprobs", "parameters")
+    assert find_results(OUTPUT) == ("seed", "logprobs", "prompt_logprobs", "parameters")
     assert parameter_names(OUTPUT) == ("n",)
     assert find_results(name for name in OUTPUT if name != "finish_reason") == ()
+
+
+def test_whatever_asks_for_columns_is_sought_under_every_name() -> None:
+    names = {name: name for name in ASKING} | {theirs: ours for theirs, ours in ALIASES.items() if ours in ASKING}
+    for name, meant in names.items():
+        assert asked_in(f'{{"prompt": "a", "body": {{"{name}": 1}}}}'.encode()) == {meant}
 
 
 def test_every_parameter_is_documented_with_its_range_and_default() -> None:

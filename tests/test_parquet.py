@@ -3,6 +3,7 @@
 import hashlib
 import math
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from batchgen.errors import InputError
 from batchgen.input import parquet as parquet_format
 from batchgen.input.kept import kept_columns
+from batchgen.input.parameters import LOGPROBS
 from batchgen.types import Rejected, Request, SamplingParams
 from tests.support.inputs import CASES, PARAMS, chunks, facts, not_utf8, open_prompts, parquet, read, refusal, scan
 
@@ -332,19 +334,24 @@ def test_parameter_columns_may_be_broken_text_but_not_there_twice(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "column",
+    "make_column",
     [
-        pa.array([{"max_new_tokens": 3, "logprobs": 2}, None, {"max_new_tokens": None, "logprobs": 0}]),
-        pa.array([[("max_new_tokens", 3), ("logprobs", 2)], None, [("logprobs", 0)]], pa.map_(pa.string(), pa.int64())),
-        pa.array(['{"max_new_tokens": 3, "logprobs": 2}', None, '{"logprobs": 0}']),
-        pa.array(['{"max_new_tokens": 3, "logprobs": 2}', None, '{"logprobs": 0}']).dictionary_encode(),
+        lambda name: pa.array([{"max_new_tokens": 3, name: 2}, None, {"max_new_tokens": None, name: 0}]),
+        lambda name: pa.array(
+            [[("max_new_tokens", 3), (name, 2)], None, [(name, 0)]], pa.map_(pa.string(), pa.int64())
+        ),
+        lambda name: pa.array([f'{{"max_new_tokens": 3, "{name}": 2}}', None, f'{{"{name}": 0}}']),
+        lambda name: pa.array([f'{{"max_new_tokens": 3, "{name}": 2}}', None, f'{{"{name}": 0}}']).dictionary_encode(),
     ],
     ids=["struct", "map", "text", "dictionary"],
 )
-def test_nested_parameters(tmp_path: Path, column: pa.Array) -> None:
+@pytest.mark.parametrize("name", LOGPROBS)
+def test_nested_parameters(tmp_path: Path, make_column: Callable[[str], pa.Array], name: str) -> None:
+    column = make_column(name)
     path = parquet(tmp_path, {"prompt": ["a", "b", "c"], "sampling_params": column})
     prompts = open_prompts(path)
     asked = [item.params for item in prompts.requests(SamplingParams()) if isinstance(item, Request)]
-    assert asked == [SamplingParams(max_tokens=3, logprobs=2), SamplingParams(), SamplingParams(logprobs=0)]
-    assert prompts.scan().logprobs
+    two, none = {"max_tokens": 3, name: 2}, {name: 0}
+    assert asked == [SamplingParams(**two), SamplingParams(), SamplingParams(**none)]  # type: ignore[arg-type]
+    assert prompts.scan().asks == {name}
     assert prompts.row_parameters.taken == {"sampling_params": 2}

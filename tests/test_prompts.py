@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from batchgen.input import formats, jsonl, sources
 from batchgen.input import parquet as parquet_format
 from batchgen.input.formats import Found, Rows, Scanned
 from batchgen.input.kept import kept_columns
-from batchgen.input.prompts import FORMATS, Cut
+from batchgen.input.parameters import LOGPROBS
+from batchgen.input.prompts import FORMATS, Cut, asked_logprobs
 from batchgen.types import Chunk, OutputRow, Rejected, Request, SamplingParams
-from tests.support.inputs import PARAMS, chunks, open_prompts, parquet, read, refusal, scan, unchecked
+from tests.support.inputs import PARAMS, chunks, facts, open_prompts, parquet, read, refusal, scan, unchecked
+from tests.support.stand_ins import Prompts as StandIn
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -111,12 +114,13 @@ def test_a_misspelled_parameter_is_a_rejected_row_of_json_and_a_refused_parquet_
     open_prompts(path, row_params=False)
 
 
-def test_the_scan_finds_whether_a_row_may_ask_for_logprobs(rows: Callable[..., Path]) -> None:
-    assert scan(rows(prompt=["a", "b"], logprobs=[None, 1])).logprobs
-    objects = [{"logprobs": 1}, None]
-    assert scan(rows(prompt=["a", "b"], params=objects)).logprobs
-    assert scan(rows(prompt=["a", "b"], params=[json.dumps(one) for one in objects])).logprobs
-    assert not scan(rows(prompt=["a", 'say \\"logprobs\\"'], n=[1, 2])).logprobs
+@pytest.mark.parametrize("name", LOGPROBS)
+def test_the_scan_finds_which_log_probabilities_a_row_may_ask_for(rows: Callable[..., Path], name: str) -> None:
+    assert scan(rows(prompt=["a", "b"], **{name: [None, 1]})).asks == {name}
+    objects = [{name: 1}, None]
+    assert scan(rows(prompt=["a", "b"], params=objects)).asks == {name}
+    assert scan(rows(prompt=["a", "b"], params=[json.dumps(one) for one in objects])).asks == {name}
+    assert scan(rows(prompt=["a", f'say \\"{name}\\"'], n=[1, 2])).asks == set()
 
 
 def test_a_scan_names_the_files_and_hashes_each_of_several(tmp_path: Path) -> None:
@@ -140,7 +144,7 @@ def test_a_folder_with_the_name_of_a_parameter_sets_it(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "temperature": 2}\n')
     prompts = open_prompts(tmp_path)
-    assert prompts.scan().logprobs
+    assert prompts.scan().asks == {"logprobs"}
     found = [item.params for item in prompts.requests(PARAMS) if isinstance(item, Request)]
     assert [(one.temperature, one.logprobs) for one in found] == [
         *[(0.0, None), (2.0, None), (0.5, 2), (2.0, 2), (1.0, None), (2.0, None), (0.0, None), (2.0, None)]
@@ -341,7 +345,7 @@ def test_a_format_is_three_functions(tmp_path: Path, monkeypatch: pytest.MonkeyP
             return Found(["prompt"])
 
         def scan(self, source: Any, keep: Any) -> Scanned:
-            return Scanned(2, "0" * 64, 4, logprobs=False, columns={})
+            return Scanned(2, "0" * 64, 4, asks=frozenset(), columns={})
 
         def read(self, source: Any, reading: Any, first_row: int) -> Iterator[Rows]:
             with sources.open_bytes(source) as (file, _):
@@ -358,34 +362,61 @@ def test_a_format_is_three_functions(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 NAMES = '"row", "sample", "completion", "finish_reason", "status", "parameters"'
-RESULT = '{"prompt": "a", "logprobs": [1], ' + NAMES.replace(",", ": 0,") + ": 0"
+RESULT = '{"prompt": "a", "logprobs": [1], "prompt_logprobs": [null], ' + NAMES.replace(",", ": 0,") + ": 0"
 
 
 @pytest.mark.parametrize(
     ("line", "asks"),
     [
-        (r'{"prompt": "a", "log\u0070robs": 1}', True),
-        (r'{"prompt": "a", "sampling_params": {"\u006c\u006Fgprobs": 1}}', True),
-        (r'{"prompt": "a", "sampling_params": "{\"log\\u0070robs\": 1}"}', True),
-        (r"""{"prompt": "a", "sampling_params": "{'\\x6cogprobs': 1}"}""", True),
-        ('{"prompt": "a", "logprobs": 1, "k": [' + NAMES + "]}", True),
-        (RESULT + "}", False),
-        (RESULT + ', "sampling_params": {"logprobs": 2}}', True),
+        (r'{"prompt": "a", "log\u0070robs": 1}', "logprobs"),
+        (r'{"prompt": "a", "prompt\u005flog\u0070robs": 1}', "prompt_logprobs"),
+        (r'{"prompt": "a", "sampling_params": {"\u006c\u006Fgprobs": 1}}', "logprobs"),
+        (r'{"prompt": "a", "sampling_params": "{\"log\\u0070robs\": 1}"}', "logprobs"),
+        (r"""{"prompt": "a", "sampling_params": "{'\\x6cogprobs': 1}"}""", "logprobs"),
+        (r"""{"prompt": "a", "sampling_params": "{'prompt\\x5Flogprobs': 1}"}""", "prompt_logprobs"),
+        ('{"prompt": "a", "logprobs": 1, "k": [' + NAMES + "]}", "logprobs"),
+        ('{"prompt": "a", "prompt_logprobs": 1}', "prompt_logprobs"),
+        (RESULT + "}", None),
+        (RESULT + ', "sampling_params": {"logprobs": 2}}', "logprobs"),
+        (RESULT + ', "sampling_params": {"prompt_logprobs": 2}}', "prompt_logprobs"),
     ],
 )
 def test_a_row_that_asks_for_logprobs_has_columns_for_them_however_it_is_written(
-    tmp_path: Path, line: str, asks: bool
+    tmp_path: Path, line: str, asks: str | None
 ) -> None:
     (tmp_path / "p.jsonl").write_text(line)
     prompts = open_prompts(tmp_path / "p.jsonl")
     ((item,),) = [chunk.items for chunk in chunks(prompts)]
     assert isinstance(item, Request)
-    assert (item.params.logprobs is not None) == asks
-    assert prompts.scan().logprobs == asks
+    asked = {name for name in LOGPROBS if getattr(item.params, name) is not None}
+    assert asked == prompts.scan().asks == ({asks} if asks else set())
 
 
-def test_a_row_that_asks_for_logprobs_in_letters_that_no_scan_sees_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text("""{"prompt": "a", "sampling_params": "{'log' 'probs': 1}"}""")
+@pytest.mark.parametrize("name", LOGPROBS)
+def test_a_row_that_asks_for_logprobs_in_letters_that_no_scan_sees_is_rejected(tmp_path: Path, name: str) -> None:
+    written = name.replace("log", "log' '")
+    other = "" if name == "logprobs" else ', "logprobs": 1'
+    (tmp_path / "p.jsonl").write_text(f"""{{"prompt": "a"{other}, "sampling_params": "{{'{written}': 1}}"}}""")
     ((item,),) = [chunk.items for chunk in chunks(open_prompts(tmp_path / "p.jsonl"))]
     assert isinstance(item, Rejected)
-    assert item.error == "p.jsonl:1: logprobs is written in a way that is found too late; write it in plain letters"
+    assert item.error == f"p.jsonl:1: {name} is written in a way that is found too late; write it in plain letters"
+
+
+def test_echo_with_logprobs_asks_for_those_of_the_prompt_in_openais_lines_alone() -> None:
+    for openai, echo, asks, asked in [
+        (True, True, {"logprobs"}, {"logprobs", "prompt_logprobs"}),
+        (True, False, {"logprobs", "echo"}, {"logprobs", "prompt_logprobs"}),
+        (True, False, {"logprobs"}, {"logprobs"}),
+        (True, True, set(), set()),
+        (False, True, {"logprobs", "echo"}, {"logprobs"}),
+    ]:
+        found = replace(facts(1, "0", 1), asks=frozenset(asks))
+        assert asked_logprobs(StandIn(openai=openai), found, replace(PARAMS, echo=echo)) == asked  # type: ignore[arg-type]
+
+
+def test_a_folder_may_ask_for_the_prompt_alone(tmp_path: Path) -> None:
+    (tmp_path / "max_tokens=0").mkdir()
+    (tmp_path / "max_tokens=0" / "p.jsonl").write_text('{"prompt": "a"}\n')
+    (item,) = open_prompts(tmp_path).requests(replace(PARAMS, prompt_logprobs=0))
+    assert isinstance(item, Request)
+    assert item.params.max_tokens == 0

@@ -255,6 +255,30 @@ def test_trim_removes_spaces_from_the_prompt_of_a_rejected_row_too() -> None:
     assert rejected(validate(unread, Letters(), N_CTX)) == unread
 
 
+@pytest.mark.parametrize("length", [1, N_CTX, N_CTX + 1])
+@pytest.mark.parametrize("on_too_long", ["reject", "shorten", "truncate-left"])
+def test_a_prompt_of_which_nothing_is_generated_may_fill_the_context(on_too_long: OnTooLong, length: int) -> None:
+    text = "".join(chr(100 + number % 500) for number in range(length))
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    item = validate(Request(0, "p:1", None, text, params), Letters(), N_CTX, on_too_long)
+    if length > N_CTX and on_too_long != "truncate-left":
+        assert isinstance(item, Rejected)
+        assert item.error == "p:1: 1025 prompt tokens exceed n_ctx 1024; pass --on-too-long truncate-left"
+    else:
+        assert isinstance(item, TokenizedRequest)
+        assert item.prompt_token_ids == tuple(map(ord, text[-N_CTX:]))
+        assert item.params == params
+
+
+def test_the_text_of_token_ids_is_that_of_those_that_are_kept() -> None:
+    """So that it can be begun with again: an output row has these ids alone."""
+    ids = tuple(100 + number % 500 for number in range(N_CTX))
+    item = validate(Request(0, "p:1", None, ids, SamplingParams()), Letters(), N_CTX, "truncate-left")
+    assert isinstance(item, TokenizedRequest)
+    assert item.prompt_token_ids == ids[40:]
+    assert item.prompt == "".join(map(chr, ids[40:]))
+
+
 def test_a_prompt_that_the_vocabulary_cannot_spell_is_a_rejected_row() -> None:
     class NoQ(Letters):
         def encode(self, text: str, special_tokens: str = "auto", last: int | None = None) -> list[int]:

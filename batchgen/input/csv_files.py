@@ -15,9 +15,19 @@ from io import BufferedReader
 import pyarrow as pa
 
 from batchgen.errors import InputError, UsageError
-from batchgen.input.formats import Found, Reading, Rows, Scanned, batch_rows, check_first_bytes, find_columns
-from batchgen.input.parameters import find_results, is_object, mentions_logprobs, override_params, parse_text
+from batchgen.input.formats import (
+    Found,
+    Reading,
+    Rows,
+    Scanned,
+    batch_rows,
+    check_first_bytes,
+    find_columns,
+    request_columns,
+)
+from batchgen.input.parameters import LOGPROBS, find_results, is_object, mentioned, override_params, parse_text
 from batchgen.input.sources import BUFFER_BYTES, UNPACKING_ERRORS, Source, open_bytes, read_error
+from batchgen.input.targets import labels_column, prompt_option, prompt_word, target_columns, with_targets
 from batchgen.job import InputOptions
 from batchgen.options import say, shown
 from batchgen.types import Rejected, Request
@@ -244,7 +254,7 @@ def check(source: Source, options: InputOptions) -> Found:
     words = re.findall(r"\w+", header[0]) if len(header) == 1 else []
     if len(words) > 1 and options.prompt_column in words and options.prompt_column != header[0]:
         what = f"the header is a single name, {shown(header[0])}; separate its columns by commas, name the character"
-        remedy = f"between them with {say('delimiter')}, or pass {say('prompt_column')} if it is one"
+        remedy = f"between them with {say('delimiter')}, or pass {say(prompt_option(options))} if it is one"
         raise InputError(f"{source.where}: {what} {remedy}")
     if header:
         find_columns(header, source, options)
@@ -256,13 +266,12 @@ def scan(source: Source, options: InputOptions) -> Scanned:
         header, records = read_csv(file, source, options)
         results = find_results(header)
         objects = [index for index, name in enumerate(header) if is_object(name) and name not in results]
-        logprobs, rows = "logprobs" in header and "logprobs" not in results, 0
+        asks, rows = {name for name in LOGPROBS if name in header and name not in results}, 0
         for rows, (_, record) in enumerate(records, 1):  # noqa: B007  # counts them
-            logprobs = logprobs or any(
-                mentions_logprobs(record[i].encode()) for i in objects if isinstance(record, list)
-            )
+            for index in objects if isinstance(record, list) else ():
+                asks |= mentioned(record[index].encode())
         columns = {name: pa.field(name, pa.string()) for name in options.keep if name in header}
-        return Scanned(rows, stored.digest.hexdigest(), stored.bytes, logprobs, columns)
+        return Scanned(rows, stored.digest.hexdigest(), stored.bytes, frozenset(asks), columns)
 
 
 def read(source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:
@@ -277,7 +286,8 @@ def _read_rows(
 ) -> Iterator[tuple[Request | Rejected, Mapping[str, str], int]]:
     prompt_column, id_column = reading.options.prompt_column, reading.options.id_column
     columns = find_columns(header, source, reading.options) if header else []
-    parameters = [name for name in columns if name not in (prompt_column, id_column)]
+    parameters = [name for name in columns if name not in request_columns(reading.options)]
+    targets, labels = target_columns(reading.options), labels_column(reading.options)
     for row, (number, record) in enumerate(records, first_row):
         place = f"{source.name}:{number}"
         if isinstance(record, str):
@@ -288,12 +298,16 @@ def _read_rows(
         id_ = None if id_ in ("", NULL) else id_  # in CSV, an empty id is no id
         item: Request | Rejected
         if prompt == NULL:
-            reason = f"the prompt is {NULL}, as databases write a missing value; leave the row out"
+            reason = f"{prompt_word(reading.options)} is {NULL}, as databases write a missing value; leave the row out"
             yield Rejected(row, place, id_, None, f"{place}: {reason}"), fields, size
             continue
         try:
             own = {name: parse_text(name, fields[name]) for name in parameters}
             item = Request(row, place, id_, prompt, override_params(own, reading.params, reading.found))
+            if targets:
+                values = {option: fields[column] for option, column in targets.items()}
+                values["labels"] = fields.get(labels or "", NULL)
+                item = with_targets(item, {name: None if value == NULL else value for name, value in values.items()})
         except UsageError as error:
             item = Rejected(row, place, id_, prompt, f"{place}: {error}")
         yield item, fields, size

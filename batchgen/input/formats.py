@@ -11,6 +11,7 @@ from batchgen.errors import InputError, UsageError
 from batchgen.input.kept import Column, kept_batch, take_rows, text_array, without_others
 from batchgen.input.parameters import parameter_names, parse_text
 from batchgen.input.sources import UNPACKING_ERRORS, Source, needs_long_window, read_error
+from batchgen.input.targets import labels_column, prompt_option, target_columns
 from batchgen.input.words import describe_missing, find_value
 from batchgen.job import DEFAULT_ID_COLUMN, InputOptions
 from batchgen.limits import reason_of
@@ -50,7 +51,7 @@ class Scanned:
     rows: int
     sha256: str  # of the stored bytes, in hex
     bytes: int
-    logprobs: bool  # a row may ask for them
+    asks: frozenset[str]  # of parameters.ASKING, those that a row may have
     columns: Mapping[str, Column]  # the kept columns that the file itself has
 
 
@@ -126,10 +127,17 @@ def check_first_bytes(file: BufferedReader, source: Source) -> None:
 
 def needed_columns(options: InputOptions) -> dict[str, str]:
     """The columns that an input must have, by option; only the default id column may be absent."""
-    columns = {"prompt_column": options.prompt_column}
+    columns = {prompt_option(options): options.prompt_column, **target_columns(options)}
     if options.id_column != DEFAULT_ID_COLUMN:
         columns["id_column"] = options.id_column
     return columns
+
+
+def request_columns(options: InputOptions) -> tuple[str, ...]:
+    """The columns that make a request; some may be absent. The others are parameters, or the user's own."""
+    labels = labels_column(options)
+    columns = (options.prompt_column, options.id_column, *target_columns(options).values())
+    return (*dict.fromkeys(columns), *((labels,) if labels else ()))
 
 
 def find_columns(names: Sequence[str], source: Source, options: InputOptions) -> list[str]:
@@ -137,8 +145,8 @@ def find_columns(names: Sequence[str], source: Source, options: InputOptions) ->
     for option, column in needed_columns(options).items():
         if column not in names:
             raise InputError(f"{source.where}: {describe_missing(column, option, names, 'column')}")
-    request = (options.prompt_column, options.id_column)
-    columns = [name for name in dict.fromkeys(request) if name in names]
+    request = request_columns(options)
+    columns = [name for name in request if name in names]
     if options.row_params:
         try:
             columns += parameter_names(dict.fromkeys(names), request)

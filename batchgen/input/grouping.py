@@ -18,6 +18,7 @@ MOST_TOKENS = 4_096  # that count, of a prompt or a sample: a row with more is c
 MOST_BYTES = 4 * MOST_TOKENS
 SHARED_BYTES = 256  # in common, to be kept together: about the 64 tokens of a block
 TOKEN_BYTES = 10  # of a prompt, that cost as much as a generated token
+SCORED = 2  # of so many bytes that are scored, one more is counted: they cost half as much again as those only read
 GOLDEN = 2_654_435_769  # 2**32 by the golden ratio: the remainders of its multiples by 2**32 are spread evenly
 GRAIN = 8  # units that cost more than this part of a chunk may be cut
 
@@ -33,8 +34,9 @@ class Row:
 
     index: int
     key: Key
-    samples: int  # what is generated
-    common: int = 0  # bytes that its prompts have in common with those of the row before
+    samples: int  # what is generated or scored
+    read_once: int  # bytes of the key that, if other rows begin with them, are read once for all
+    common: int = 0  # of these, the bytes that the row before begins with
     is_copy: bool = False  # the same greedy request as that of the row before
 
     @property
@@ -66,12 +68,27 @@ def _bytes_of(prompt: str | tuple[int, ...]) -> bytes:
 
 def _row(index: int, item: Item, numbers: dict[SamplingParams, int]) -> Row:
     if isinstance(item, Rejected):
-        return Row(index, (b"", -1), 0)
-    prompts = (item.prompt, *item.others) if isinstance(item, Request) else [ids for _, ids in item.prompts]
+        return Row(index, (b"", -1), 0, 0)
     params = item.params
+    number = numbers.setdefault(params, len(numbers))
+    if params.max_tokens == 0 and params.prompt_logprobs is not None:
+        return _scored_row(index, item, number)
+    prompts = (item.prompt, *item.others) if isinstance(item, Request) else [ids for _, ids in item.prompts]
+    key = b"\xff\xff".join(map(_bytes_of, prompts))
     n = len(prompts) * (1 if params.greedy else params.n)
-    samples = TOKEN_BYTES * n * min(params.max_tokens, MOST_TOKENS)
-    return Row(index, (b"\xff\xff".join(map(_bytes_of, prompts)), numbers.setdefault(params, len(numbers))), samples)
+    return Row(index, (key, number), TOKEN_BYTES * n * min(params.max_tokens, MOST_TOKENS), len(key))
+
+
+def _scored_row(index: int, item: Request | TokenizedRequest, number: int) -> Row:
+    """A row that is scored: its targets after its prompt, or all of its prompts, none of which is read with others."""
+    prompts = (item.prompt, *item.others) if isinstance(item, Request) else [text for text, _ in item.prompts]
+    prompt = b"\xff\xff".join(map(_bytes_of, prompts))
+    if item.targets:
+        targets = b"".join(b"\xff\xff" + _bytes_of(target) for target in item.targets)
+        return Row(index, (prompt + targets, number), len(targets) // SCORED, len(prompt))
+    beyond = max(len(item.prompt) - MOST_BYTES, 0)  # a text is read to its end, in windows
+    length = b"\xff\xff%d" % beyond  # texts that begin alike are copies only if they are equally long
+    return Row(index, (prompt + length, number), len(prompt) // SCORED + beyond + beyond // SCORED, 0)
 
 
 def _n_common(a: bytes, b: bytes) -> int:
@@ -91,7 +108,8 @@ def sorted_rows(items: Sequence[Item]) -> list[Row]:
     for at in range(1, len(rows)):
         before, row = rows[at - 1], rows[at]
         is_copy = before.key == row.key and row.key[1] in greedy
-        rows[at] = replace(row, common=_n_common(before.key[0], row.key[0]), is_copy=is_copy)
+        common = min(_n_common(before.key[0], row.key[0]), row.read_once)
+        rows[at] = replace(row, common=common, is_copy=is_copy)
     return rows
 
 

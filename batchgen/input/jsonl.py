@@ -14,8 +14,9 @@ from batchgen.input.json_columns import refuse_columns
 from batchgen.input.json_text import decode_line, read_rows
 from batchgen.input.kept import EXACT, MIXED, Kind, kind_of, merge_kinds
 from batchgen.input.openai import Fields, Prompt
-from batchgen.input.parameters import may_ask_logprobs, override_params, parameter_names
+from batchgen.input.parameters import asked_in, override_params, parameter_names
 from batchgen.input.sources import Source, open_bytes
+from batchgen.input.targets import labels_column, prompt_option, target_columns, with_targets
 from batchgen.input.words import ABSENT, describe_missing, find_surrogate, find_value
 from batchgen.job import InputOptions
 from batchgen.options import say, shown
@@ -100,8 +101,9 @@ def _read_fields(
         id_ = str(id_)
     if text is None:
         if prompt is ABSENT:
-            raise BadRow(describe_missing(prompt_column, "prompt_column", list(fields), "key"), id_)
-        raise BadRow(f"{shown(prompt_column)} is {_describe(prompt)}; {_mend_prompt(prompt_column, prompt)}", id_)
+            raise BadRow(describe_missing(prompt_column, prompt_option(reading.options), list(fields), "key"), id_)
+        remedy = _mend_object(prompt_column, prompt_option(reading.options), prompt) or "make it a string"
+        raise BadRow(f"{shown(prompt_column)} is {_describe(prompt)}; {remedy}", id_)
     params = reading.params
     if reading.options.row_params:
         try:
@@ -113,11 +115,14 @@ def _read_fields(
     return id_, (text,), params
 
 
-def _mend_prompt(column: str, value: object) -> str:
-    """The remedy for a prompt that is no string: the path of one within it, if there is one."""
-    inner = [key for key, item in value.items() if isinstance(item, str)] if isinstance(value, dict) else []
+def _mend_object(column: str, option: str, value: object) -> str:
+    """The remedy for an object in place of a text or a list: the path of one within it; empty if there is none."""
+    wanted = list if option == "choices_column" else str
+    inner = [key for key, item in value.items() if isinstance(item, wanted)] if isinstance(value, dict) else []
     return (
-        f"name a string in it, such as {say('prompt_column', f'{column}.{inner[0]}')}" if inner else "make it a string"
+        f"name a {'string' if wanted is str else 'list'} in it, such as {say(option, f'{column}.{inner[0]}')}"
+        if inner
+        else ""
     )
 
 
@@ -130,10 +135,25 @@ def _check_surrogates(fields: Fields, columns: Mapping[str, object]) -> None:
             raise BadRow(f"{what} has a lone surrogate ({code}), which is not a character; remove it")
 
 
+def _add_targets(
+    request: Request, fields: Fields, columns: Mapping[str, str], labels: str | None
+) -> Request | Rejected:
+    """The row with what it gives to score, by the columns of each option; rejected if it gives none."""
+    values = {option: find_value(fields, column, ABSENT) for option, column in columns.items()}
+    for option, value in values.items():
+        column = columns[option]
+        if value is ABSENT and option != "answer_column":
+            return request.rejected(describe_missing(column, option, list(fields), "key"))
+        if remedy := _mend_object(column, option, value):
+            return request.rejected(f"{shown(column)} is an object; {remedy}")
+    return with_targets(request, {**values, "labels": find_value(fields, labels) if labels else None})
+
+
 def _read_rows(
     file: BufferedReader, source: Source, reading: Reading, first_row: int
 ) -> Iterator[tuple[Request | Rejected, Fields, int]]:
     read_fields = openai.read_fields if reading.openai else _read_fields
+    columns, labels = target_columns(reading.options), labels_column(reading.options)
     for row, (place, line) in enumerate(read_rows(file, source), first_row):
         item: Request | Rejected
         fields: Fields = {}
@@ -141,6 +161,8 @@ def _read_rows(
             fields = decode(line)
             id_, prompts, params = read_fields(fields, line, place, reading)
             item = Request(row, place, id_, prompts[0], params, prompts[1:])
+            if columns:
+                item = _add_targets(item, fields, columns, labels)
         except BadRow as bad:
             item = bad.reject(row, place)
         yield item, fields, len(line)
@@ -191,7 +213,7 @@ def check(source: Source, options: InputOptions) -> Found:
             keys |= dict.fromkeys(fields)
             values = {name: find_value(fields, name, ABSENT) for name in wanted}
             found |= {name: value for name, value in values.items() if value is not ABSENT}
-            if found.keys() >= wanted and not isinstance(found[options.prompt_column], dict):
+            if found.keys() >= wanted and not any(isinstance(found[name], dict) for name in needed.values()):
                 break
         is_only = rows == 1 and next(lines, None) is None
     if rows and not keys:
@@ -205,27 +227,27 @@ def check(source: Source, options: InputOptions) -> Found:
 
 
 def _check_found(source: Source, rows: int, keys: list[str], found: Fields, options: InputOptions) -> None:
-    """InputError if no row has a column that is needed, or if the prompt is an object in the last one."""
+    """InputError if no row has a column that is needed, or if one of them is an object in the last one."""
     for option, column in needed_columns(options).items():
         if rows and column not in found:
             what = describe_missing(column, option, keys, "key")
             raise InputError(f"{source.where}: in the first {rows} rows {what}")
-    prompt = found.get(options.prompt_column)
-    if isinstance(prompt, dict):
-        column = options.prompt_column
-        what = f"{shown(column)} is an object; {_mend_prompt(column, prompt)}"
-        raise InputError(f"{source.where}: in the first {rows} rows {what}")
+    for option, column in needed_columns(options).items():
+        if option != "id_column" and isinstance(value := found.get(column), dict):
+            what = "a list of strings" if option == "choices_column" else "a string"
+            remedy = _mend_object(column, option, value) or f"make it {what}"
+            raise InputError(f"{source.where}: in the first {rows} rows {shown(column)} is an object; {remedy}")
 
 
 def scan(source: Source, options: InputOptions) -> Scanned:
-    rows, logprobs = 0, False
+    rows, asks = 0, frozenset[str]()
     kinds: dict[str, Kind] = dict.fromkeys(_own_names(source, options.keep))
     with open_bytes(source) as (file, stored):
         for rows, (_, line) in enumerate(read_rows(file, source), 1):  # noqa: B007  # counts them
-            logprobs = logprobs or may_ask_logprobs(line)
+            asks |= asked_in(line)
             if kinds:
                 _add_kinds(kinds, line)
-        return Scanned(rows, stored.digest.hexdigest(), stored.bytes, logprobs, kinds)
+        return Scanned(rows, stored.digest.hexdigest(), stored.bytes, asks, kinds)
 
 
 def read(source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:

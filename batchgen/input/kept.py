@@ -22,7 +22,7 @@ from batchgen.input.sources import Source
 from batchgen.input.words import find_surrogate
 from batchgen.limits import reason_of
 from batchgen.options import say, shown
-from batchgen.types import Chunk, OutputRow
+from batchgen.types import Chunk, Row
 
 ROW = "row"  # beside the kept columns of a chunk: their row numbers; no kept column may have this name
 JSON_TEXT = {"batchgen": "JSON text"}  # in the metadata of a field whose values are JSON text
@@ -391,7 +391,7 @@ def pack_kept(tables: Sequence[pa.Table], rows: Sequence[int]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def kept_columns(chunk: Chunk, rows: Sequence[OutputRow]) -> pa.Table:
+def kept_columns(chunk: Chunk, rows: Sequence[Row]) -> pa.Table:
     """The kept columns beside these output rows of a chunk; a table without columns if nothing is kept."""
     if chunk.kept is None:
         return pa.table({})

@@ -3,6 +3,7 @@
 https://platform.openai.com/docs/guides/batch; output/openai.py writes the answers.
 """
 
+from dataclasses import replace
 from typing import TypeAlias
 
 from batchgen.errors import UsageError
@@ -52,11 +53,19 @@ def read_batch_line(fields: Fields, params: SamplingParams) -> tuple[tuple[Promp
     members = ((name, value) for name, value in body.items() if name not in _NOT_PARAMETERS)
     own = apply_values((one for name, value in members for one in read_member(name, name, value)), params)
     if own.echo and own.logprobs is not None:
-        raise UsageError("echo with logprobs is not supported (those of a prompt are not computed); leave one out")
+        own = _with_prompt_logprobs(own, params)
     prompts = _read_prompts(body.get("prompt"))
     if len(prompts) * own.n > MAX_CHOICES:
         raise UsageError(f"{len(prompts)} prompts x n {own.n} exceed {MAX_CHOICES} choices; make it several lines")
     return prompts, own
+
+
+def _with_prompt_logprobs(own: SamplingParams, params: SamplingParams) -> SamplingParams:
+    """logprobs of a completion that begins with its prompt are the prompt's too, as many of each token."""
+    if own.prompt_logprobs not in (None, own.logprobs, params.prompt_logprobs):
+        one = f"prompt_logprobs {own.prompt_logprobs} and logprobs {own.logprobs} differ"
+        raise UsageError(f"{one}, and with echo the answer has one list for both; leave prompt_logprobs out")
+    return replace(own, prompt_logprobs=own.logprobs)
 
 
 def _check_line(fields: Fields) -> None:

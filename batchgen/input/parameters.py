@@ -48,7 +48,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "do_sample": (),  # as temperature says
     "spaces_between_special_tokens": (True,),
     "response_format": ({"type": "text"},),
-    **dict.fromkeys(("truncate_prompt_tokens", "prompt_logprobs", "guided_decoding", "structured_outputs"), ()),
+    **dict.fromkeys(("truncate_prompt_tokens", "guided_decoding", "structured_outputs"), ()),
     **dict.fromkeys(("use_beam_search", "early_stopping"), (False,)),
     **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty", "typical_p"), (1,)),
     **dict.fromkeys(("diversity_penalty", "penalty_alpha", "epsilon_cutoff", "eta_cutoff"), (0,)),
@@ -73,7 +73,7 @@ _SURE_OBJECT = re.compile(
 _MAYBE_OBJECT = re.compile(r"(?:model|request|completion|llm)?(?:params|parameters|options)|modelkwargs|extrabody")
 # an output of batchgen has all of these; what it says of seed and the like is no wish but a result
 _OUTPUT = frozenset(("row", "sample", "completion", "finish_reason", "status", "parameters"))
-_RESULTS = ("seed", "logprobs", "parameters")
+_RESULTS = ("seed", "logprobs", "prompt_logprobs", "parameters")
 _SIMILAR = 0.9  # accepts `max_token` and `temprature`, but not `n_tokens`
 _SHORTEST = 7  # shorter names may differ only in case and separators: `speed` is not a misspelled `seed`
 
@@ -108,8 +108,14 @@ def find_results(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in _RESULTS if name in present) if present >= _OUTPUT else ()
 
 
-_ESCAPED = re.compile(rb"\\+(?:u00|x)([67][0-9a-fA-F])")  # a letter in JSON or in a dict of Python: log\u0070robs
-_LOGPROBS = re.compile(rb"[\"']logprobs\\*[\"']\s*:")
+# The output has their columns, or lacks them, before the first row is read: so the scan looks for their names, and for
+# that of echo, which beside logprobs in OpenAI's lines asks for both.
+LOGPROBS = ("logprobs", "prompt_logprobs")
+ASKING = frozenset((*LOGPROBS, "echo"))
+_SOUGHT = {name.encode(): name for name in ASKING} | {b"return_full_text": "echo"}
+_ESCAPED = re.compile(rb"\\+(?:u00|x)(5[fF]|[67][0-9a-fA-F])")  # a letter in JSON or a dict of Python: log\u0070robs
+_KEY = re.compile(rb"[\"'](" + b"|".join(_SOUGHT) + rb")\\*[\"']\s*:")
+_ANYWHERE = re.compile(b"|".join(_SOUGHT))
 _OUTPUT_KEYS = [f'"{name}"'.encode() for name in sorted(_OUTPUT)]
 
 
@@ -117,24 +123,28 @@ def _unescape_letters(data: bytes) -> bytes:
     return _ESCAPED.sub(lambda found: bytes.fromhex(found[1].decode()), data) if b"\\" in data else data
 
 
-def mentions_logprobs(data: bytes) -> bool:
-    """Whether JSON text, or many texts, may name the parameter logprobs."""
-    return b"logprobs" in _unescape_letters(data)
+def mentioned(data: bytes) -> frozenset[str]:
+    """The names of ASKING that JSON text, or many texts, may have."""
+    return frozenset(_SOUGHT[name] for name in _ANYWHERE.findall(_unescape_letters(data)))
 
 
-def may_ask_logprobs(line: bytes) -> bool:
-    """Whether a line of JSON may have the parameter logprobs, at any depth; not if only results have the name."""
+def asked_in(line: bytes) -> frozenset[str]:
+    """The names of ASKING that a line of JSON may have as a parameter, at any depth; not those that are results."""
     text = _unescape_letters(line)
-    if b"logprobs" not in text or not _LOGPROBS.search(text):
-        return False
-    if not all(key in text for key in _OUTPUT_KEYS):
-        return True
+    if b"logprobs" not in text and b"echo" not in text and b"return_full_text" not in text:
+        return frozenset()
+    found = _keys(text)
+    if not found or not all(key in text for key in _OUTPUT_KEYS):
+        return found
     with suppress(ValueError, RecursionError, AttributeError):  # such a line is rejected
         fields = json.loads(line)
         results = find_results(fields.keys())
-        others = json.dumps({name: value for name, value in fields.items() if name not in results})
-        return _LOGPROBS.search(others.encode()) is not None
-    return False
+        return _keys(json.dumps({name: value for name, value in fields.items() if name not in results}).encode())
+    return frozenset()
+
+
+def _keys(text: bytes) -> frozenset[str]:
+    return frozenset(_SOUGHT[name] for name in _KEY.findall(text))
 
 
 def parameter_names(names: Iterable[str], not_parameters: Container[str] = ()) -> tuple[str, ...]:
@@ -233,7 +243,7 @@ def _flatten(values: Mapping[str, object]) -> Iterator[tuple[str, str, object]]:
 
 def read_member(where: str, name: str, value: object) -> Iterator[tuple[str, str, object]]:
     """One member of an object of parameters, under its name here, or none if it is null; UsageError if not known."""
-    if value is None or (name == "logprobs" and value is False):
+    if value is None or (name in LOGPROBS and value is False):
         return
     if name not in PARAMETERS and name not in ALIASES and name not in NEUTRAL and name not in NEUTRAL_MEMBERS:
         near = find_misspelled(name)
@@ -382,14 +392,14 @@ def parse_text(name: str, text: str) -> object:
     if kind in (int, float) and _DECIMAL.fullmatch(plain):
         return float(plain)
     bracketed = None if name == "logit_bias" else _BRACKETED.fullmatch(text)
-    value = _read_literal(f"[{bracketed[1]}]" if bracketed else text, python=str(kind).startswith("tuple"))
+    value = read_literal(f"[{bracketed[1]}]" if bracketed else text, python=str(kind).startswith("tuple"))
     if kind == tuple[str, ...] and (isinstance(value, str) or plain in ("()", "{}")):
         remedy = 'write a list as ["a", "b"], and a text that begins like a list in one'
         raise UsageError(f"{name} {shown(text)} is out of range ({remedy})")
     return value
 
 
-def _read_literal(text: str, python: bool) -> object:
+def read_literal(text: str, python: bool) -> object:
     """The value of a text in JSON, or in Python; the text itself if it has none."""
     value: object = text
     try:

@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError, UsageError
-from batchgen.input.formats import BATCH_BYTES, BadRow, Found, Reading, Rows, Scanned, find_columns
+from batchgen.input.formats import BATCH_BYTES, BadRow, Found, Reading, Rows, Scanned, find_columns, request_columns
 from batchgen.input.kept import EXACT, converted, kept_batch, parquet_field, texts_of
-from batchgen.input.parameters import find_results, is_object, mentions_logprobs, override_params
+from batchgen.input.parameters import LOGPROBS, find_results, is_object, mentioned, override_params
 from batchgen.input.sources import Source, open_parquet
+from batchgen.input.targets import labels_column, prompt_option, prompt_word, target_columns, with_targets
 from batchgen.job import InputOptions
 from batchgen.limits import reason_of
 from batchgen.options import say, shown
@@ -58,16 +59,27 @@ def _find_array(batch: pa.RecordBatch | pa.StructArray, name: str) -> pa.Array:
 
 
 def _check_columns(schema: pa.Schema, source: Source, options: InputOptions) -> list[str]:
-    """The columns to read; InputError if prompts are not text."""
-    asked = dict.fromkeys((options.prompt_column, options.id_column, *options.keep))
+    """The columns to read; InputError if a prompt, a completion or choices cannot be text."""
+    asked = dict.fromkeys((*request_columns(options), *options.keep))
     nested = [name for name in asked if name not in schema.names for _ in _find_fields(schema, name)]
     columns = find_columns([*schema.names, *nested], source, options)
-    name = options.prompt_column
-    if not _is_text(kind := _find_fields(schema, name)[0].type):  # find_columns has seen it
-        inner = [field.name for field in kind if _is_text(field.type)] if pa.types.is_struct(kind) else []
-        path = f"name a string in it, such as {say('prompt_column', f'{name}.{inner[0]}')}" if inner else ""
-        raise InputError(f"{source.where}: column {shown(name)} is of type {kind}; {path or 'cast it to string'}")
+    for option, name in {prompt_option(options): options.prompt_column, **target_columns(options)}.items():
+        fits = _may_be_choices if option == "choices_column" else _is_text
+        kind = _find_fields(schema, name)[0].type  # find_columns has seen it
+        if option != "answer_column" and not fits(kind):
+            what = "list" if option == "choices_column" else "string"
+            inner = [field.name for field in kind if fits(field.type)] if pa.types.is_struct(kind) else []
+            path = f"name a {what} in it, such as {say(option, f'{name}.{inner[0]}')}" if inner else ""
+            cast = f"cast it to {'a list of strings' if option == 'choices_column' else 'string'}"
+            raise InputError(f"{source.where}: column {shown(name)} is of type {kind}; {path or cast}")
     return columns
+
+
+def _may_be_choices(kind: pa.DataType) -> bool:
+    """Whether values may be lists of text, or the text of such a list."""
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    views = (pa.types.is_list_view, pa.types.is_large_list_view)
+    return _is_text(kind.value_type if any(is_type(kind) for is_type in (*lists, *views)) else kind)
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -134,16 +146,15 @@ def _read_values(batch: pa.RecordBatch, names: list[str]) -> list[dict[str, obje
     try:
         rows = columns.to_pylist()
     except _READING_ERRORS:
-        rows = [{name: _read_value(columns.column(name), row) for name in names} for row in range(len(batch))]
+        return [{name: _read_value(columns.column(name), row) for name in names} for row in range(len(batch))]
     return [{name: _plain(value) for name, value in row.items()} for row in rows]
 
 
 def _read_value(column: pa.Array, row: int) -> object:
     try:
-        value: object = column[row].as_py()
+        return _plain(column[row].as_py())
     except _READING_ERRORS:
-        return b"not UTF-8" if _is_text(column.type) else b"a value out of range"
-    return value
+        return b"not UTF-8" if _may_be_choices(column.type) else b"a value out of range"
 
 
 def _plain(value: object) -> object:
@@ -167,9 +178,9 @@ def _make_request(
         except UsageError as error:
             reason = str(error)
     elif isinstance(prompt, _Unreadable):
-        reason = f"the prompt {prompt.reason}"
+        reason = f"{prompt_word(reading.options)} {prompt.reason}"
     elif prompt is None:
-        reason = "the prompt is null; make it a string"
+        reason = f"{prompt_word(reading.options)} is null; make it a string"
     else:
         assert isinstance(id_, _Unreadable)
         reason = f"the id {id_.reason}"
@@ -181,9 +192,9 @@ def _reject_kept(item: Request | Rejected, name: str) -> Rejected:
     """The row whose kept value cannot be written as JSON; a row that is rejected already keeps its reason."""
     if isinstance(item, Rejected):
         return item
-    assert isinstance(item.prompt, str)  # Parquet has no prompts of token ids
-    reason = f"the kept {shown(name)} is not UTF-8, and JSON is to hold it; write it as UTF-8, or as binary"
-    return BadRow(reason, item.id, item.prompt).reject(item.row, item.place)
+    return item.rejected(
+        f"the kept {shown(name)} is not UTF-8, and JSON is to hold it; write it as UTF-8, or as binary"
+    )
 
 
 # ---- batches
@@ -234,34 +245,46 @@ def _read_batches(
         raise InputError(f"{source.name}:row {row}: {what}; write the file again") from error
 
 
-def _read_columns(
-    batch: pa.RecordBatch, columns: list[str], options: InputOptions
-) -> Iterator[tuple[_Text, _Text, dict[str, object]]]:
-    """The id, the prompt and the parameters of each row."""
-    prompt_column, id_column = options.prompt_column, options.id_column
+def _read_requests(
+    batch: pa.RecordBatch, places: Sequence[tuple[int, str]], columns: list[str], reading: Reading
+) -> Iterator[Request | Rejected]:
+    """The request of each row; places: its number and its place."""
+    options, found = reading.options, request_columns(reading.options)
     ids: list[_Text] = [None] * len(batch)
-    if id_column in columns:
-        ids = _read_texts(_find_array(batch, id_column))
-    values = _read_values(batch, [name for name in columns if name not in (prompt_column, id_column)])
-    return zip(ids, _read_texts(_find_array(batch, prompt_column)), values, strict=True)
+    if options.id_column in columns:
+        ids = _read_texts(_find_array(batch, options.id_column))
+    prompts = _read_texts(_find_array(batch, options.prompt_column))
+    values = _read_values(batch, [name for name in columns if name not in found])
+    targets = _read_targets(batch, columns, options)
+    for place, id_, prompt, own, target in zip(places, ids, prompts, values, targets, strict=True):
+        item = _make_request(*place, id_, prompt, own, reading)
+        yield with_targets(item, target) if target and isinstance(item, Request) else item
 
 
-def _may_ask_logprobs(file: pq.ParquetFile, source: Source) -> bool:
-    """Whether a row may have the parameter logprobs: in its column, in a struct, in a map, or in JSON text."""
+def _read_targets(batch: pa.RecordBatch, columns: list[str], options: InputOptions) -> list[dict[str, object]]:
+    """What each row gives to score, by option; nothing if it is to be completed."""
+    named, labels = target_columns(options), labels_column(options)
+    if named and labels in columns:
+        named["labels"] = labels
+    arrays = [_find_array(batch, name) for name in named.values()]
+    return _read_values(pa.RecordBatch.from_arrays(arrays, [*named]), [*named]) if named else [{}] * len(batch)
+
+
+def _asked(file: pq.ParquetFile, source: Source) -> frozenset[str]:
+    """The names of ASKING that a row may have: in a column of that name, in a struct, in a map, or in JSON text."""
     schema = file.schema_arrow
     results = find_results(schema.names)
     kinds = {name: schema.field(name).type for name in schema.names if is_object(name) and name not in results}
     structs = [kind for kind in kinds.values() if pa.types.is_struct(kind)]
-    if any(kind.get_field_index("logprobs") >= 0 for kind in structs):
-        return True
+    asks = {name for name in LOGPROBS if name in schema.names and name not in results}
+    asks |= {name for name in LOGPROBS if any(kind.get_field_index(name) >= 0 for kind in structs)}
     texts = [name for name, kind in kinds.items() if _is_text(kind) or pa.types.is_map(kind)]
     batches = _read_batches(file, texts, source) if texts else ()
     arrays = (column for batch, _ in batches for column in batch.columns)
     plain = (array.dictionary_decode() if pa.types.is_dictionary(array.type) else array for array in arrays)
-    buffers = (buffer for array in plain for buffer in array.buffers() if buffer is not None)
-    return ("logprobs" in schema.names and "logprobs" not in results) or any(
-        mentions_logprobs(buffer.to_pybytes()) for buffer in buffers
-    )
+    for buffer in (buffer for array in plain for buffer in array.buffers() if buffer is not None):
+        asks |= mentioned(buffer.to_pybytes())
+    return frozenset(asks)
 
 
 # ---- the functions of a format; see formats.py
@@ -281,7 +304,7 @@ def scan(source: Source, options: InputOptions) -> Scanned:
         stored.seek(0)
         digest = hashlib.file_digest(stored, "sha256")
         columns = _kept_fields(schema, options.keep)
-        return Scanned(rows, digest.hexdigest(), stored.tell(), _may_ask_logprobs(file, source), columns)
+        return Scanned(rows, digest.hexdigest(), stored.tell(), _asked(file, source), columns)
 
 
 def read(source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:
@@ -292,8 +315,8 @@ def read(source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:
         own = _kept_fields(file.schema_arrow, reading.kept.names)
         number = 0
         for batch, sizes in _read_batches(file, list(dict.fromkeys([*columns, *own])), source):
-            rows = enumerate(_read_columns(batch, columns, reading.options), number)
-            items = [_make_request(first_row + n, f"{source.name}:row {n}", *row, reading) for n, row in rows]
+            places = [(first_row + n, f"{source.name}:row {n}") for n in range(number, number + len(batch))]
+            items = list(_read_requests(batch, places, columns, reading))
             arrays: dict[str, pa.Array] = {}
             for name, field in own.items():
                 kept = reading.kept.field(name)

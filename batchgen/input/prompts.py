@@ -18,11 +18,11 @@ from batchgen.input import csv_files, jsonl, parquet, text_lines
 from batchgen.input.formats import Format, Found, Reading, Rows, Scanned, folder_parameters
 from batchgen.input.grouping import TOGETHER, share_out
 from batchgen.input.kept import Column, kept_schema, pack_kept
-from batchgen.input.parameters import PARAMETERS, find_results, override_params
+from batchgen.input.parameters import ASKING, LOGPROBS, PARAMETERS, find_results, override_params
 from batchgen.input.sources import Source, check_local_unchanged, check_unchanged, find_sources, local_paths
 from batchgen.input.validation import Check
 from batchgen.input.words import describe_missing, find_surrogate
-from batchgen.job import InputOptions
+from batchgen.job import InputOptions, ScoreInput
 from batchgen.options import say, shown
 from batchgen.types import MAX_INT, Chunk, Rejected, Request, RowParameters, SamplingParams
 
@@ -47,7 +47,7 @@ class Facts:
     rows: int
     sha256: str
     bytes: int
-    logprobs: bool  # a row may ask for them
+    asks: frozenset[str]  # of parameters.ASKING, those that a row may have
     kept: pa.Schema  # of the kept columns
     files: tuple[str, ...] = ()  # of several files, 16 digits of the SHA-256 of each, folders included
     names: tuple[str, ...] = field(default=(), compare=False)  # of the files, for people
@@ -92,8 +92,12 @@ class Prompts:
         sources = find_sources(options.files, options.format, spool)
         found = [FORMATS[source.format].check(source, options) for source in sources]
         for source in sources:
-            _with_folders(source, options, SamplingParams(max_tokens=MAX_INT))
+            _with_folders(source, options, SamplingParams(max_tokens=MAX_INT, prompt_logprobs=0))
         openai = _agree_on_openai(sources, found)
+        if openai and isinstance(options, ScoreInput):
+            what = "this is one of OpenAI's batch files, which ask for completions; pass it to generate"
+            remedy = "a body with echo, logprobs and max_tokens 0 has its prompt scored there"
+            raise InputError(f"{sources[0].where}: {what} ({remedy})")
         _check_kept(options, sources, found)
         results = dict.fromkeys(name for one in found if options.row_params for name in find_results(one.names))
         folders = dict.fromkeys(folder for one in sources if options.row_params for folder in _folders_above(one))
@@ -112,13 +116,13 @@ class Prompts:
             check_unchanged(source)
         lines = [_line(source, one.sha256) for source, one in zip(self.sources, scanned, strict=True)]
         formats = tuple(source.format for source in self.sources)
+        named = [folder_parameters(source, self.options) for source in self.sources]
         return Facts(
             formats=formats if len(set(formats)) > 1 else formats[:1],
             rows=sum(one.rows for one in scanned),
             sha256=scanned[0].sha256 if lines == [scanned[0].sha256] else _hash("".join(f"{line}\n" for line in lines)),
             bytes=sum(one.bytes for one in scanned),
-            logprobs=any(one.logprobs for one in scanned)
-            or any("logprobs" in folder_parameters(source, self.options) for source in self.sources),
+            asks=ASKING & {name for found in (*named, *(one.asks for one in scanned)) for name in found},
             kept=kept_schema(self.options.keep, *_with_rows(self.sources, scanned)),
             files=tuple(_hash(line)[:16] if " " in line else line[:16] for line in lines) if len(lines) > 1 else (),
             names=tuple(source.name for source in self.sources),
@@ -131,10 +135,10 @@ class Prompts:
 
     def chunks(self, facts: Facts, params: SamplingParams, check: Check, cut: Cut) -> Iterator[Chunk]:
         """Yield the wanted chunks, each with the kept columns of its rows; see `requests` for the rest."""
+        unseen = set(LOGPROBS) - asked_logprobs(self, facts, params)  # the output has no columns of them
         for index, pieces in _pieces(self._read(params, facts.kept, cut.as_json), cut):
             items = [item for piece in pieces for item in piece.items]
-            if not facts.logprobs and params.logprobs is None:  # so the output has no columns of them
-                items = [_reject_unseen_logprobs(item) for item in items]
+            items = [_reject_unseen(item, unseen) for item in items]
             tables = [piece.kept for piece in pieces if piece.kept is not None]
             kept = pack_kept(tables, [item.row for item in items]) if tables else None
             yield Chunk(index, tuple(map(check, items)), kept)
@@ -156,12 +160,24 @@ class Prompts:
                 first_row += len(rows.items)
 
 
-def _reject_unseen_logprobs(item: Request | Rejected) -> Request | Rejected:
+def asked_logprobs(prompts: Prompts, facts: Facts, params: SamplingParams) -> set[str]:
+    """Which of LOGPROBS the run or a row may ask for; in OpenAI's lines, echo with logprobs asks for both."""
+    asks = {name for name in ASKING if getattr(params, name) is not None and getattr(params, name) is not False}
+    if prompts.openai or prompts.options.row_params:
+        asks |= facts.asks
+    if prompts.openai and asks >= {"logprobs", "echo"}:
+        asks.add("prompt_logprobs")
+    return asks & {*LOGPROBS}
+
+
+def _reject_unseen(item: Request | Rejected, unseen: Container[str]) -> Request | Rejected:
     """Reject a row that asks for log-probabilities in letters that the scan, which looks for the name, did not see."""
-    if isinstance(item, Rejected) or item.params.logprobs is None:
+    if isinstance(item, Rejected):
         return item
-    error = f"{item.place}: logprobs is written in a way that is found too late; write it in plain letters"
-    return Rejected(item.row, item.place, item.id, item.prompt if isinstance(item.prompt, str) else None, error)
+    name = next((name for name in LOGPROBS if name in unseen and getattr(item.params, name) is not None), None)
+    if name is None:
+        return item
+    return item.rejected(f"{name} is written in a way that is found too late; write it in plain letters")
 
 
 def _folders_above(source: Source) -> Iterator[str]:

@@ -9,6 +9,7 @@ from batchgen.input.csv_files import DELIMITERS
 from batchgen.input.formats import BadRow, Found, Reading, Rows, Scanned, batch_rows, check_first_bytes, find_columns
 from batchgen.input.json_text import TOO_LONG, decode_line, read_lines
 from batchgen.input.sources import Source, open_bytes
+from batchgen.input.targets import prompt_option, target_columns
 from batchgen.job import InputOptions
 from batchgen.options import say, shown
 from batchgen.types import Rejected, Request
@@ -16,11 +17,11 @@ from batchgen.types import Rejected, Request
 _JSON = re.compile(r'\s*(?:\{\s*(?:"|\Z)|\[\s*(?:[\[{]|\Z))')  # how an object or an array of them begins
 
 
-def _refuse_table(line: str, source: Source) -> None:
+def _refuse_table(line: str, column: str, source: Source) -> None:
     """Raise InputError if the first line is no prompt but the start of JSON, or the header of CSV."""
     formats = ["jsonl"] if _JSON.match(line) else []
     for mark in DELIMITERS:
-        if "prompt" in [name.strip(' "') for name in line.split(mark)]:
+        if column in [name.strip(' "') for name in line.split(mark)]:
             formats.append("tsv" if mark == "\t" else "csv")
     if formats:
         what = f"its first line, {shown(line)}, is that of {'JSON' if formats[0] == 'jsonl' else 'a table'}"
@@ -37,19 +38,23 @@ def _read_prompts(file: BufferedReader, source: Source) -> Iterator[tuple[int, b
 
 
 def check(source: Source, options: InputOptions) -> Found:
-    find_columns(["prompt"], source, options)
+    name = "text" if prompt_option(options) == "text_column" else "prompt"
+    for option in target_columns(options):
+        what = f"a line of text has nothing for {say(option)}"
+        raise InputError(f"{source.where}: {what}; write JSON lines, CSV or Parquet, or score each line without it")
+    find_columns([name], source, options)
     with open_bytes(source) as (file, _):
         check_first_bytes(file, source)
         _, first = next(_read_prompts(file, source), (0, b""))
         if options.format == "auto":
-            _refuse_table(first[:1000].decode(errors="replace"), source)
-    return Found(["prompt"])
+            _refuse_table(first[:1000].decode(errors="replace"), name, source)
+    return Found([name])
 
 
 def scan(source: Source, _options: InputOptions) -> Scanned:
     with open_bytes(source) as (file, stored):
         rows = sum(1 for _ in _read_prompts(file, source))
-        return Scanned(rows, stored.digest.hexdigest(), stored.bytes, logprobs=False, columns={})
+        return Scanned(rows, stored.digest.hexdigest(), stored.bytes, asks=frozenset(), columns={})
 
 
 def read(source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:

@@ -4,23 +4,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
-from batchgen.errors import InputError
-from batchgen.job import OnTooLong, Policy
+from batchgen.errors import UsageError
+from batchgen.input.passages import Passages, Unfit, encode_text, find_passages
+from batchgen.job import EmbedOptions, OnTooLong, Policy, ScoreOptions
 from batchgen.options import say
 from batchgen.text.stopping import bad_word_ids
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import Rejected, Request, SamplingParams, TokenizedRequest
+from batchgen.types import Ids, Rejected, Request, SamplingParams, TokenizedRequest
 
-Ids: TypeAlias = tuple[int, ...]
 Check: TypeAlias = Callable[[Request | Rejected], TokenizedRequest | Rejected]
-
-
-class _Unfit(Exception):
-    """The reason why a prompt does not fit, and its length in tokens if it was counted."""
-
-    def __init__(self, reason: str, prompt_tokens: int | None) -> None:
-        super().__init__(reason, prompt_tokens)
-        self.reason, self.prompt_tokens = reason, prompt_tokens
 
 
 def _remedy(room: int, max_tokens: int, n_ctx: int, on_too_long: OnTooLong) -> str:
@@ -34,21 +26,19 @@ def _remedy(room: int, max_tokens: int, n_ctx: int, on_too_long: OnTooLong) -> s
     return lower if on_too_long == "truncate-left" else f"{lower} and {truncate}"
 
 
-def _too_long(prompt_tokens: int | None, max_tokens: int, n_ctx: int, on_too_long: OnTooLong) -> _Unfit:
+def _too_long(prompt_tokens: int | None, max_tokens: int, n_ctx: int, on_too_long: OnTooLong) -> Unfit:
     """prompt_tokens None: more than n_ctx, not counted."""
     counted = f"more than {n_ctx}" if prompt_tokens is None else str(prompt_tokens)
     room = 0 if prompt_tokens is None else max(n_ctx - prompt_tokens, 0)
+    more = f" + {max_tokens} max_tokens" if max_tokens else ""
     remedy = _remedy(room, max_tokens, n_ctx, on_too_long)
-    return _Unfit(f"{counted} prompt tokens + {max_tokens} max_tokens exceed n_ctx {n_ctx}; {remedy}", prompt_tokens)
+    return Unfit(f"{counted} prompt tokens{more} exceed n_ctx {n_ctx}; {remedy}", prompt_tokens)
 
 
 def _encode(prompt: str | Ids, tokenizer: Tokenizer, policy: Policy, last: int | None) -> Ids:
     """The prompt's token ids, at least one; of a text, the last so many after those that stand before every prompt."""
     if isinstance(prompt, str):
-        try:
-            ids = tuple(tokenizer.encode(prompt, policy.special_tokens, last))
-        except InputError as error:
-            raise _Unfit(str(error), None) from error
+        ids = encode_text(prompt, tokenizer, policy, last)
     else:
         ids = prompt
         _check_token_ids("the prompt", ids, tokenizer)
@@ -57,7 +47,7 @@ def _encode(prompt: str | Ids, tokenizer: Tokenizer, policy: Policy, last: int |
             remedy = f"write one or pass {say('empty_prompt', 'unconditional')}"
             if tokenizer.special.start is None:
                 remedy = "write one (this vocabulary has no <|endoftext|> to start from)"
-            raise _Unfit(f"the prompt is empty, and a completion starts from 1 token or more; {remedy}", 0)
+            raise Unfit(f"the prompt is empty, and a completion starts from 1 token or more; {remedy}", 0)
         ids = ids or (tokenizer.special.start,)
     return ids
 
@@ -67,7 +57,7 @@ def _check_token_ids(name: str, ids: Iterable[int], tokenizer: Tokenizer) -> Non
         if not tokenizer.has_id(token):
             where = f"outside the vocabulary (0 to {tokenizer.n_vocab - 1})"
             where = "which no token has" if 0 <= token < tokenizer.n_vocab else where
-            raise _Unfit(f"{name} has token id {token}, {where}; correct it", None)
+            raise Unfit(f"{name} has token id {token}, {where}; correct it", None)
 
 
 def _check_parameters(params: SamplingParams, tokenizer: Tokenizer) -> None:
@@ -79,7 +69,7 @@ def _check_parameters(params: SamplingParams, tokenizer: Tokenizer) -> None:
         banned |= {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.special.end)}
     if len(banned) >= tokenizer.n_tokens:
         reason = f"bad_words and min_tokens may ban every token of this vocabulary of {tokenizer.n_tokens}"
-        raise _Unfit(f"{reason}; leave one that may be drawn", None)
+        raise Unfit(f"{reason}; leave one that may be drawn", None)
 
 
 def _fit(prompt: str | Ids, max_tokens: int, tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> tuple[str, Ids]:
@@ -91,12 +81,11 @@ def _fit(prompt: str | Ids, max_tokens: int, tokenizer: Tokenizer, n_ctx: int, p
     if not truncate and isinstance(prompt, str) and len(prompt) > n_ctx * tokenizer.longest_token_bytes:
         raise _too_long(None, max_tokens, n_ctx, on_too_long)
     ids = _encode(prompt, tokenizer, policy, n_ctx if truncate else None)
-    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
     if len(ids) > room and truncate:
-        return text, begin + ids[len(ids) - room + len(begin) :]
-    if len(ids) > room and not (on_too_long == "shorten" and len(ids) < n_ctx):
+        ids = begin + ids[len(ids) - room + len(begin) :]
+    elif len(ids) > room and not (on_too_long == "shorten" and len(ids) < n_ctx):
         raise _too_long(len(ids), max_tokens, n_ctx, on_too_long)
-    return text, ids
+    return prompt if isinstance(prompt, str) else tokenizer.decode(ids), ids
 
 
 def _trim(request: Request | Rejected) -> Request | Rejected:
@@ -106,6 +95,13 @@ def _trim(request: Request | Rejected) -> Request | Rejected:
     prompts = (request.prompt, *request.others)
     first, *others = (prompt.rstrip(" ") if isinstance(prompt, str) else prompt for prompt in prompts)
     return replace(request, prompt=first, others=tuple(others))
+
+
+def _has_special_text(request: Request, tokenizer: Tokenizer, policy: Policy) -> bool:
+    texts = (request.prompt, *request.others, *request.targets)
+    return policy.special_tokens == "auto" and any(
+        tokenizer.reads_special_as_text(text) for text in texts if isinstance(text, str)
+    )
 
 
 def validate(
@@ -125,10 +121,8 @@ def validate(
     try:
         _check_parameters(params, tokenizer)
         fitted = [_fit(prompt, params.max_tokens, tokenizer, n_ctx, policy) for prompt in prompts]
-    except _Unfit as unfit:
-        text = request.prompt if isinstance(request.prompt, str) else None
-        error = f"{request.place}: {unfit.reason}"
-        return Rejected(request.row, request.place, request.id, text, error, unfit.prompt_tokens)
+    except Unfit as unfit:
+        return request.rejected(unfit.reason, unfit.prompt_tokens)
     (text, ids), *others = fitted
     fitting = TokenizedRequest(
         request.row,
@@ -139,13 +133,63 @@ def validate(
         params,
         tuple(others),
         given_as_ids=not isinstance(request.prompt, str),
-        has_special_text=policy.special_tokens == "auto"
-        and any(tokenizer.reads_special_as_text(prompt) for prompt in prompts if isinstance(prompt, str)),
+        has_special_text=_has_special_text(request, tokenizer, policy),
     )
     room = n_ctx - max(len(ids) for _, ids in fitted)
     return fitting if room >= params.max_tokens else fitting.with_max_tokens(room)
 
 
-def make_check(tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> Check:
-    """`validate` for one model and policy."""
-    return lambda request: validate(request, tokenizer, n_ctx, policy)
+def _fit_text(request: Request, tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> tuple[str, Ids]:
+    """The text to embed, and its token ids."""
+    if not request.prompt and (policy.empty_prompt == "reject" or tokenizer.special.start is None):
+        remedy = f"leave the row out or pass {say('empty_prompt', 'unconditional')}"
+        if tokenizer.special.start is None:
+            remedy = "leave the row out (this vocabulary has no <|endoftext|> to stand for it)"
+        raise Unfit(f"the text is empty, and has no token to embed; {remedy}", 0)
+    return _fit(request.prompt, 0, tokenizer, n_ctx, policy)
+
+
+def validate_reading(
+    request: Request | Rejected, tokenizer: Tokenizer, n_ctx: int, policy: Policy, options: ScoreOptions | EmbedOptions
+) -> TokenizedRequest | Rejected:
+    """Tokenize one request to score or to embed; see TokenizedRequest."""
+    if policy.trim:
+        request = _trim(request)
+    if isinstance(request, Rejected):
+        return request
+    passages: Passages = ()
+    try:
+        if isinstance(options, ScoreOptions):
+            text, ids, passages = find_passages(request, tokenizer, n_ctx, policy, options)
+        else:
+            text, ids = _fit_text(request, tokenizer, n_ctx, policy)
+    except Unfit as unfit:
+        return request.rejected(unfit.reason, unfit.prompt_tokens)
+    return TokenizedRequest(
+        request.row,
+        request.place,
+        request.id,
+        text,
+        ids,
+        request.params,
+        given_as_ids=not isinstance(request.prompt, str),
+        has_special_text=_has_special_text(request, tokenizer, policy),
+        targets=request.targets,
+        answer=request.answer,
+        passages=passages,
+    )
+
+
+def make_check(
+    tokenizer: Tokenizer, n_ctx: int, policy: Policy, options: ScoreOptions | EmbedOptions | None = None
+) -> Check:
+    """`validate` for one model and policy, or `validate_reading`; the options fit the model (`fit_task`).
+
+    UsageError for a policy that is about generated tokens alone.
+    """
+    if options is None:
+        return lambda request: validate(request, tokenizer, n_ctx, policy)
+    if policy.on_too_long == "shorten":
+        remedy = f"pass {say('on_too_long', 'truncate-left')} or leave it out"
+        raise UsageError(f"{say('on_too_long', 'shorten')} lowers max_tokens, and nothing is generated here; {remedy}")
+    return lambda request: validate_reading(request, tokenizer, n_ctx, policy, options)

@@ -10,11 +10,13 @@ ABSENT = object()  # in place of a value that is not there
 
 
 def find_value(fields: Mapping[str, object], name: str, default: object = None) -> object:
-    """The value of a key, else that at a path of keys: "a.b" is the b of the object a. A key "a.b" wins."""
+    """The value of a key, else that at a path of keys: "a.b" is the b of the object a, or null with a. "a.b" wins."""
     if name in fields:
         return fields[name]
     first, dot, rest = name.partition(".")
     inner = fields.get(first)
+    if dot and first in fields and inner is None:
+        return None
     return find_value(inner, rest, default) if dot and isinstance(inner, Mapping) else default
 
 
@@ -37,6 +39,8 @@ def describe_missing(column: str, option: str, names: Sequence[str], kind: str) 
         return f"no {kind} {shown(column)}; there are no {kind}s at all"
     near, named = find_nearest(column, names), say(option)
     remedy = f"did you mean {shown(near)}? pass it as {named}" if near else f"name the right one with {named}"
+    if option == "text_column":
+        remedy += f"; score also takes a prompt with {say('completion_column')} or {say('choices_column')}"
     return f"no {kind} {shown(column)}; the {kind}s are {list_names(names)}; {remedy}"
 
 

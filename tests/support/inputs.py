@@ -40,7 +40,7 @@ def scan(files: Any, **options: Any) -> Facts:
 
 def facts(rows: int, sha256: str, size: int, format: str = "jsonl") -> Facts:
     """Of an input without log-probabilities and kept columns."""
-    return Facts((format,), rows, sha256, size, logprobs=False, kept=pa.schema([]))
+    return Facts((format,), rows, sha256, size, asks=frozenset(), kept=pa.schema([]))
 
 
 def chunks(prompts: Prompts, chunk_rows: int = 1000, **cut: Any) -> list[Chunk]:
