@@ -1,10 +1,10 @@
 """What is asked for: a job, made of a few small records, each checked when it is built. A job has no behaviour."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, get_args
 
 from batchgen.errors import UsageError
 from batchgen.options import (
@@ -19,7 +19,7 @@ from batchgen.options import (
     size,
     split_keywords,
 )
-from batchgen.types import ENDS, IO, SAMPLING, Precision, ReadSpecial, SamplingParams
+from batchgen.types import ENDS, IO, MAX_INT, READING, SAMPLING, Kind, Precision, ReadSpecial, SamplingParams, Task
 
 InputFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "txt"]
 Quotes = Literal["auto", "yes", "no"]
@@ -27,13 +27,16 @@ OnTooLong = Literal["reject", "truncate-left", "shorten"]
 EmptyPrompt = Literal["reject", "unconditional"]
 OutputFormat = Literal["file", "dataset"]
 Backend = Literal["loky", "dask", "ray"]
+FirstToken = Literal["endoftext", "given"]
+Pool = Literal["mean", "last"]
 Files: TypeAlias = str | Path | Sequence[str | Path]
 
 DEFAULT_MODEL = "tales"
+DEFAULT_PROMPT_COLUMN = "prompt"
 DEFAULT_ID_COLUMN = "id"  # may be absent; an id column that was asked for by name may not
 
-PROMPTS, WORK, CLUSTER, RUN = "Prompts", "Work", "Cluster", "Run"
-GROUPS = (IO, SAMPLING, ENDS, PROMPTS, WORK, CLUSTER, RUN)  # of options, in the order of --help
+SCORES, PROMPTS, WORK, CLUSTER, RUN = "Scores", "Prompts", "Work", "Cluster", "Run"
+GROUPS = (IO, SCORES, SAMPLING, ENDS, PROMPTS, WORK, CLUSTER, RUN)  # of options, in the order of --help
 
 _INPUT = "Prompts: JSON lines, CSV or Parquet; files, globs, directories, s3:// and the like, or - (stdin)."
 _OUTPUT = "Where to: .parquet or .jsonl, a folder, or either as s3:// and the like; - is JSON lines to stdout."
@@ -47,6 +50,11 @@ _ADDRESS = "Ray's: HOST:6379, ray://HOST:10001; auto: the Ray cluster on this ma
 _ROW_TIMEOUT = "Treat a worker as hung after this long without progress: 30s, 10m (default)."
 _SPECIAL_TOKENS = "Read <|endoftext|> and the like in prompts as tokens or as text; auto: as the model's tokenizer."
 PRECISION_HELP = "Of the weights' products: float32, or int8 (less memory, faster); default: the model's own."
+_TEXT = "The column of a text without a prompt; `text` if no other column is named."
+_FIRST_TOKEN = "Score a text's first token after <|endoftext|>, or begin with the second."
+_STRIDE = "Of a text longer than n_ctx: tokens that each window scores; default: n_ctx."
+_PER_TOKEN = "Add columns of each scored token: id, log-probability, rank."
+_LAYER = "As in transformers' hidden_states: 0 is before the first block, -1 after ln_f."
 _TIME_LIMIT = "Stop in time, exit code 75: 50m, 7h30m; the same command resumes."
 
 
@@ -56,7 +64,7 @@ class InputOptions:
     """Prompts to read: files, globs, directories, addresses, or - for standard input; and how to read their rows."""
 
     files: Files = option(MISSING, _INPUT, argument=True, metavar="INPUT...")
-    prompt_column: str = option("prompt", "The column or key that holds the prompt.", IO)
+    prompt_column: str = option(DEFAULT_PROMPT_COLUMN, "The column or key that holds the prompt.", IO)
     id_column: str = option(DEFAULT_ID_COLUMN, "The one that holds the row's id, if any.", IO)
     keep: tuple[str, ...] = option((), "A column to carry to the output; can be given again.", IO, metavar="COL")
     format: InputFormat = option(
@@ -82,6 +90,97 @@ class InputOptions:
     def names(self) -> tuple[str, ...]:
         """The files as they were named."""
         return (str(self.files),) if isinstance(self.files, str | Path) else tuple(map(str, self.files))
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """What is wanted of texts: the log-probabilities of their tokens."""
+
+    task: ClassVar[Task] = "score"
+    first_token: FirstToken = option("endoftext", _FIRST_TOKEN, SCORES, choices=get_args(FirstToken))
+    stride: int | None = count(_STRIDE, SCORES)
+    per_token: bool = option(False, _PER_TOKEN, SCORES, off=None)
+    kind: Kind = "text"  # of the rows; a job has it of its input
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedOptions:
+    """What is wanted of texts: a vector of n_embd numbers."""
+
+    task: ClassVar[Task] = "embed"
+    kind: ClassVar[Kind] = "embed"
+    layer: int = option(-1, _LAYER, SCORES, within=(-MAX_INT, MAX_INT, "-(n_layer + 1) to n_layer"))
+    pool: Pool = option("mean", "The mean of all positions, or the last one.", SCORES, choices=get_args(Pool))
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def kind_of(completion_column: str | None, choices_column: str | None) -> Kind:
+    """What there is to score in rows with these columns."""
+    return "choices" if choices_column else "completion" if completion_column else "text"
+
+
+def with_kind(task: ScoreOptions, kind: Kind) -> ScoreOptions:
+    """The options for rows of this kind; UsageError for one that means nothing to them."""
+    for name in ("stride", "first_token"):
+        default = getattr(ScoreOptions(), name)
+        if kind != "text" and (value := getattr(task, name)) != default:
+            raise UsageError(f"{say(name, value)} is about a text that is scored alone; leave it out")
+    return replace(task, kind=kind)
+
+
+def _fit_kind(task: ScoreOptions | EmbedOptions, kind: Kind) -> ScoreOptions | EmbedOptions:
+    """The task of an input with rows of this kind; UsageError if it has none."""
+    if isinstance(task, ScoreOptions):
+        return with_kind(task, kind)
+    if not isinstance(task, EmbedOptions):
+        raise UsageError(f"task {shown(task)} is none; write ScoreOptions(...) or EmbedOptions(...)")
+    if kind != "text":
+        raise UsageError(f"{say(f'{kind}_column')} names what is scored, and texts are embedded; leave it out")
+    return task
+
+
+@known_keywords
+@dataclass(frozen=True, slots=True)
+class ScoreInput(InputOptions):
+    """Rows to score or to embed: a text alone, a prompt with its completion, or a prompt with its choices."""
+
+    row_params: bool = False  # they are about what is generated
+    text_column: str | None = option(None, _TEXT, IO)
+    completion_column: str | None = option(None, "The column that holds the prompt's completion.", IO)
+    choices_column: str | None = option(None, "The one that holds the prompt's choices, a list of strings.", IO)
+    answer_column: str | None = option(None, "The one that says which choice is right: its index or its text.", IO)
+    task: ScoreOptions | EmbedOptions = ScoreOptions()
+
+    def __post_init__(self) -> None:
+        InputOptions.__post_init__(self)
+        for name in ("text_column", "completion_column", "choices_column", "answer_column"):
+            if getattr(self, name) == "":  # of a shell's variable that is not set: another column would be scored
+                raise UsageError(f"{say(name)} is empty; name a column, or leave it out")
+        targets = [name for name in ("completion_column", "choices_column") if getattr(self, name)]
+        if len(targets) + bool(self.text_column) > 1:
+            both = " and ".join(say(name) for name in ("text_column", *targets) if getattr(self, name))
+            raise UsageError(f"{both} were given, and a row has one thing to score; leave one out")
+        if self.answer_column and not self.choices_column:
+            raise UsageError(
+                f"{say('answer_column')} names the right one of several choices; add {say('choices_column')}"
+            )
+        if not targets and self.prompt_column not in (DEFAULT_PROMPT_COLUMN, self.text_column):
+            remedy = f"add {say('completion_column')} or {say('choices_column')}, or name {say('text_column')} instead"
+            raise UsageError(f"{say('prompt_column')} names what is before a completion or choices; {remedy}")
+        if not targets:
+            object.__setattr__(self, "text_column", self.text_column or "text")
+            object.__setattr__(self, "prompt_column", self.text_column)
+        object.__setattr__(self, "task", _fit_kind(self.task, self.kind))
+
+    @property
+    def kind(self) -> Kind:
+        """What there is to score in a row."""
+        return kind_of(self.completion_column, self.choices_column)
 
 
 @known_keywords
@@ -164,7 +263,9 @@ class WorkOptions:
 @known_keywords
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: complete every prompt of `input` into `output`; for both, a path or a string is enough.
+    """One run: complete every prompt of `input` into `output`, or score or embed the rows of a ScoreInput.
+
+    For both, a path or a string is enough.
 
     >>> Job("prompts.jsonl", "completions.parquet", sampling=SamplingParams(max_tokens=64))
     """
@@ -199,7 +300,29 @@ class Job:
             if not isinstance(path, str | PathLike):
                 raise UsageError(f"{shown(path)} is not a path; give a string or a Path")
         object.__setattr__(self, "model", str(self.model))
+        if self.task:
+            object.__setattr__(self, "sampling", READING)
+            for name, field_name, value in _NOT_OF[self.task.task]:
+                if getattr(getattr(self, name), field_name) == value:
+                    what = say(field_name, value)
+                    raise UsageError(f"{what} is about completions that are generated; leave it out")
 
+    @property
+    def task(self) -> ScoreOptions | EmbedOptions | None:
+        """What is done with each row; None: it is completed, as `sampling` says."""
+        return self.input.task if isinstance(self.input, ScoreInput) else None
+
+    @property
+    def kind(self) -> Kind:
+        return self.task.kind if self.task else "generate"
+
+
+# options that mean nothing to some tasks: the record of a job, the field, the value
+_OF_GENERATION = (("policy", "on_too_long", "shorten"), ("output", "token_ids", True))
+_NOT_OF = {
+    "embed": _OF_GENERATION,
+    "score": (*_OF_GENERATION, ("policy", "empty_prompt", "unconditional"), ("policy", "trim", True)),
+}
 
 _ATTRIBUTES = ("input", "output", "sampling", "policy", "work")
 RECORDS = (InputOptions, OutputOptions, SamplingParams, Policy, WorkOptions)  # of a job, in the order of --help
@@ -214,10 +337,15 @@ def as_job(job: Job | Files, output: str | Path | None, options: dict[str, objec
         return job
     if output is None:
         raise UsageError("an input and no output was given; name a file: run_job('prompts.jsonl', 'out.parquet')")
-    model = options.pop("model", DEFAULT_MODEL)
-    reading, writing, sampling, policy, work = split_keywords(options, *RECORDS)
+    model, task = options.pop("model", DEFAULT_MODEL), options.pop("task", None)
+    if task is None:
+        reading, writing, sampling, policy, work = split_keywords(options, *RECORDS)
+        input = InputOptions(job, **reading)  # type: ignore[arg-type]
+    else:
+        reading, writing, policy, work = split_keywords(options, ScoreInput, OutputOptions, Policy, WorkOptions)
+        input, sampling = ScoreInput(job, **reading, task=task), {}  # type: ignore[arg-type]
     return Job(
-        InputOptions(job, **reading),  # type: ignore[arg-type]
+        input,
         OutputOptions(output, **writing),  # type: ignore[arg-type]
         str(model),
         SamplingParams(**sampling),  # type: ignore[arg-type]
@@ -226,4 +354,5 @@ def as_job(job: Job | Files, output: str | Path | None, options: dict[str, objec
     )
 
 
-FLAGS = flags_of(RECORDS) | {"model": ("--model", None)}  # for options.use_flags
+_FLAGS_OF = (*RECORDS, ScoreInput, ScoreOptions, EmbedOptions)
+FLAGS = flags_of(_FLAGS_OF) | {"model": ("--model", None)}  # for options.use_flags

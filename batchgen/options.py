@@ -7,7 +7,7 @@ A record is a frozen dataclass whose fields are made by `option`. jobs/flatten.p
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from difflib import get_close_matches
 from functools import wraps
@@ -63,15 +63,15 @@ def off_flag_of(name: str, declared: Option) -> str | None:
 # ---- a record as words of a command line
 
 
-def arguments(record: Any) -> Iterator[str]:
-    """The words of a command line that make this record, without arguments and what has its default.
+def arguments(record: Any, without: Collection[str] = ()) -> Iterator[str]:
+    """The words of a command line that make this record, without arguments, what has its default, and some fields.
 
     SamplingParams(max_tokens=8, stop=("a", "-b")) -> --max-tokens 8 --stop a --stop=-b
     """
     for one in dataclasses.fields(record):
         declared = one.metadata.get("option")
         value = getattr(record, one.name)
-        if declared is not None and not declared.argument and value != one.default:
+        if declared is not None and not declared.argument and value != one.default and one.name not in without:
             yield from words_of(one.name, declared, value)
 
 

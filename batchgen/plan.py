@@ -9,9 +9,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from batchgen.job import InputOptions, OutputOptions, Policy, WorkOptions
+from batchgen.job import (
+    DEFAULT_PROMPT_COLUMN,
+    EmbedOptions,
+    InputOptions,
+    OutputOptions,
+    Policy,
+    ScoreInput,
+    ScoreOptions,
+    WorkOptions,
+    kind_of,
+)
 from batchgen.options import arguments, flag_of, options_of, with_value, words_of
-from batchgen.types import Precision, SamplingParams
+from batchgen.types import Kind, Precision, SamplingParams, Task
 
 _LATER = {"regex"}  # fields that older plans lack: they are empty then, and agree with anything
 _OLDER = {"blas", "numpy_kernels"}  # fields that older plans have: what decided how a sum was rounded
@@ -48,6 +58,16 @@ class Plan:
     files: tuple[str, ...] = ()  # of several input files, 16 digits of the SHA-256 of each, folders included
     regex: str = ""  # version: its Unicode tables decide tokens
     precision: Precision = "float32"
+    task: Task = "generate"
+    text_column: str | None = None  # these four: see ScoreInput
+    completion_column: str | None = None
+    choices_column: str | None = None
+    answer_column: str | None = None
+    first_token: str | None = None  # these three: see ScoreOptions
+    stride: int | None = None
+    per_token: bool = False
+    layer: int | None = None  # these two: see EmbedOptions
+    pool: str | None = None
     portable: bool = dataclasses.field(default=False, compare=False)  # equal bits on any processor: since 0.3.0
     numpy: str = dataclasses.field(default="", compare=False)  # versions that change no row
     python: str = dataclasses.field(default="", compare=False)
@@ -84,7 +104,7 @@ class Plan:
             elif isinstance(field.type, type) and type(given[field.name]) is not field.type:
                 raise ValueError(f"{field.name} is not of type {field.type.__name__}")
         plan = cls(**given)
-        plan._input(), plan.policy(), plan._work()  # checked as the records that they are
+        plan._input(), plan.policy(), plan._work(), plan.options()  # checked as the records that they are
         return plan
 
     @property
@@ -119,23 +139,35 @@ class Plan:
     def command_line(self, output: str | None = None) -> str:
         """The command that makes the output of INPUT again, quoted for a shell; parsed, it gives an equal plan."""
         output = output or ("completions" if self.format == "dataset" else f"completions.{self.format}")
-        words = ["batchgen", "generate", "INPUT", *with_value("-o", output), *with_value("--model", self.model)]
-        for record in (self._input(), self._output(), self.parameters, self.policy(), self._work()):
+        words = ["batchgen", self.task, "INPUT", *with_value("-o", output), *with_value("--model", self.model)]
+        words += arguments(self._input(), ("prompt_column",) if self.text_column else ())  # it is that column
+        for record in (self._output(), self.options() or self.parameters, self.policy(), self._work()):
             words += arguments(record)
         return shlex.join(words)
 
     def _input(self) -> InputOptions:
         formats = set(self.input_formats)
-        return InputOptions(
-            (),
-            self.prompt_column,
-            self.id_column,
-            self.keep,
-            format=next(iter(formats)) if len(formats) == 1 else "auto",  # type: ignore[arg-type]
-            row_params=self.row_params,
-            delimiter=self.delimiter,
-            quotes=self.quotes if formats & {"csv", "tsv"} else "auto",  # type: ignore[arg-type]
-        )
+        options: dict[str, Any] = {
+            "id_column": self.id_column,
+            "keep": self.keep,
+            "format": next(iter(formats)) if len(formats) == 1 else "auto",
+            "delimiter": self.delimiter,
+            "quotes": self.quotes if formats & {"csv", "tsv"} else "auto",
+        }
+        if self.task == "generate":
+            return InputOptions((), self.prompt_column, row_params=self.row_params, **options)
+        columns = {name: getattr(self, name) for name in _SCORE_COLUMNS}
+        return ScoreInput((), DEFAULT_PROMPT_COLUMN if self.text_column else self.prompt_column, **columns, **options)
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.completion_column, self.choices_column) if self.task == "score" else self.task
+
+    def options(self) -> ScoreOptions | EmbedOptions | None:
+        """What was done with the rows; None: they were completed."""
+        if self.task == "score":
+            return ScoreOptions(self.first_token or "endoftext", self.stride, self.per_token, self.kind)  # type: ignore[arg-type]
+        return EmbedOptions(self.layer or 0, self.pool or "mean") if self.task == "embed" else None  # type: ignore[arg-type]
 
     def policy(self) -> Policy:
         """What was done with prompts that do not fit the model."""
@@ -160,6 +192,17 @@ class Plan:
         )
 
 
+_SCORE_COLUMNS = ("text_column", "completion_column", "choices_column", "answer_column")
+
+
+def task_fields(input: InputOptions, task: ScoreOptions | EmbedOptions | None) -> dict[str, Any]:
+    """The fields of a plan that say what is done with rows; none if they are completed."""
+    if task is None:
+        return {}
+    columns = {name: getattr(input, name) for name in _SCORE_COLUMNS}
+    return {"task": task.task, **columns, **{name: getattr(task, name) for name in options_of(task)}}
+
+
 def read_parameters(values: object) -> SamplingParams:
     """SamplingParams from JSON values; ValueError names what is not a parameter, UsageError a value out of range."""
     if not isinstance(values, Mapping):
@@ -176,7 +219,12 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
 
 
 # what differs because something else does
-_IMPLIED = {
+_IMPLIED: dict[str, tuple[str, ...]] = {
+    "task": (
+        *("prompt_column", "row_params", "parameters", "token_ids", "empty_prompt", "trim", *_SCORE_COLUMNS),
+        *(*options_of(ScoreOptions), *options_of(EmbedOptions)),
+    ),
+    "text_column": ("prompt_column",),
     "input": ("rows", "files", "input_formats"),
     "model": ("model_hash",),
     **dict.fromkeys(("input_formats", "delimiter", "quotes"), ("rows",)),
@@ -224,6 +272,8 @@ def _changed_formats(old: Plan, new: Plan) -> str:
 
 def _named(name: str, value: Any) -> str:
     """--max-tokens 40; no --trim; regex '2026.2.28', which no option sets."""
+    if name == "task":
+        return f"the command {value}"
     if name in ("model", "input_formats", "format"):
         flag = {"model": "--model", "input_formats": "--input-format", "format": "--format"}[name]
         text = value[0] if name == "input_formats" else value
@@ -236,7 +286,16 @@ def _named(name: str, value: Any) -> str:
 
 _OPTIONS = {
     name: declared
-    for record in (InputOptions, SamplingParams, Policy, OutputOptions, WorkOptions)
+    for record in (
+        InputOptions,
+        ScoreInput,
+        SamplingParams,
+        ScoreOptions,
+        EmbedOptions,
+        Policy,
+        OutputOptions,
+        WorkOptions,
+    )
     for name, declared in options_of(record).items()
     if name != "format"  # of a plan, it is more than either option's
 }

@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -12,21 +12,26 @@ from typing import TypeVar
 import joblib
 
 from batchgen import __version__
-from batchgen.engine.limits import MAX_BATCH, check_limits, kv_bytes_per_token
+from batchgen.engine.limits import MAX_BATCH, check_limits, kv_bytes_per_token, layer_index
 from batchgen.errors import BatchgenError, UsageError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.input.grouping import share_out
+from batchgen.input.parameters import ASKING, LOGPROBS
 from batchgen.input.prompts import Facts
-from batchgen.job import Job
+from batchgen.job import EmbedOptions, Job, ScoreOptions
 from batchgen.models.model import Model
-from batchgen.plan import Plan
-from batchgen.types import Chunk, Precision, Rejected, TokenizedRequest
+from batchgen.options import say
+from batchgen.plan import Plan, task_fields
+from batchgen.types import MAX_LOGPROBS, Chunk, Precision, Rejected, SamplingParams, TokenizedRequest
 
 MIN_CHUNK_ROWS = 16  # starting a process costs more than generating so few rows
 MAX_CHUNK_ROWS = 512  # a lost worker costs at most this much work; longer chunks gain nothing
 FULL_BATCH_ROWS = 192  # in smaller chunks the matrix products have too few rows to run at full speed
 ROUNDS = 4  # chunks per worker, if there are enough rows: a chunk of long rows then does not leave the others idle
 BYTES_OF_PROMPT = 10  # of the input, that cost as much as a generated token
+BYTES_OF_TOKEN = 4  # of the input, that are a token to read
+MAX_CHUNK_TOKENS = 2**17  # to read, where nothing is generated: as much work as MAX_CHUNK_ROWS of completions
+MAX_CHUNK_TOPS = 2**21  # likeliest tokens that a worker holds until its chunk is written: 400 bytes each
 SLOW_CORE = 50e9  # operations in a second
 NOMINAL_JOBS = 4  # of a cluster that has no workers yet
 KV_BYTES = 768 * 2**20  # with twice as much, float32 is 1 % faster
@@ -50,6 +55,33 @@ def auto_chunk_rows(rows: int, jobs: int, n: int = 1) -> int:
     rounds = max(-(-rows // (jobs * MAX_CHUNK_ROWS)), min(ROUNDS, rows // (jobs * FULL_BATCH_ROWS)), 1)
     chunks = max(min(jobs * rounds, rows // MIN_CHUNK_ROWS), 1)
     return max(-(-rows // chunks), 1)
+
+
+def rows_to_read(task: ScoreOptions | EmbedOptions, row_bytes: float, n_ctx: int) -> int:
+    """Rows of a chunk, at most, of which nothing but the reading costs time.
+
+    800 bytes a row -> 655; 400,000 bytes, n_ctx 1024, stride 1024 -> 1
+    """
+    tokens = max(row_bytes / BYTES_OF_TOKEN, 1)
+    if isinstance(task, ScoreOptions) and task.stride and tokens > n_ctx:  # the windows of a text overlap
+        tokens *= n_ctx / task.stride
+    return max(int(MAX_CHUNK_TOKENS / tokens), 1)
+
+
+def rows_to_hold(params: SamplingParams, asks: frozenset[str], row_bytes: float, n_ctx: int) -> int:
+    """Rows of a chunk, at most, whose log-probabilities a worker holds; asks: of ASKING, what rows may have themselves.
+
+    prompt_logprobs 100, 4,000 bytes a row -> 20; 400 bytes a row -> 207; logprobs 100, max_tokens 40 -> 519
+    """
+    asks |= {name for name in ASKING if getattr(params, name) not in (None, False)}
+    if asks >= {"logprobs", "echo"}:  # in OpenAI's lines
+        asks |= {"prompt_logprobs"}
+    tokens = {"logprobs": params.max_tokens, "prompt_logprobs": row_bytes / BYTES_OF_TOKEN}
+    held = 1.0
+    for name in asks.intersection(LOGPROBS):
+        given = getattr(params, name)
+        held += params.n * min(tokens[name], n_ctx) * (1 + (MAX_LOGPROBS if given is None else given))
+    return max(int(MAX_CHUNK_TOPS / held), 1)
 
 
 def rows_within(seconds: float, tokens: float, model_bytes: int) -> int:
@@ -150,6 +182,21 @@ class Setting:
     format: str  # of the output: parquet, jsonl or dataset
 
 
+def fit_task(task: ScoreOptions | EmbedOptions | None, config: GPT2Config) -> ScoreOptions | EmbedOptions | None:
+    """The task with the stride or the layer that it comes to with this model; UsageError for one that it lacks.
+
+    n_ctx 1024, n_layer 12: stride None -> 1024; layer -1 -> 12
+    """
+    if isinstance(task, ScoreOptions) and task.kind == "text":
+        stride = task.stride or config.n_ctx
+        if stride > config.n_ctx:
+            raise UsageError(f"{say('stride', stride)} is out of range (1 to {config.n_ctx}, the model's n_ctx)")
+        return replace(task, stride=stride)
+    if isinstance(task, EmbedOptions):
+        return replace(task, layer=layer_index(task.layer, config))
+    return task
+
+
 def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[Plan, frozenset[str]]:
     """The plan of a job, and the names of its fields that nobody asked for."""
     work = job.work
@@ -178,6 +225,7 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
         model_hash=model.hash,
         parameters=job.sampling,
         **asdict(job.policy),
+        **task_fields(job.input, fit_task(job.task, model.config)),
         format=setting.format,
         token_ids=job.output.token_ids,
         share_prefixes=work.share_prefixes,
@@ -193,8 +241,16 @@ def _sizes(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[int,
     work = job.work
     jobs = work.jobs or setting.slots or NOMINAL_JOBS
     chunk_rows = work.chunk_rows or auto_chunk_rows(setting.rows, jobs, job.sampling.n)
+    row_bytes, n_ctx = facts.bytes / max(facts.rows, 1), model.config.n_ctx
+    if not work.chunk_rows:
+        most = (
+            rows_to_read(job.task, row_bytes, n_ctx)
+            if job.task
+            else rows_to_hold(job.sampling, facts.asks, row_bytes, n_ctx)
+        )
+        chunk_rows = min(chunk_rows, most)
     if work.time_limit and not work.chunk_rows:  # several chunks should end within it
-        tokens = job.sampling.n * job.sampling.max_tokens + facts.bytes / max(facts.rows, 1) / BYTES_OF_PROMPT
+        tokens = job.sampling.n * job.sampling.max_tokens + row_bytes / BYTES_OF_PROMPT
         chunk_rows = min(chunk_rows, rows_within(work.time_limit / ROUNDS, tokens, model.bytes))
     batch_size = work.batch_size or MAX_BATCH
     kv_bytes = work.kv_bytes or default_kv_bytes(model.config, model.precision)

@@ -7,6 +7,7 @@ in which the run ended; if it says `running` and is older than a few seconds, th
 import errno
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 from batchgen.files import STATUS_SUFFIX, read_object, replace_file
 from batchgen.limits import reached_limit
-from batchgen.types import Reason, RowParameters
+from batchgen.types import Kind, Reason, RowParameters, Task, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ LOOK_SECONDS = 0.25  # between two looks at the workers
 INTERVAL_SECONDS = 1.0  # between two writings of the status file
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # reported by the run itself
 MAX_POINTS = 200  # of the timeline
+MAX_EXPONENT = 709  # of math.exp
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,68 @@ class Progress:
     resumed_rows: int = 0  # of rows, those of earlier attempts
     workers: tuple[WorkerState, ...] = ()
     eta_seconds: float | None = None  # left, at this attempt's pace; see workers/outlook.py
+    task: Task = "generate"
+
+    @property
+    def tokens(self) -> int:
+        """What speed is measured in."""
+        return tokens_of(self.task, self.prompt_tokens, self.completion_tokens)
+
+
+def tokens_of(task: Task, prompt_tokens: int, completion_tokens: int) -> int:
+    """The tokens of a run that its speed counts: the generated ones; all that are read, if none are generated."""
+    return completion_tokens + (prompt_tokens if task != "generate" else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the scores of all rows come to, in all attempts."""
+
+    kind: Kind
+    rows: int  # that are ok
+    tokens: int
+    nats: float = 0.0  # of texts and completions
+    bytes: int = 0  # of texts, in UTF-8
+    greedy: int = 0  # completions of which every token was the likeliest
+    answered: int = 0  # rows with choices of which the input names the right one, and those of them that chose it
+    right: int = 0
+    right_by_token: int = 0
+    right_by_byte: int = 0
+
+    @classmethod
+    def of(cls, kind: Kind, counts: Counter[str]) -> "Scores":
+        """Of a ledger's counts."""
+        same = ("greedy", "answered", "right", "right_by_token", "right_by_byte")
+        return cls(
+            kind=kind,
+            rows=counts["ok"],
+            tokens=counts["completion_tokens"],
+            nats=counts["nanonats"] / 1e9,
+            bytes=counts["scored_bytes"],
+            **{name: counts[name] for name in same},
+        )
+
+    def measures(self) -> dict[str, float]:
+        """By name, what people compare; without those that there is nothing for."""
+        found: dict[str, float] = {}
+        if self.kind == "text" and self.tokens:
+            found["nats"] = self.nats
+            found["perplexity"] = perplexity(self.nats, self.tokens)
+        if self.kind == "text" and self.bytes:
+            found["bits_per_byte"] = self.nats / math.log(2) / self.bytes
+        if self.kind == "completion" and self.rows:
+            found |= {"logprob": -self.nats, "mean_logprob": -self.nats / self.rows, "greedy": self.greedy / self.rows}
+        if self.answered:
+            right = {"accuracy": self.right, "by_token": self.right_by_token, "by_byte": self.right_by_byte}
+            found |= {
+                name if name == "accuracy" else f"accuracy_{name}": n / self.answered for name, n in right.items()
+            }
+        return found
+
+
+def perplexity(nats: float, tokens: int) -> float:
+    """By token; infinite where a number of 64 bits ends."""
+    return math.exp(nats / tokens) if nats / tokens < MAX_EXPONENT else math.inf
 
 
 OnProgress = Callable[[Progress], None]
@@ -81,6 +145,8 @@ class Summary:
     reasons: tuple[Reason, ...] = ()  # why input rows are rejected or failed, most frequent first
     row_parameters: RowParameters = field(default_factory=RowParameters)
     complete: bool = False  # the output was complete before this run, which has changed nothing
+    task: Task = "generate"
+    scores: Scores | None = None  # of a run that scored all rows of the output
 
     @classmethod
     def of_complete(cls, output: Path | str, input_rows: int, statuses: Counter[str]) -> "Summary":
@@ -88,6 +154,11 @@ class Summary:
         counts = {status: statuses[status] for status in ("ok", "rejected", "failed")}
         work = {"prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0, "jobs": 0, "precision": ""}
         return cls(output, input_rows, **counts, resumed=statuses.total(), **work, complete=True)  # type: ignore[arg-type]
+
+    @property
+    def tokens(self) -> int:
+        """What speed is measured in."""
+        return tokens_of(self.task, self.prompt_tokens, self.completion_tokens)
 
     @property
     def rows(self) -> int:
@@ -145,7 +216,8 @@ class StatusFile:
     input: tuple[str, ...] = ()  # as it was named
     reasons: Mapping[str, Reason] = field(default_factory=dict)  # the ledger's, which grows
     started: str = field(default_factory=_now)
-    timeline: list[tuple[float, int, int]] = field(default_factory=list)  # seconds, rows, completion tokens
+    scores: dict[str, object] = field(default_factory=dict)  # known at the end
+    timeline: list[tuple[float, int, int]] = field(default_factory=list)  # seconds, rows, Progress.tokens
     _step: float = INTERVAL_SECONDS  # between the timeline's points
     _written: float = float("-inf")
     _has_failed: bool = False
@@ -155,7 +227,7 @@ class StatusFile:
         """Record how far the run is, and write it if the interval has passed."""
         self._last = now
         if not self.timeline or now.seconds - self.timeline[-1][0] >= self._step:
-            self.timeline.append((round(now.seconds, 3), now.rows, now.completion_tokens))
+            self.timeline.append((round(now.seconds, 3), now.rows, now.tokens))
         if len(self.timeline) > MAX_POINTS:
             self.timeline, self._step = self.timeline[::2], 2 * self._step
         if time.monotonic() - self._written >= INTERVAL_SECONDS:
@@ -164,7 +236,7 @@ class StatusFile:
     def write(self, state: State, counts: Counter[str], exit_code: int | None = None, error: str | None = None) -> None:
         if self.path is None:
             return
-        values = {"state": state, "exit_code": exit_code, "error": error, **self._values(state, counts)}
+        values = {"state": state, "exit_code": exit_code, "error": error, **self._values(state, counts), **self.scores}
         try:
             _replace_status(self.path, values)
         except OSError as reason:
@@ -185,10 +257,11 @@ class StatusFile:
             "rows_resumed": now.resumed_rows,
             **{status: counts[status] for status in ("ok", "rejected", "failed")},
             "reasons": [{"rows": one.rows, "first": one.place, "reason": one.text} for one in sort(self.reasons)],
+            **({"task": now.task} if now.task != "generate" else {}),
             "prompt_tokens": now.prompt_tokens,
             "completion_tokens": now.completion_tokens,
             "seconds": round(now.seconds, 3),
-            "tokens_per_second": round(now.completion_tokens / now.seconds, 1) if now.seconds else 0.0,
+            "tokens_per_second": round(now.tokens / now.seconds, 1) if now.seconds else 0.0,
             "eta_seconds": None if eta is None else round(eta, 1),
             "started": self.started,
             "updated": _now(),
@@ -261,6 +334,7 @@ class Reporter:
     on_progress: OnProgress | None = None
     row_parameters: RowParameters = field(default_factory=RowParameters)
     is_retry: bool = False  # which is never resumed
+    kind: Kind = "generate"
     is_published: Callable[[], bool] = lambda: False  # whether the output is complete
     started: float = field(default_factory=time.monotonic)
     _last: Progress | None = None
@@ -286,6 +360,9 @@ class Reporter:
     ) -> Summary:
         """The summary, when all is committed; `staying` counts by status the output rows that a retry leaves."""
         counts, resumed = self.counts, self.resumed
+        is_scored = task_of(self.kind) == "score" and not self.is_retry  # a retry does not read the rows that stay
+        scores = Scores.of(self.kind, counts) if is_scored else None
+        self.status.scores = {"scores": scores.measures()} if scores else {}
         self._summary = Summary(
             output=output,
             input_rows=input_rows,
@@ -302,6 +379,8 @@ class Reporter:
             special_texts=counts["special_texts"],
             reasons=sort(self.status.reasons),
             row_parameters=self.row_parameters,
+            task=task_of(self.kind),
+            scores=scores,
         )
         return self._summary
 
@@ -317,8 +396,8 @@ class Reporter:
         now = self.look(self.seconds)
         if last := self._last:
             # A worker that has begun its next chunk no longer counts the one that is about to be committed.
-            rows, tokens = max(now.rows, last.rows), max(now.completion_tokens, last.completion_tokens)
-            now = replace(now, rows=rows, completion_tokens=tokens)
+            counted = ("rows", "prompt_tokens", "completion_tokens")
+            now = replace(now, **{name: max(getattr(now, name), getattr(last, name)) for name in counted})
         self._last = now
         self.status.update(now, self.counts)
         if self.on_progress is None:

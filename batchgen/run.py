@@ -16,7 +16,7 @@ from batchgen.output.outputs import Output, open_output, work_folder
 from batchgen.output.rows import Rows
 from batchgen.planning import Setting, check_memory, make_plan, n_chunks
 from batchgen.progress import OnProgress, Progress, Reporter, StatusFile, Summary, reporting, status_path
-from batchgen.types import add_reasons
+from batchgen.types import add_reasons, task_of
 from batchgen.workers.marker import read_sightings
 from batchgen.workers.outlook import Outlook, add_progress
 from batchgen.workers.supply import Deadline
@@ -27,7 +27,7 @@ def _run(job: Job, on_progress: OnProgress | None, open_model: Callable[[str], M
     """See run_job."""
     deadline = Deadline(job.work.time_limit)
     prompts = Prompts.open(job.input, spool=work_folder(job.output))
-    output = open_output(job.output, prompts, lambda: model.load_tokenizer())
+    output = open_output(job, prompts, lambda: model.load_tokenizer())
     model = open_model(job.model).with_precision(job.work.precision)
     with ExitStack() as stack:
         overwrite = job.output.overwrite and not job.output.retry_failed  # a retry keeps what is done
@@ -42,8 +42,8 @@ def _run(job: Job, on_progress: OnProgress | None, open_model: Callable[[str], M
         prepare_kernels()
         asked = make_plan(job, facts, model, Setting(rows.count, workers.slots, output.format))
         plan = output.claim(ledger, *asked, job.work.restart)
-        columns = output.columns(facts, job.sampling)
-        check = make_check(model.load_tokenizer(), model.config.n_ctx, job.policy)
+        columns = output.columns(facts, plan, model.config.n_embd)
+        check = make_check(model.load_tokenizer(), model.config.n_ctx, job.policy, plan.options())
         cut = Cut.for_output(plan.format, plan.chunk_rows, rows.numbers, ledger.committed)
         chunks = prompts.chunks(facts, job.sampling, check, cut)
         missing = n_chunks(rows.count - ledger.counts["input_rows"], plan.chunk_rows)  # or more, if rows are large
@@ -102,7 +102,9 @@ def make_reporter(
         done = ledger.counts.copy()
         now = add_progress(done, resumed, sightings, ledger.committed, rows.count)
         eta = outlook.look(sightings, ledger.committed, done["input_rows"], seconds)
-        return replace(now, seconds=seconds, eta_seconds=eta)
+        return replace(now, seconds=seconds, eta_seconds=eta, task=task_of(job.kind))
 
     is_retry, parameters = job.output.retry_failed, prompts.row_parameters
-    return Reporter(look, ledger.counts, resumed, status, on_progress, parameters, is_retry, ledger.is_published)
+    return Reporter(
+        look, ledger.counts, resumed, status, on_progress, parameters, is_retry, job.kind, ledger.is_published
+    )

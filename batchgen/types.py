@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from batchgen.errors import UsageError
 from batchgen.options import (
@@ -20,9 +20,17 @@ from batchgen.options import (
     shown,
 )
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Ids: TypeAlias = tuple[int, ...]
+Floats: TypeAlias = tuple[float, ...]
 FinishReason = Literal["stop", "length", "repetition"]
 Precision = Literal["float32", "int8"]  # of the products with weights
 Status = Literal["ok", "rejected", "failed"]
+Task = Literal["generate", "score", "embed"]  # what a run does with each row
+Kind = Literal["generate", "text", "completion", "choices", "embed"]  # the same; of scores, what each row has
 ReadSpecial = Literal["auto", "parse", "text"]  # of special tokens in prompts; auto: as the model's tokenizer does
 
 MAX_INT = 2**31 - 1
@@ -48,6 +56,7 @@ _FREQUENCY = "The same for every time that they were generated; 0 is off."
 _LOGIT_BIAS = "Add to the logits of tokens, -100 to 100: 198=-100,464=2.5."
 _SEED = "Draws the same samples again; used if temperature is above 0."
 _LOGPROBS = "Add columns of log-probabilities: each token's, and the K highest."
+_PROMPT_LOGPROBS = "The same for the tokens of the prompt."
 _STOP = f"End before this text; again for more, up to {MAX_STOPS}."
 _SKIP_SPECIAL = "Leave special tokens out of the completion's text; token ids keep them."
 _PENALTY = (-100.0, 100.0, "-100 to 100, 0 is off")
@@ -63,7 +72,7 @@ class SamplingParams:
     field here; the command line, rows, OpenAI bodies, `Generator` and the plan take it from this declaration.
     """
 
-    max_tokens: int = option(40, "New tokens at most, for each sample.", SAMPLING, within=(1, MAX_INT, "1 or more"))
+    max_tokens: int = option(40, "New tokens at most, for each sample.", SAMPLING, within=(0, MAX_INT, "1 or more"))
     temperature: float = option(
         0.0, "0 is greedy: always the most likely token.", SAMPLING, within=(0.0, 100.0, "0 (greedy) to 100")
     )
@@ -86,6 +95,9 @@ class SamplingParams:
     )
     seed: int = option(0, _SEED, SAMPLING, within=(0, MAX_SEED, f"0 to {MAX_SEED}"))
     logprobs: int | None = option(None, _LOGPROBS, IO, metavar="K", within=(0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"))
+    prompt_logprobs: int | None = option(
+        None, _PROMPT_LOGPROBS, IO, metavar="K", within=(0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+    )
     stop: tuple[str, ...] = option((), _STOP, ENDS, metavar="TEXT")
     include_stop: bool = option(False, "Keep the stop string in the completion.", ENDS, off=None)
     bad_words: tuple[str, ...] = option(
@@ -101,6 +113,10 @@ class SamplingParams:
         if self.top_k == -1:  # vLLM's word for off
             object.__setattr__(self, "top_k", 0)
         check_ranges(self)
+        if not self.max_tokens and self.prompt_logprobs is None and not self.echo:
+            raise UsageError(
+                "max_tokens 0 is out of range (1 or more), unless prompt_logprobs or echo asks for the prompt"
+            )
         if 0.0 < self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
         if self.top_p == 0.0:
@@ -163,6 +179,9 @@ def _check_texts(name: str, texts: tuple[str, ...], most: int) -> None:
             raise UsageError(f"{name} {shown(text)} is out of range (half of a surrogate pair is no character)")
 
 
+READING = SamplingParams(max_tokens=0, prompt_logprobs=0)  # nothing is generated: prompts are read
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One input row that could be read: row is its 0-based number, place its `file:line`; a prompt may be token ids."""
@@ -173,6 +192,14 @@ class Request:
     prompt: str | tuple[int, ...]
     params: SamplingParams
     others: tuple[str | tuple[int, ...], ...] = ()  # prompts after the first, in OpenAI's batch files
+    targets: tuple[str, ...] = ()  # to score after the prompt: its completion, or its choices; none: the prompt itself
+    answer: int | None = None  # the index of the choice that is right, if the input says so
+
+    def rejected(self, reason: str, prompt_tokens: int | None = None) -> "Rejected":
+        """The row set aside, with what could be read of it; a prompt of token ids is no text."""
+        prompt = self.prompt if isinstance(self.prompt, str) else None
+        error = f"{self.place}: {reason}"
+        return Rejected(self.row, self.place, self.id, prompt, error, prompt_tokens, targets=self.targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +223,30 @@ class Rejected:
     error: str
     prompt_tokens: int | None = None
     status: Status = "rejected"  # or failed: it was tried, and killed its worker
+    targets: tuple[str, ...] = ()  # of a row to score, if they could be read
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Tokens to score in one reading: those from index `scored` on, each after all that are before it.
+
+    2 <= len(token_ids) <= n_ctx + 1, as the last token is not read; 1 <= scored < len(token_ids).
+    """
+
+    token_ids: Ids
+    scored: int
+
+    @property
+    def scored_ids(self) -> Ids:
+        return self.token_ids[self.scored :]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRequest:
-    """A request that fits the model: 1 <= len(prompt_token_ids), and that + max_tokens <= n_ctx. So do the `others`."""
+    """A request that fits the model: 1 <= len(prompt_token_ids), and that + max_tokens <= n_ctx. So do the `others`.
+
+    One to score has passages: one for each of its targets, or the windows of a text, in order.
+    """
 
     row: int
     place: str
@@ -211,6 +257,9 @@ class TokenizedRequest:
     others: tuple[tuple[str, tuple[int, ...]], ...] = ()
     given_as_ids: bool = False  # the text was made of the ids, and may not give them again
     has_special_text: bool = False  # of a prompt, such as <|endoftext|>, and nobody said how to read it
+    targets: tuple[str, ...] = ()
+    answer: int | None = None
+    passages: tuple[Passage, ...] = ()
 
     @property
     def prompts(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -220,7 +269,8 @@ class TokenizedRequest:
     def failed(self, reason: str) -> Rejected:
         """The row set aside."""
         error = f"{self.place}: {reason}"
-        return Rejected(self.row, self.place, self.id, self.prompt, error, len(self.prompt_token_ids), "failed")
+        tokens = len(self.prompt_token_ids)
+        return Rejected(self.row, self.place, self.id, self.prompt, error, tokens, "failed", self.targets)
 
     def with_max_tokens(self, max_tokens: int) -> "TokenizedRequest":
         params = replace(self.params, max_tokens=max_tokens, min_tokens=min(self.params.min_tokens, max_tokens))
@@ -268,6 +318,66 @@ class OutputRow:
     stop_reason: str | None = None
     prompt_index: int = 0
     parameters: str | None = None  # JSON of those that are not the run's
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None  # of each prompt token; None for the first
+    prompt_top_logprobs: tuple[tuple[tuple[int, str, float], ...] | None, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRow:
+    """One row of scores; the fields are the columns, of which an output has those of its kind (output/schema.py).
+
+    Log-probabilities are natural logarithms. Lists of a row with choices have an element for each choice.
+    """
+
+    row: int
+    id: str | None
+    prompt: str | None  # or the text that is scored alone
+    status: Status
+    error: str | None = None
+    prompt_tokens: int | None = None  # read and not scored
+    completion: str | None = None
+    tokens: int | None = None  # scored
+    logprob: float | None = None  # their sum
+    greedy: bool | None = None  # every scored token was the likeliest
+    nats: float | None = None  # -logprob
+    bytes: int | None = None  # of the scored text, in UTF-8
+    bits_per_byte: float | None = None
+    perplexity: float | None = None  # by token
+    choices: tuple[str, ...] | None = None
+    choice_tokens: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    logprobs_by_token: tuple[float, ...] | None = None
+    logprobs_by_byte: tuple[float, ...] | None = None
+    best: int | None = None  # the index of the highest of logprobs, the first of equal ones
+    best_by_token: int | None = None
+    best_by_byte: int | None = None
+    answer: int | None = None
+    token_ids: Ids | tuple[Ids, ...] | None = None  # of the scored tokens; of choices, a tuple for each
+    token_logprobs: Floats | tuple[Floats, ...] | None = None
+    token_ranks: Ids | tuple[Ids, ...] | None = None  # 1: the likeliest
+    sample: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRow:
+    """One row of embeddings; the fields are the columns."""
+
+    row: int
+    id: str | None
+    prompt: str | None
+    status: Status
+    error: str | None = None
+    prompt_tokens: int | None = None
+    embedding: "npt.NDArray[np.float32] | None" = None  # [n_embd]
+    sample: int = 0
+
+
+Row: TypeAlias = OutputRow | ScoreRow | EmbeddingRow
+
+
+def task_of(kind: Kind) -> Task:
+    return kind if kind in ("generate", "embed") else "score"
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,9 +390,10 @@ class Reason:
     text: str
 
     @classmethod
-    def of(cls, item: Rejected) -> "Reason":
-        text = item.error.removeprefix(f"{item.place}: ")[:MAX_REASON]
-        return cls(1, item.row, item.place, text.encode("utf-8", "backslashreplace").decode())
+    def of(cls, row: int, place: str, error: str) -> "Reason":
+        """Of the row at this place, whose error may begin with it."""
+        text = error.removeprefix(f"{place}: ")[:MAX_REASON]
+        return cls(1, row, place, text.encode("utf-8", "backslashreplace").decode())
 
     @property
     def kind(self) -> str:
@@ -308,6 +419,10 @@ def add_reasons(reasons: dict[str, Reason], new: Iterable[Reason]) -> None:
         reasons[kind] = replace(first, rows=one.rows + (reasons[kind].rows if kind in reasons else 0))
 
 
+# the fields of a Receipt that sum up scores; as whole numbers, so that their sums depend on no order
+TOTALS = ("nanonats", "scored_bytes", "greedy", "answered", "right", "right_by_token", "right_by_byte")
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What a worker sends back of a finished chunk: a few hundred bytes, never the rows."""
@@ -321,12 +436,19 @@ class Receipt:
     rejected: int
     failed: int
     prompt_tokens: int
-    completion_tokens: int
+    completion_tokens: int  # or scored ones
     seconds: float = 0.0
     space_ends: int = 0  # input rows with a prompt that ends in a space
     special_texts: int = 0  # and with one that holds a special token, read as text
     reasons: tuple[Reason, ...] = ()
     plan: str = ""  # the digest of the run's
+    nanonats: int = 0  # of scores: their sum, of texts and completions
+    scored_bytes: int = 0  # of texts, in UTF-8
+    greedy: int = 0  # completions of which every token was the likeliest
+    answered: int = 0  # rows with choices of which the input names the right one; of them, those that chose it:
+    right: int = 0
+    right_by_token: int = 0
+    right_by_byte: int = 0
 
     def finished(self, sha256: str, seconds: float) -> "Receipt":
         return replace(self, sha256=sha256, seconds=seconds)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from batchgen.errors import BatchgenError, OutputError, UsageError
-from batchgen.jobs.generate import check_standard_output
+from batchgen.jobs.running import check_standard_output
 from batchgen.limits import reached_limit, reason_of
 from batchgen.output import parts
 from batchgen.output.ledger import open_ledger
@@ -90,7 +90,7 @@ def test_parts_are_read_without_a_thread(tmp_path, monkeypatch):
 
 
 def test_a_row_is_not_failed_for_a_thread_that_cannot_start(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "complete_chunk", refusing(NO_THREAD))
+    monkeypatch.setattr(worker, "rows_of_chunk", refusing(NO_THREAD))
     with pytest.raises(BlockingIOError):  # which ends the run
         worker.run_chunk(setup(write_byte_model(tmp_path / "bytes")), MIXED, str(tmp_path))
 

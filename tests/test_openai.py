@@ -1,13 +1,15 @@
 """OpenAI's requests in, OpenAI's answers out, by the types of OpenAI's own package."""
 
 import json
+import tempfile
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming
@@ -20,6 +22,7 @@ from batchgen.input.openai import MAX_CHOICES, read_batch_line
 from batchgen.job import Job
 from batchgen.output.openai import make_answer
 from batchgen.run import run_job
+from batchgen.text.special_tokens import SpecialTokens
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Rejected, Request, SamplingParams
 from tests.support.inputs import open_prompts
@@ -156,7 +159,10 @@ def test_values_that_ask_for_nothing():
         (line(body={"prompt": "a", "temperature": "hot"}), "temperature 'hot' is out of range"),
         (line(body={"prompt": "a", "stop": ["a"] * 65}), "stop has 65 strings"),
         (line(body={"prompt": "a", "logit_bias": {"x": 1}}), "logit_bias is out of range"),
-        (line(body={"prompt": "a", "echo": True, "logprobs": 1}), "echo with logprobs is not supported"),
+        (
+            line(body={"prompt": "a", "echo": True, "logprobs": 1, "prompt_logprobs": 2}),
+            "prompt_logprobs 2 and logprobs 1 differ, and with echo the answer has one list for both; leave prompt",
+        ),
         (line(body={"prompt": ["a"] * 3, "n": 700}), f"3 prompts x n 700 exceed {MAX_CHOICES} choices"),
         (line("first"), "custom_id 'first' is that of batch.jsonl:1 too; rename one"),
         ({"prompt": "a row of the other kind"}, "the key 'prompt' is none of"),
@@ -219,10 +225,12 @@ def test_a_batch_file_is_known_by_its_first_object(tmp_path):
     path = write(tmp_path, b"not JSON", b"", line())
     prompts = open_prompts(path)
     assert prompts.openai
-    assert (prompts.scan().rows, prompts.scan().logprobs) == (2, False)
+    assert (prompts.scan().rows, prompts.scan().asks) == (2, set())
     path = write(tmp_path, {"prompt": "a", "custom_id": "b"}, line())
     assert not open_prompts(path).openai
-    assert open_prompts(write(tmp_path, line(body={"prompt": "a", "logprobs": 1}))).scan().logprobs
+    for body in ({"logprobs": 1}, {"echo": True, "logprobs": 0}, {"return_full_text": False, "prompt_logprobs": 1}):
+        asks = {"echo" if name == "return_full_text" else name for name in body}
+        assert open_prompts(write(tmp_path, line(body={"prompt": "a"} | body))).scan().asks == asks
 
 
 # ---- answers
@@ -243,6 +251,8 @@ LINES = [
     line("echo", body={"prompt": "é", "echo": True}),
     line("plain", body={"prompt": "again"}),
     b"not JSON",
+    line("scored", body={"prompt": ["ab", "é"], "echo": True, "logprobs": 2, "max_tokens": 0, "n": 2}),
+    line("ids and echo", body={"prompt": [97, 195], "echo": True, "logprobs": 0}),
     line("loop", body={"prompt": "z", "logit_bias": {"120": 100}, "stop_loops": True, "max_tokens": 60}),
 ]
 
@@ -256,11 +266,23 @@ def answers(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text().splitlines()]
 
 
+def check_types(body: Any) -> Completion:
+    """By the types of OpenAI's package, whose client takes null where they do not say so: of a first token."""
+    known = json.loads(json.dumps(body))
+    for choice in known["choices"]:
+        for name in ("token_logprobs", "top_logprobs"):
+            if choice["logprobs"] and None in (choice["logprobs"][name] or ()):
+                assert choice["logprobs"][name].pop(0) is None
+    assert not Completion.model_validate(known, strict=True).model_extra
+    return Completion.construct(**body)
+
+
 def test_every_line_is_answered_in_openais_shape(job):
     summary = run_job(job)
     found = answers(job.output.path)
     assert [answer["custom_id"] for answer in found] == [
-        *("plain", "several", "ids", "wrong", "long", "vocabulary", "echo", "plain", None, "loop")
+        *("plain", "several", "ids", "wrong", "long", "vocabulary", "echo", "plain", None),
+        *("scored", "ids and echo", "loop"),
     ]
     assert (summary.input_rows, summary.rejected) == (len(LINES), 5)
     assert len({answer["id"] for answer in found}) == len(found)
@@ -270,8 +292,7 @@ def test_every_line_is_answered_in_openais_shape(job):
         response = answer["response"]
         assert list(response) == ["status_code", "request_id", "body"]
         if response["status_code"] == 200:
-            completion = Completion.model_validate(response["body"], strict=True)
-            assert not completion.model_extra
+            completion = check_types(response["body"])
             assert completion.model == "bytes"
             assert [choice.index for choice in completion.choices] == list(range(len(completion.choices)))
             assert completion.usage
@@ -312,6 +333,26 @@ def test_logprobs_are_of_every_token(job):
         assert choice["logprobs"]["top_logprobs"] is None
         assert choice["finish_reason"] in ("stop", "length")
         assert "a" not in choice["text"]
+
+
+def test_echo_with_logprobs_is_answered_for_every_token_of_prompt_and_completion(job):
+    run_job(job)
+    found = {answer["custom_id"]: answer["response"]["body"] for answer in answers(job.output.path)}
+    scored, ids = found["scored"], found["ids and echo"]
+    assert scored["usage"] == {"prompt_tokens": 4, "completion_tokens": 0, "total_tokens": 4}
+    assert [(choice["text"], choice["finish_reason"]) for choice in scored["choices"]] == [
+        *[("ab", "length"), ("ab", "length"), ("é", "length"), ("é", "length")]
+    ]
+    for choice in scored["choices"]:
+        logprobs = choice["logprobs"]
+        assert logprobs["text_offset"] == [0, int(choice["text"] == "ab")]
+        assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
+        assert logprobs["top_logprobs"][1][logprobs["tokens"][1]] == logprobs["token_logprobs"][1] < 0
+    (choice,) = ids["choices"]
+    assert choice["text"].startswith("a\ufffd")
+    assert len(choice["logprobs"]["token_logprobs"]) == len(choice["logprobs"]["text_offset"]) == 7
+    assert choice["logprobs"]["text_offset"][:3] == [0, 1, 2]
+    assert choice["logprobs"]["top_logprobs"] is None
 
 
 def test_the_parquet_output_has_a_row_for_every_choice(job):
@@ -380,6 +421,139 @@ def test_a_token_that_the_text_skips_moves_no_offset(tmp_path):
     row |= {"logprobs": [-1.0] * 3, "top_logprobs": None, "parameters": '{"skip_special_tokens": true}'}
     answer = make_answer([row], "0" * 32, plan_of(), tokenizer)
     assert answer["response"]["body"]["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1]
+
+
+# ---- echo with log-probabilities
+
+TOKENIZER = Tokenizer.load(write_byte_vocabulary(Path(tempfile.mkdtemp()) / "v"))
+OWN = {"echo": True, "logprobs": 2, "prompt_logprobs": 2}
+
+
+def tops(*pairs: tuple[int, float]) -> list[dict[str, Any]]:
+    return [{"token_id": token, "token": TOKENIZER.token_text(token), "logprob": logprob} for token, logprob in pairs]
+
+
+def echoed(prompt: str, new_text: str = "", ids: list[int] | None = None, **changes: Any) -> dict[str, Any]:
+    """An output row; of a prompt given as text, ids are those of the last tokens, all unless given."""
+    prompt_ids, new = list(prompt.encode()) if ids is None else ids, list(new_text.encode())
+    row = {"row": 0, "sample": 0, "id": "a", "status": "ok", "prompt": prompt, "prompt_index": 0, "error": None}
+    row |= {"completion": prompt + new_text, "completion_tokens": len(new), "completion_token_ids": new}
+    row |= {"finish_reason": "length", "prompt_tokens": len(prompt_ids), "prompt_token_ids": prompt_ids}
+    row |= {"logprobs": [-0.5] * len(new), "top_logprobs": [tops((120, -0.25), (121, -4.0))] * len(new)}
+    row |= {"prompt_logprobs": [None, *[-1.5] * (len(prompt_ids) - 1)]}
+    row |= {"prompt_top_logprobs": [None, *[tops((97, -0.75), (122, -2.0))] * (len(prompt_ids) - 1)]}
+    return row | {"parameters": json.dumps(OWN)} | changes
+
+
+def body_of(*rows: dict[str, Any], params: SamplingParams = BASE, tokenizer: Tokenizer = TOKENIZER) -> Any:
+    return make_answer(rows, "0" * 32, plan_of(parameters=params), tokenizer)["response"]["body"]  # type: ignore[index]
+
+
+def test_echo_with_logprobs_answers_for_the_prompt_and_the_completion():
+    body = body_of(echoed("aé", "b"))
+    (choice,) = check_types(body).choices
+    assert (choice.text, choice.finish_reason) == ("aéb", "length")
+    assert choice.logprobs.tokens == ["a", "bytes:\\xc3", "bytes:\\xa9", "b"]
+    assert choice.logprobs.token_logprobs == [None, -1.5, -1.5, -0.5]
+    assert choice.logprobs.text_offset == [0, 1, 1, 2]
+    assert choice.logprobs.top_logprobs == [
+        None,
+        {"a": -0.75, "z": -2.0, "bytes:\\xc3": -1.5},
+        {"a": -0.75, "z": -2.0, "bytes:\\xa9": -1.5},
+        {"x": -0.25, "y": -4.0, "b": -0.5},
+    ]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+    assert "prompt_logprobs" not in body["choices"][0]
+
+
+def test_max_tokens_0_answers_for_the_prompt_alone():
+    body = body_of(echoed("ab", sample=0, prompt_index=0), echoed("c", sample=1, prompt_index=1))
+    first, second = check_types(body).choices
+    assert (first.text, first.finish_reason, second.text) == ("ab", "length", "c")
+    assert (first.logprobs.token_logprobs, second.logprobs.token_logprobs) == ([None, -1.5], [None])
+    assert (second.logprobs.top_logprobs, second.logprobs.text_offset) == ([None], [0])
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+
+
+def test_logprobs_0_has_no_top_logprobs_and_without_logprobs_there_is_only_the_text():
+    none = {"top_logprobs": None, "prompt_top_logprobs": None}
+    logprobs = body_of(echoed("ab", "c", **none))["choices"][0]["logprobs"]
+    assert (logprobs["token_logprobs"], logprobs["top_logprobs"]) == ([None, -1.5, -0.5], None)
+    row = echoed("ab", logprobs=None, prompt_logprobs=None, parameters=None)
+    assert body_of(row, params=replace(BASE, echo=True))["choices"][0] == {
+        **{"text": "ab", "index": 0, "logprobs": None, "finish_reason": "length"}
+    }
+
+
+@given(st.text(max_size=6), st.integers(0, 30))
+def test_the_tokens_of_a_truncated_prompt_are_the_end_of_its_text(text, cut):
+    ids = list(text.encode())[cut:]
+    begins = [number for number, character in enumerate(text) for _ in character.encode()][cut:]
+    if not ids:
+        return
+    assert body_of(echoed(text, "b", ids))["choices"][0]["logprobs"]["text_offset"] == [*begins, len(text)]
+
+
+@given(st.text(min_size=1, max_size=6).map(str.encode) | st.binary(min_size=1, max_size=6), st.integers(0, 3))
+@example(b" \xd5i", 0)
+def test_offsets_of_a_prompt_of_token_ids_are_those_of_its_text(data, cut):
+    ids = list(data)[cut:] or [97]  # it may begin with a part of a character, and have some within
+    text = TOKENIZER.decode(ids)
+    row = echoed(text, "b", ids, parameters=json.dumps(OWN | {"prompt_token_ids": ids}))
+    *offsets, last = body_of(row)["choices"][0]["logprobs"]["text_offset"]
+    assert last == len(text)
+    assert offsets[0] == 0
+    assert offsets == sorted(offsets)
+    assert all(
+        TOKENIZER.decode([token]) == text[place] for token, place in zip(ids, offsets, strict=True) if token < 128
+    )
+
+
+@pytest.mark.parametrize(
+    ("special", "prompt", "ids", "offsets"),
+    [
+        (SpecialTokens(begin=(256,)), "abc", [256, 97, 98, 99], [0, 0, 1, 2]),
+        (SpecialTokens(begin=(256,)), "abc", [256, 99], [2, 2]),  # truncated
+        (SpecialTokens(prefix_space=True), "ab", [32, 97, 98], [0, 0, 1]),
+        (SpecialTokens(start=256), "", [256], [0]),
+        (SpecialTokens(), "a<|endoftext|>b", [97, 256, 98], [0, 1, 14]),
+        (SpecialTokens(), "a  <|endoftext|>\u3000b c", [97, 256, 98, 32, 99], [0, 3, 17, 18, 19]),  # it takes spaces
+    ],
+)
+def test_what_tokens_and_the_prompt_do_not_have_in_common_moves_no_offset(special, prompt, ids, offsets):
+    tokenizer = copy(TOKENIZER)
+    tokenizer.special = special
+    choice = body_of(echoed(prompt, "d", ids), tokenizer=tokenizer)["choices"][0]
+    assert choice["logprobs"]["text_offset"] == [*offsets, len(prompt)]
+    assert choice["logprobs"]["tokens"] == [tokenizer.token_text(token) for token in [*ids, 100]]
+
+
+def test_the_text_ends_before_the_tokens_of_a_stop_string():
+    row = echoed("ab", "cd", completion="ab", finish_reason="stop")
+    choice = body_of(row)["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("ab", "stop")
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("own", [{"prompt_logprobs": 2, "logprobs": 2}, {"prompt_logprobs": 2, "echo": True}])
+def test_prompt_logprobs_alone_are_answered_as_vllm_does(own):
+    row = echoed("ab", "c", parameters=json.dumps(own), **({} if "logprobs" in own else {"logprobs": None}))
+    choice = body_of(row)["choices"][0]
+    expected = {"98": ("b", -1.5), "97": ("a", -0.75), "122": ("z", -2.0)}
+    named = {token: {"logprob": logprob, "decoded_token": text} for token, (text, logprob) in expected.items()}
+    assert choice["prompt_logprobs"] == [None, named]
+    assert (choice["logprobs"] or {}).get("token_logprobs", [-0.5]) == [-0.5]
+
+
+def test_echo_and_logprobs_ask_for_as_many_of_the_prompt(tmp_path):
+    bodies = [{"echo": True, "logprobs": 3, "max_tokens": 0}, {"logprobs": 3}, {"echo": True, "max_tokens": 0}]
+    bodies += [{"echo": True, "logprobs": 2, "prompt_logprobs": 2}]
+    items = outcomes(tmp_path, *(line(str(n), {"prompt": "ab"} | body) for n, body in enumerate(bodies)))
+    assert [item.params.prompt_logprobs for item in items] == [3, None, None, 2]
+    lines = [line(body={"prompt": "a", "logprobs": 3}), line("b", {"prompt": "a", "echo": False})]
+    run_params = replace(BASE, echo=True, prompt_logprobs=0)
+    items = open_prompts(write(tmp_path, *lines)).requests(run_params)
+    assert [item.params.prompt_logprobs for item in items] == [3, 0]
 
 
 # ---- several files

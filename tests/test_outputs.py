@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import BatchgenError, BusyError, OutputError, UsageError
-from batchgen.job import InputOptions, OutputOptions
+from batchgen.job import InputOptions, Job, OutputOptions
 from batchgen.models.model import Model
 from batchgen.output.file import FileOutput
 from batchgen.output.finished import find_finished
@@ -30,7 +30,7 @@ from batchgen.output.schema import Columns, rows_to_table
 from batchgen.output.store import parse_address
 from batchgen.output.upload import check_address
 from batchgen.plan import Plan
-from batchgen.types import OutputRow, Receipt, SamplingParams
+from batchgen.types import OutputRow, Receipt
 from tests.support.models import write_byte_model
 from tests.support.plans import plan_of
 from tests.support.stand_ins import Facts, Prompts
@@ -66,7 +66,7 @@ def opened(name: str, folder: Path, model: Model, prompts: Prompts | None = None
     if name == "folder":
         options["format"] = "dataset"
     prompts = prompts or Prompts(openai=name.startswith("answers"))
-    return open_output(OutputOptions(**options | changes), prompts, model.load_tokenizer)
+    return open_output(Job(prompts.options, OutputOptions(**options | changes)), prompts, model.load_tokenizer)
 
 
 def commit(ledger: Ledger, rows: list[OutputRow], schema: pa.Schema, missing: set[int] | None = None) -> None:
@@ -86,7 +86,7 @@ def run(output: Output, rows: list[OutputRow]) -> None:
     """A whole run, from the facts to the output."""
     with open_ledger(output.path, output.where) as ledger:
         todo = output.rows_to_do(FACTS)
-        schema = output.columns(FACTS, SamplingParams()).schema()
+        schema = output.columns(FACTS, plan_of()).schema()
         plan = output.claim(ledger, plan_of(format=output.format, rows=6), frozenset(), False)
         commit(ledger, [row for row in rows if todo.numbers is None or row.row in todo.numbers], schema)
         output.publish(ledger, plan, schema, ledger.counts["rows"] + todo.staying.total())
@@ -273,11 +273,10 @@ def test_all_rows_are_to_do(tmp_path: Path, model: Model, store: Any, name: str)
 
 @pytest.mark.parametrize("name", [*LOCAL, *REMOTE])
 def test_columns_are_those_that_were_asked_for(tmp_path: Path, model: Model, store: Any, name: str) -> None:
-    output = opened(name, tmp_path, model, token_ids=True)
-    openai = name.startswith("answers")
-    assert output.columns(FACTS, SamplingParams()) == Columns(token_ids=True, prompt_index=openai)
     output = opened(name, tmp_path, model)
-    columns = output.columns(replace(FACTS, logprobs=True), SamplingParams())
+    openai = name.startswith("answers")
+    assert output.columns(FACTS, plan_of(token_ids=True)) == Columns(token_ids=True, prompt_index=openai)
+    columns = output.columns(replace(FACTS, asks=frozenset({"logprobs"})), plan_of())
     assert columns == Columns(token_ids=openai, logprobs=True, prompt_index=openai)  # answers have tokens' texts
 
 
@@ -309,7 +308,7 @@ def test_an_output_of_too_few_rows_is_not_published(tmp_path: Path, model: Model
     output = opened(name, tmp_path, model)
     if name in FILES:
         output.path.write_text("previous")
-    schema = output.columns(FACTS, SamplingParams()).schema()
+    schema = output.columns(FACTS, plan_of()).schema()
     with open_ledger(output.path, output.where) as ledger:
         plan = output.claim(ledger, plan_of(rows=6), frozenset(), False)
         commit(ledger, ROWS, schema)
@@ -329,7 +328,7 @@ def test_an_output_of_too_few_rows_is_not_published(tmp_path: Path, model: Model
 def run_spoiled(output: Output, plan: Plan, spoil: Callable[[Ledger], Any]) -> None:
     """A run over whatever is there, in which something happens between the last commit and the publication."""
     with open_ledger(output.path, output.where, overwrite=True) as ledger:
-        schema = output.columns(FACTS, SamplingParams()).schema()
+        schema = output.columns(FACTS, plan_of()).schema()
         output.claim(ledger, plan, frozenset(), False)
         commit(ledger, ROWS, schema)
         spoil(ledger)
@@ -376,7 +375,7 @@ def test_a_part_that_is_damaged_later_is_never_published_and_is_made_again(
     for damage, spoil in damages.items():
         store.clear()
         output = opened(name, tmp_path, model)
-        plan, schema = plan_of(format=output.format, rows=6), output.columns(FACTS, SamplingParams()).schema()
+        plan, schema = plan_of(format=output.format, rows=6), output.columns(FACTS, plan_of()).schema()
         with pytest.raises(OutputError, match="part"):
             run_spoiled(output, plan, lambda ledger, spoil=spoil: spoil(ledger.part(0)))
         assert not output.path.exists(), damage
@@ -623,7 +622,7 @@ def test_rows_that_are_not_those_of_the_input_are_never_published(
     server = request.getfixturevalue("store") if "://" in name else None
     one = {row.row: row for row in ROWS if row.sample == 0}
     output = opened(name, tmp_path, model)
-    schema = output.columns(FACTS, SamplingParams()).schema()
+    schema = output.columns(FACTS, plan_of()).schema()
     with open_ledger(output.path, output.where) as ledger:
         plan = output.claim(ledger, plan_of(format=output.format, rows=6), frozenset(), False)
         commit(ledger, [one[instead if row == lost else row] for row in range(6)], schema)
@@ -743,7 +742,7 @@ def test_a_retry_refuses_an_edited_file_before_its_rows(finished: Path, model: M
 
     def begin() -> None:
         output.rows_to_do(FACTS)
-        output.columns(FACTS, SamplingParams())
+        output.columns(FACTS, plan_of())
 
     with pytest.raises(BatchgenError, match=says):
         begin()

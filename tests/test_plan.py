@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from batchgen import __version__
 from batchgen.errors import UsageError
-from batchgen.jobs import generate
+from batchgen.job import ScoreInput, ScoreOptions
+from batchgen.jobs import running
 from batchgen.jobs.cli import app
 from batchgen.models.registry import check_bare_name
-from batchgen.plan import Plan
+from batchgen.plan import Plan, task_fields
 from batchgen.planning import Setting, make_plan
-from batchgen.types import MAX_SEED, SamplingParams
+from batchgen.types import MAX_SEED, READING, SamplingParams
 from tests.support.models import BYTES
 from tests.support.plans import plan_of
 
@@ -40,6 +41,7 @@ sampling = st.builds(
     n=st.integers(1, 1024),
     seed=st.integers(0, MAX_SEED),
     logprobs=st.none() | st.integers(0, 100),
+    prompt_logprobs=st.none() | st.integers(0, 100),
     stop=st.lists(text, max_size=8),
     include_stop=st.booleans(),
     bad_words=st.lists(text, max_size=4),
@@ -88,7 +90,7 @@ def parse(command: str, monkeypatch):
     def stop(job, **_):
         raise Stopped(job)
 
-    monkeypatch.setattr(generate, "run_job", stop)
+    monkeypatch.setattr(running, "run_job", stop)
     program, *words = shlex.split(command)
     assert program == "batchgen"
     with pytest.raises(Stopped) as stopped:
@@ -101,7 +103,15 @@ def parse(command: str, monkeypatch):
 def test_the_command_line_of_a_plan_gives_the_plan(plan):
     with pytest.MonkeyPatch.context() as monkeypatch:
         job = parse(plan.command_line(), monkeypatch)
-    facts = SimpleNamespace(sha256=plan.input, formats=plan.input_formats, rows=plan.rows, files=plan.files, names=())
+    facts = SimpleNamespace(
+        sha256=plan.input,
+        formats=plan.input_formats,
+        rows=plan.rows,
+        files=plan.files,
+        names=(),
+        bytes=0,
+        asks=frozenset(),
+    )
     model = SimpleNamespace(name=plan.model, hash=plan.model_hash, config=BYTES, precision=job.work.precision)
     made, automatic = make_plan(job, facts, model, Setting(plan.rows, 3, plan.format))
     assert made == plan
@@ -113,6 +123,64 @@ def test_the_command_line_of_a_plan_gives_the_plan(plan):
         assert (asked.delimiter, asked.quotes) == (delimiter, quotes)
     formats = {"auto"} if len(plan.input_formats) > 1 else {plan.input_formats[0]}
     assert {job.input.format} == formats
+
+
+columns = {
+    "text": st.fixed_dictionaries({"text_column": text}),
+    "completion": st.fixed_dictionaries({"prompt_column": text, "completion_column": text}),
+    "choices": st.fixed_dictionaries({"prompt_column": text, "choices_column": text, "answer_column": text}),
+}
+tasks = st.one_of(
+    st.tuples(
+        columns["text"],
+        st.builds(ScoreOptions, st.sampled_from(["endoftext", "given"]), st.integers(1, BYTES.n_ctx), st.booleans()),
+    ),
+    st.tuples(columns["completion"], st.builds(ScoreOptions, per_token=st.booleans(), kind=st.just("completion"))),
+    st.tuples(columns["choices"], st.builds(ScoreOptions, per_token=st.booleans(), kind=st.just("choices"))),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(plans, tasks)
+def test_the_command_line_of_a_plan_of_scores_gives_the_plan(plan, found):
+    names, task = found
+    given = ScoreInput((), id_column=plan.id_column, keep=plan.keep, **names)
+    own = {"row_params": False, "trim": False, "empty_prompt": "reject", "token_ids": False}
+    own |= {"parameters": READING, "prompt_column": given.prompt_column}
+    own |= {"on_too_long": "reject" if plan.on_too_long == "shorten" else plan.on_too_long}
+    plan = replace(plan, **own | task_fields(given, task))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        job = parse(plan.command_line(), monkeypatch)
+    assert job.task.kind == plan.kind
+    assert ("--prompt-column" in plan.command_line()) == (plan.prompt_column not in ("prompt", plan.text_column))
+    facts = SimpleNamespace(
+        sha256=plan.input,
+        formats=plan.input_formats,
+        rows=plan.rows,
+        files=plan.files,
+        names=(),
+        bytes=0,
+        asks=frozenset(),
+    )
+    model = SimpleNamespace(name=plan.model, hash=plan.model_hash, config=BYTES, precision=job.work.precision)
+    assert make_plan(job, facts, model, Setting(plan.rows, 3, plan.format))[0] == plan
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert plan.options() == task
+
+
+def test_plans_of_scores_differ_in_the_words_of_the_command_line():
+    def scores(options=ScoreOptions(stride=128), **columns):  # noqa: B008  # frozen
+        given = ScoreInput((), **columns)
+        return plan_of(prompt_column=given.prompt_column, **task_fields(given, options))
+
+    changed = scores(ScoreOptions("given", 64, True)).conflict(scores())
+    assert changed == (
+        "it had --first-token given, --stride 64, --per-token, "
+        "and this has --first-token endoftext, --stride 128, no --per-token"
+    )
+    changed = scores().conflict(scores(text_column="body"))
+    assert changed == "it had --text-column text, and this has --text-column body"
+    assert plan_of().conflict(scores()) == "it had the command generate, and this has the command score"
 
 
 @given(plans)

@@ -15,11 +15,14 @@ from batchgen.engine.limits import MAX_BATCH, kv_bytes_per_token
 from batchgen.errors import BatchgenError, UsageError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.weights import pack
+from batchgen.job import EmbedOptions, ScoreOptions
 from batchgen.models.model import Model
 from batchgen.plan import Plan
 from batchgen.planning import (
     FULL_BATCH_ROWS,
     MAX_CHUNK_ROWS,
+    MAX_CHUNK_TOKENS,
+    MAX_CHUNK_TOPS,
     MIN_CHUNK_ROWS,
     NOMINAL_JOBS,
     Setting,
@@ -28,11 +31,14 @@ from batchgen.planning import (
     available_memory,
     check_memory,
     default_kv_bytes,
+    fit_task,
     fitting_jobs,
     left_of_cgroup,
     make_plan,
     n_chunks,
     plan_chunks,
+    rows_to_hold,
+    rows_to_read,
     rows_within,
 )
 from batchgen.types import Precision, Rejected, SamplingParams
@@ -209,3 +215,40 @@ def test_a_plan_has_the_precision_of_the_model_as_it_was_opened(model):
     assert (planned(model)[0].precision, plan.precision) == ("float32", "int8")
     assert plan.kv_bytes == default_kv_bytes(model.config, "int8")
     assert "precision" not in automatic  # an output in another precision is another output
+
+
+# ---- tasks that only read
+
+
+def test_a_chunk_of_rows_to_read_is_cut_by_what_it_costs_to_read():
+    assert rows_to_read(ScoreOptions(), 800, 1024) == 655
+    assert rows_to_read(ScoreOptions(stride=64), 800, 1024) == 655  # it has one window
+    assert rows_to_read(ScoreOptions(stride=64), 8_000, 1024) == 4  # each token is read 16 times
+    assert rows_to_read(EmbedOptions(), 400_000, 1024) == 1
+    assert rows_to_read(ScoreOptions(), 0, 1024) == MAX_CHUNK_TOKENS
+
+
+def test_a_chunk_is_cut_by_the_log_probabilities_that_its_worker_holds():
+    def rows(row_bytes=4_000, asks=(), **params):
+        return rows_to_hold(SamplingParams(**params), frozenset(asks), row_bytes, 1024)
+
+    assert rows() == MAX_CHUNK_TOPS
+    assert (
+        rows(prompt_logprobs=100) == rows(asks=["prompt_logprobs"]) == 20
+    )  # what rows themselves ask for is not known
+    assert rows(prompt_logprobs=100, n=4) == 5
+    assert rows(prompt_logprobs=100, row_bytes=10**6) == rows(prompt_logprobs=100, row_bytes=4 * 1024)  # it is cut
+    assert rows(logprobs=100) >= MAX_CHUNK_ROWS > rows(logprobs=100, max_tokens=900)
+    assert rows(asks=["logprobs", "echo"]) < 20  # in OpenAI's lines these ask for both
+
+
+def test_a_task_has_the_stride_and_the_layer_that_it_comes_to():
+    config = BYTES
+    assert fit_task(None, config) is None
+    assert fit_task(ScoreOptions(), config) == ScoreOptions(stride=config.n_ctx)
+    assert fit_task(ScoreOptions(kind="choices"), config) == ScoreOptions(kind="choices")
+    layers = {layer: fit_task(EmbedOptions(layer=layer), config).layer for layer in (-3, -1, 0, 2)}
+    assert layers == {-3: 0, -1: 2, 0: 0, 2: 2}  # of 2 blocks
+    for layer in (-4, 3):
+        with pytest.raises(UsageError, match=rf"--layer {layer} is out of range \(-3 to 2: the model has 2 blocks\)"):
+            fit_task(EmbedOptions(layer=layer), config)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +19,7 @@ import pytest
 
 from batchgen.errors import BatchgenError, OutputError
 from batchgen.input import prompts as prompts_module
-from batchgen.job import Job
+from batchgen.job import Job, ScoreInput
 from batchgen.output.ledger import Ledger, work_directory
 from batchgen.run import run_job
 from batchgen.types import SamplingParams
@@ -100,6 +102,19 @@ def test_a_row_that_ends_every_worker_fails(job, folder, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_trial")
+def test_a_row_that_ends_the_worker_that_scores_it_fails(job):
+    this = job({3: "kill-first"}, jobs=1)
+    this = replace(this, input=ScoreInput(this.input.files, text_column="prompt"))
+    summary = run_job(this)
+    rows = rows_of(this)
+    assert [row["row"] for row in rows] == list(range(60))
+    assert {row["row"] for row in rows if row["status"] == "failed"} == {3}
+    assert rows[3]["text"] == "kill-first 3"
+    assert summary.scores.tokens == sum(len(row["text"]) for row in rows if row["status"] == "ok")
+    assert "its worker died" in rows[3]["error"]
+
+
+@pytest.mark.usefixtures("one_trial")
 def test_all_such_rows_of_a_chunk_are_found(job, folder, monkeypatch):
     monkeypatch.setattr(prompts_module, "TOGETHER", 1)  # the first three are in one chunk
     words = {3: "exit-first", 4: "kill-last", 5: "raise-first", 50: "kill-first"}
@@ -136,8 +151,11 @@ def test_the_output_is_the_same_if_workers_are_killed(job, folder):
     killed = []
 
     def kill_some() -> None:
+        paths: list[Path] = []
         while len(killed) < 3:
-            for path in work_directory(this.output.path).glob("attempt-*"):
+            with suppress(FileNotFoundError):  # the run has not begun, or has just ended
+                paths = list(work_directory(this.output.path).glob("attempt-*"))
+            for path in paths:
                 for sighting in read_sightings(path):
                     if sighting.running and sighting.pid not in killed:
                         os.kill(sighting.pid, signal.SIGKILL)

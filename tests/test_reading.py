@@ -45,9 +45,10 @@ def test_batches_are_all_rows_in_order(output):
 
 
 def test_rows_are_found_with_all_their_samples(output):
-    found = read_input_rows(output, [3, 349, 350, 9_999])
+    found = read_input_rows(output, [3, 349, 350, 9_999], ["row", "sample"])
+    assert found.column_names == ["row", "sample"]
     assert found["row"].to_pylist() == [3, 3, 349, 349, 350, 350, 9_999, 9_999]
-    assert read_input_rows(output, []).num_rows == 0
+    assert read_input_rows(output, [], ["row"]).num_rows == 0
 
 
 @pytest.mark.parametrize(

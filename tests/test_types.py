@@ -18,13 +18,16 @@ from batchgen.types import (
     MAX_REASONS,
     MAX_SEED,
     Chunk,
+    EmbeddingRow,
     OutputRow,
+    Passage,
     Reason,
     Receipt,
     Rejected,
     Request,
     RowParameters,
     SamplingParams,
+    ScoreRow,
     TokenizedRequest,
     add_reasons,
 )
@@ -42,6 +45,7 @@ RANGES = {
     "n": [1, MAX_N],
     "seed": [0, MAX_SEED],
     "logprobs": [None, 0, MAX_LOGPROBS],
+    "prompt_logprobs": [None, 0, MAX_LOGPROBS],
 }
 BEYOND = {
     "max_tokens": [0, -1, 2**31, 1.0, "4"],
@@ -56,6 +60,7 @@ BEYOND = {
     "n": [0, MAX_N + 1, 2.0],
     "seed": [-1, MAX_SEED + 1, 1.5],
     "logprobs": [-1, MAX_LOGPROBS + 1, 1.0],
+    "prompt_logprobs": [-1, MAX_LOGPROBS + 1, 1.0],
 }
 NO_NUMBERS = [float("nan"), float("inf"), float("-inf"), True, False, "1", [], None]
 
@@ -72,6 +77,9 @@ RECORDS = [
     Receipt(0, "p", "0" * 64, 2, 3, 1, 1, 1, 9, 9),
     Reason(3, 7, "p.jsonl:8", "not JSON"),
     RowParameters(Counter(seed=3), results=("parameters",)),
+    Passage((1, 2, 3), 1),
+    ScoreRow(row=0, id=None, prompt="a", status="ok", tokens=1, logprob=-0.5),
+    EmbeddingRow(row=0, id=None, prompt="a", status="ok", embedding=(0.5, 1.0)),
 ]
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BatchgenError)]
 
@@ -92,9 +100,16 @@ def test_a_value_out_of_range_is_refused_by_name_value_and_range(name, value):
 @pytest.mark.parametrize("name", RANGES)
 def test_what_is_no_finite_number_is_refused_everywhere(name):
     for value in NO_NUMBERS:
-        if (name, value) != ("logprobs", None):
+        if (name, value) not in (("logprobs", None), ("prompt_logprobs", None)):
             with pytest.raises(UsageError, match=f"^{name} .* is out of range"):
                 SamplingParams(**{name: value})
+
+
+def test_nothing_is_generated_only_if_the_prompt_is_asked_for():
+    assert SamplingParams(max_tokens=0, prompt_logprobs=0).max_tokens == 0
+    assert SamplingParams(max_tokens=0, echo=True).max_tokens == 0
+    with pytest.raises(UsageError, match="^max_tokens 0 is out of range .*prompt_logprobs or echo"):
+        SamplingParams(max_tokens=0)
 
 
 def test_every_number_among_the_parameters_has_a_range():
@@ -172,7 +187,7 @@ def test_every_record_pickles_and_cannot_be_changed(record):
 
 def test_no_record_was_forgotten():
     made = {type(record) for record in RECORDS}
-    assert made == {kind for kind in vars(types).values() if is_dataclass(kind)}
+    assert made == {kind for kind in vars(types).values() if isinstance(kind, type) and is_dataclass(kind)}
 
 
 @pytest.mark.parametrize("kind", ERRORS)

@@ -12,14 +12,11 @@ from batchgen.output.reading import read_stored
 from batchgen.output.rows import LocalOutput, Stored
 from batchgen.output.schema import Columns, choose_columns
 from batchgen.plan import Plan
-from batchgen.types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset(LocalOutput):
     """A folder that the parts become; it takes the place of an older dataset in two renames."""
-
-    token_ids: bool = False
 
     @property
     def format(self) -> str:
@@ -42,8 +39,8 @@ class Dataset(LocalOutput):
     def stored(self) -> Stored | None:
         return read_stored(self.path) if is_dataset(self.path) else None
 
-    def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
-        return choose_columns(self.prompts, facts, sampling, token_ids=self.token_ids)
+    def columns(self, facts: Facts, plan: Plan, n_embd: int = 0) -> Columns:
+        return choose_columns(self.prompts, facts, plan, n_embd)
 
     def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
         ledger.publish_dataset(plan, rows)

@@ -27,7 +27,6 @@ from batchgen.output.reading import read_stored
 from batchgen.output.rows import LocalOutput, Stored
 from batchgen.output.schema import Columns, choose_columns
 from batchgen.plan import Plan
-from batchgen.types import SamplingParams
 
 GROUP_BATCHES = 512
 
@@ -86,7 +85,6 @@ class FileOutput(LocalOutput):
     """A file that `write` fills with all rows; it appears complete or not at all."""
 
     write: WriteRows
-    token_ids: bool = False
     has_answers: bool = False  # to an OpenAI batch file
 
     @property
@@ -114,8 +112,8 @@ class FileOutput(LocalOutput):
             return None
         return read_beside(self.path) if is_json_lines(self.path) else read_stored(self.path)
 
-    def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
-        columns = choose_columns(self.prompts, facts, sampling, token_ids=self.token_ids)
+    def columns(self, facts: Facts, plan: Plan, n_embd: int = 0) -> Columns:
+        columns = choose_columns(self.prompts, facts, plan, n_embd)
         if self.has_answers and columns.logprobs:  # an answer has the text of each token
             return replace(columns, token_ids=True)
         return columns

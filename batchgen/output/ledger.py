@@ -33,7 +33,7 @@ from batchgen.limits import reached_limit, reason_of
 from batchgen.options import say
 from batchgen.output.parts import MADE_AGAIN, check_count, in_order, part_name, read_numbers, read_receipt
 from batchgen.plan import Plan
-from batchgen.types import Reason, Receipt, add_reasons
+from batchgen.types import TOTALS, Reason, Receipt, add_reasons
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ OWN = {"lock", "plan.json", "published.json", "parts", "old", "overwrite", "dest
 OF_A_STORE = ("run", "parts", "statuses")  # keys of a _SUCCESS in an object store; see upload.py
 COUNTS = (
     *("input_rows", "rows", "ok", "rejected", "failed", "prompt_tokens", "completion_tokens"),
-    *("space_ends", "special_texts"),
+    *("space_ends", "special_texts", *TOTALS),
 )
 
 

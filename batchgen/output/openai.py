@@ -4,6 +4,7 @@ https://platform.openai.com/docs/guides/batch and its /v1/completions. Nothing h
 work is cut: equal inputs, models and parameters give equal bytes.
 """
 
+import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ import pyarrow as pa
 
 from batchgen.output.file import WriteRows
 from batchgen.plan import Plan
-from batchgen.text.tokenizer import StreamDecoder, Tokenizer
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import SamplingParams
 
 CREATED = 0  # a time would make each run's bytes its own
@@ -30,35 +31,83 @@ def _error(message: str) -> Json:
 
 def _offsets(ids: Sequence[int], tokenizer: Tokenizer, skip_special: bool) -> Iterator[int]:
     """The character of the text at which each token begins; for a part of a character, that character."""
-    decoder, characters = StreamDecoder(tokenizer, skip_special=skip_special), 0
+    decoder, characters = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
     for token in ids:
-        yield characters
-        characters += len(decoder.push([token]))
+        data = tokenizer.decode_bytes([token], skip_special=skip_special)
+        characters += len(decoder.decode(data[:1]))  # of bytes before it that are no character, U+FFFD comes only now
+        is_whole = data and not decoder.getstate()[0]  # its first byte ends a character, else it is in the next one
+        yield characters - 1 if is_whole else characters
+        characters += len(decoder.decode(data[1:]))
 
 
-def _logprobs(sample: Row, tokenizer: Tokenizer, params: SamplingParams) -> Json:
-    own = json.loads(sample.get("parameters") or "{}")
-    skip_special = own.get("skip_special_tokens", params.skip_special_tokens)
-    ids, length = sample["completion_token_ids"], len(sample["completion"])
+def _prompt_offsets(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> Iterator[int]:
+    """The same of a prompt that was given as a text: its tokens are the end of the text, of which they may be a part.
+
+    text="a\u2603b" (bytes 61 e2 98 83 62), ids of 98, 83 and 62 -> 1, 1, 2
+    """
+    data = text.encode()
+    characters = [number for number, character in enumerate(text) for _ in character.encode()]
+    characters.append(len(text))  # [bytes + 1]
+    n_begin = len(tokenizer.special.begin)  # tokens that stand before every text
+    places, end = [], len(data)
+    for token in reversed(ids[n_begin:]):
+        word = tokenizer.decode_bytes([token])
+        place = data.rfind(word, 0, end)
+        if place < 0 or data[place + len(word) : end].decode(errors="replace").strip():  # a token may take spaces too
+            place = end - len(word)  # below 0 if the tokenizer puts a space before the text
+        end = max(place, 0)
+        places.append(characters[end])
+    yield from [characters[end]] * len(ids[:n_begin])
+    yield from reversed(places)
+
+
+def _logprobs(sample: Row, tokenizer: Tokenizer, own: Json) -> Json:
+    """Of the completion's tokens; with echo, of the prompt's before them, of which the first has none."""
+    ids, logprobs, tops = (sample[name] or [] for name in ("completion_token_ids", "logprobs", "top_logprobs"))
+    offsets = [*_offsets(ids, tokenizer, bool(own["skip_special_tokens"]))]
+    if own["echo"]:
+        prompt, prompt_ids = sample["prompt"], sample["prompt_token_ids"]
+        is_text = "prompt_token_ids" not in own
+        begins = _prompt_offsets(prompt_ids, prompt, tokenizer) if is_text else _offsets(prompt_ids, tokenizer, False)
+        offsets = [*begins, *(len(prompt) + offset for offset in offsets)]
+        ids, logprobs = [*prompt_ids, *ids], [*sample["prompt_logprobs"], *logprobs]
+        tops = [*(sample["prompt_top_logprobs"] or []), *tops]
     tokens = [tokenizer.token_text(token) for token in ids]
-    tops = [{top["token"]: top["logprob"] for top in tops} for tops in sample["top_logprobs"] or ()]
-    for top, token, logprob in zip(tops, tokens, sample["logprobs"], strict=False):  # there are none for logprobs 0
-        top.setdefault(token, logprob)  # OpenAI's always have the chosen token among them
+    tops = [top and {one["token"]: one["logprob"] for one in top} for top in tops]
+    for top, token, logprob in zip(tops, tokens, logprobs, strict=False):  # there are none for logprobs 0
+        if top is not None:
+            top.setdefault(token, logprob)  # OpenAI's always have the token itself among them
     return {
         "tokens": tokens,
-        "token_logprobs": sample["logprobs"],
+        "token_logprobs": logprobs,
         "top_logprobs": tops or None,
-        "text_offset": [min(offset, length) for offset in _offsets(ids, tokenizer, skip_special)],
+        "text_offset": [min(offset, len(sample["completion"])) for offset in offsets],
     }
+
+
+def _prompt_logprobs(sample: Row, tokenizer: Tokenizer) -> list[Json | None]:
+    """The prompt's alone, which OpenAI's answers do not have, as vLLM writes them: by token id."""
+    named: list[Json | None] = []
+    tops = sample["prompt_top_logprobs"] or [()] * len(sample["prompt_token_ids"])
+    for token, logprob, top in zip(sample["prompt_token_ids"], sample["prompt_logprobs"], tops, strict=True):
+        pairs = {token: logprob} | {one["token_id"]: one["logprob"] for one in top or ()}
+        texts = {key: {"logprob": value, "decoded_token": tokenizer.token_text(key)} for key, value in pairs.items()}
+        named.append(None if logprob is None else {str(key): value for key, value in texts.items()})
+    return named
 
 
 def _choice(sample: Row, tokenizer: Tokenizer, params: SamplingParams) -> Json:
-    return {
+    own: Json = params.as_dict() | json.loads(sample.get("parameters") or "{}")
+    logprobs = None if sample.get("logprobs") is None else _logprobs(sample, tokenizer, own)
+    choice: Json = {
         "text": sample["completion"],
         "index": sample["sample"],
-        "logprobs": None if sample.get("logprobs") is None else _logprobs(sample, tokenizer, params),
+        "logprobs": logprobs,
         "finish_reason": "length" if sample["finish_reason"] == "length" else "stop",  # OpenAI has no word for a loop
     }
+    if sample.get("prompt_logprobs") is not None and not (logprobs and own["echo"]):
+        choice["prompt_logprobs"] = _prompt_logprobs(sample, tokenizer)
+    return choice
 
 
 def _usage(samples: Sequence[Row]) -> Json:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from batchgen.errors import UsageError
 from batchgen.input.prompts import Facts, Prompts
-from batchgen.job import OutputOptions
+from batchgen.job import Job, OutputOptions
 from batchgen.options import say
 from batchgen.output.dataset import Dataset
 from batchgen.output.file import FileOutput, write_json_lines, write_parquet
@@ -22,7 +22,6 @@ from batchgen.output.store import is_address, open_store, parse_address
 from batchgen.output.upload import DatasetUpload, FileUpload
 from batchgen.plan import Plan
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import SamplingParams
 
 LoadTokenizer: TypeAlias = Callable[[], Tokenizer]
 
@@ -51,7 +50,7 @@ class Output(Protocol):
     def stored(self) -> Stored | None:
         """What is there already, None if nothing; InputError if it is not a complete output of batchgen."""
 
-    def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
+    def columns(self, facts: Facts, plan: Plan, n_embd: int = 0) -> Columns:
         """The columns of every row, fixed before the first."""
 
     def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
@@ -85,7 +84,7 @@ def _make_file(path: Path, options: OutputOptions, prompts: Prompts, load_tokeni
     else:
         write = write_json_lines if is_json_lines(path) else write_parquet
     kind = RetriedFile if options.retry_failed else FileOutput
-    return kind(path, prompts, write, options.token_ids, has_answers)
+    return kind(path, prompts, write, has_answers)
 
 
 def _open_local(text: str, options: OutputOptions, prompts: Prompts, load_tokenizer: LoadTokenizer) -> Output:
@@ -101,7 +100,7 @@ def _open_local(text: str, options: OutputOptions, prompts: Prompts, load_tokeni
     if options.retry_failed:
         what = "wants a finished .parquet file, and this is a dataset"
         raise UsageError(f"{path}: {say('retry_failed', True)} {what}")
-    return Dataset(path, prompts, options.token_ids)
+    return Dataset(path, prompts)
 
 
 def _open_upload(text: str, options: OutputOptions, prompts: Prompts, load_tokenizer: LoadTokenizer) -> Output:
@@ -114,14 +113,14 @@ def _open_upload(text: str, options: OutputOptions, prompts: Prompts, load_token
     store = open_store(address)
     if address.name:
         return FileUpload(_make_file(path, options, prompts, load_tokenizer), address, store)
-    return DatasetUpload(Dataset(path, prompts, options.token_ids), address, store)
+    return DatasetUpload(Dataset(path, prompts), address, store)
 
 
-def open_output(options: OutputOptions, prompts: Prompts, load_tokenizer: LoadTokenizer) -> Output:
-    """The output that the options ask for, after its check; BatchgenError if the place cannot be used."""
-    check_keep(prompts.options.keep)
-    text = str(options.path)
+def open_output(job: Job, prompts: Prompts, load_tokenizer: LoadTokenizer) -> Output:
+    """The output that the job asks for, after its check; BatchgenError if the place cannot be used."""
+    check_keep(job.input.keep, Columns(kind=job.kind, answer=getattr(job.input, "answer_column", None) is not None))
+    text = str(job.output.path)
     choose = _open_upload if is_address(text) else _open_local
-    output = choose(text, options, prompts, load_tokenizer)
+    output = choose(text, job.output, prompts, load_tokenizer)
     output.check()
     return output

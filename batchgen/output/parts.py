@@ -22,7 +22,7 @@ from batchgen.limits import reached_limit, reason_of
 from batchgen.options import say
 from batchgen.output.place import KEPT, output_errors
 from batchgen.output.schema import rows_to_table
-from batchgen.types import OutputRow, Reason, Receipt
+from batchgen.types import TOTALS, EmbeddingRow, Reason, Receipt, Row, ScoreRow
 
 GROUP_ROWS = 65_536  # of a row group at most
 GROUP_BYTES = 64 * 2**20  # a row group is held in memory until it is written
@@ -34,12 +34,13 @@ MADE_AGAIN = "the same command makes it again"
 METADATA_KEY = "batchgen"  # in the metadata of a file of all rows: the plan
 FEW_VALUES = ["finish_reason", "status", "error", "parameters"]  # worth a dictionary; other columns rarely repeat
 
-KeptOf: TypeAlias = Callable[[Sequence[OutputRow]], pa.Table | None]  # the input's columns of these rows
+KeptOf: TypeAlias = Callable[[Sequence[Row]], pa.Table | None]  # the input's columns of these rows
 PARQUET_OPTIONS: dict[str, object] = {
     "compression": "zstd",
     "use_dictionary": FEW_VALUES,
     "write_statistics": ["row", "sample", "status"],
     "write_page_checksum": True,
+    "column_encoding": {"embedding.list.element": "BYTE_STREAM_SPLIT"},  # a tenth smaller than plain, and faster
 }
 
 
@@ -65,11 +66,19 @@ def part_name(chunk: int, sha256: str) -> str:
     return f"{chunk:08d}-{sha256[:16]}.parquet"
 
 
-def _groups(rows: Sequence[OutputRow]) -> Iterator[Sequence[OutputRow]]:
+def _size(row: Row) -> int:
+    """About the bytes of a row's longest columns."""
+    if isinstance(row, EmbeddingRow):
+        return len(row.prompt or "") + (0 if row.embedding is None else row.embedding.nbytes)
+    more = row.choices or () if isinstance(row, ScoreRow) else ()
+    return len(row.prompt or "") + len(row.completion or "") + sum(map(len, more))
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     """The rows in groups of about GROUP_BYTES of text: samples of a row share its prompt until they are written."""
     begin = size = 0
     for at, row in enumerate(rows):
-        size += len(row.prompt or "") + len(row.completion or "")
+        size += _size(row)
         if size >= GROUP_BYTES:
             yield rows[begin : at + 1]
             begin, size = at + 1, 0
@@ -77,7 +86,7 @@ def _groups(rows: Sequence[OutputRow]) -> Iterator[Sequence[OutputRow]]:
         yield rows[begin:]
 
 
-def write_part(rows: Sequence[OutputRow], path: Path, schema: pa.Schema, keep: KeptOf = lambda _: None) -> str:
+def write_part(rows: Sequence[Row], path: Path, schema: pa.Schema, keep: KeptOf = lambda _: None) -> str:
     """Write one chunk's rows to a new file, on disk when this returns its SHA-256; equal rows give equal bytes."""
     with output_errors(path, KEPT):
         with open(path, "xb") as file:
@@ -225,7 +234,8 @@ def check_count(where: Path | str, rows: int, expected: int) -> None:
 
 def with_receipt(schema: pa.Schema, receipt: Receipt) -> pa.Schema:
     """The schema of a part that carries its receipt, without the fields that are only known of the finished file."""
-    values = {key: value for key, value in asdict(receipt).items() if key not in ("path", "sha256")}
+    left_out = {"path", "sha256", *(name for name in TOTALS if not getattr(receipt, name))}
+    values = {key: value for key, value in asdict(receipt).items() if key not in left_out}
     return schema.with_metadata({RECEIPT_KEY: json.dumps(values)})
 
 

@@ -1,7 +1,7 @@
 """A finished output, a Parquet file or a dataset, read again: the plan in its metadata, and its rows."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from batchgen.output.ledger import is_dataset, parse_plan
 from batchgen.output.parts import METADATA_KEY, group_batches, open_parquet
 from batchgen.output.place import is_json_lines
 from batchgen.output.rows import Stored
-from batchgen.output.schema import OWN
+from batchgen.output.schema import columns_of
 from batchgen.plan import Plan
 
-_NUMBERS = ("row", "sample", "prompt_tokens", "completion_tokens")
 NEVER_NULL = {"row", "sample", "status"}
-_TEXTS = ("id", "prompt", "completion", "finish_reason", "status", "error")
+_ALWAYS = {  # of completions, whatever version wrote them
+    *("row", "sample", "prompt_tokens", "completion_tokens"),
+    *("id", "prompt", "completion", "finish_reason", "status", "error"),
+}
 
 
 @contextmanager
@@ -75,20 +77,28 @@ def _read_metadata(path: Path) -> tuple[bytes, pa.Schema | None]:
     return text, schema
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+def _words(kind: pa.DataType) -> str:
+    """What a column holds, whatever wrote it: int64 -> whole numbers; list<double> -> lists of fractions"""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return f"lists of {_words(kind.value_type)}"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return "text"
+    words = {pa.types.is_integer: "whole numbers", pa.types.is_floating: "fractions", pa.types.is_boolean: "yes or no"}
+    return next((text for is_one, text in words.items() if is_one(kind)), str(kind))
 
 
-def _check_columns(path: Path, schema: pa.Schema) -> None:
-    for name in (*_NUMBERS, *_TEXTS):
-        found = schema.names.count(name)
+def _check_columns(path: Path, schema: pa.Schema, plan: Plan) -> None:
+    for field in columns_of(plan).schema():
+        if plan.task == "generate" and field.name not in _ALWAYS:
+            continue
+        found = schema.names.count(field.name)
         if found != 1:
-            what = f"no column {name!r}" if not found else f"{found} columns {name!r}"
+            what = f"no column {field.name!r}" if not found else f"{found} columns {field.name!r}"
             raise InputError(f"{path}: has {what}; it was changed: take the file as batchgen wrote it")
-        kind = schema.field(name).type
-        words = "whole numbers" if name in _NUMBERS else "text"
-        if not (pa.types.is_integer(kind) if name in _NUMBERS else _is_text(kind)):
-            raise InputError(f"{path}: column {name!r} is of type {kind}, not {words}; it was changed")
+        kind = schema.field(field.name).type
+        if _words(kind) != _words(field.type):
+            what = f"column {field.name!r} is of type {kind}, not {_words(field.type)}"
+            raise InputError(f"{path}: {what}; it was changed")
 
 
 def _name_writer(text: bytes) -> str:
@@ -109,7 +119,7 @@ def read_plan(path: Path) -> Plan:
         what = f"the metadata under {METADATA_KEY!r} is not a plan of this version ({error})"
         raise InputError(f"{path}: {what}; it was changed, or {_name_writer(text)} wrote it") from error
     if schema is not None:
-        _check_columns(path, schema)
+        _check_columns(path, schema, plan)
     return plan
 
 
@@ -142,12 +152,12 @@ def check_rows(path: Path, plan: Plan, rows: int) -> None:
         raise InputError(f"{path}: holds {rows} input rows, and its metadata says {plan.rows}; it was changed")
 
 
-def read_input_rows(path: Path, rows: Sequence[int]) -> pa.Table:
+def read_input_rows(path: Path, rows: Sequence[int], own: Collection[str]) -> pa.Table:
     """All output rows of some input rows, in order, without kept columns, whose values Python may not hold."""
     wanted, tables = pa.array(rows, pa.int64()), []
     for file_path in output_files(path):
         with open_output_file(file_path) as file:
-            names = [name for name in file.schema_arrow.names if name in OWN]
+            names = [name for name in file.schema_arrow.names if name in own]
             tables.append(file.schema_arrow.empty_table().select(names))
             for group in range(file.num_row_groups):
                 found = pc.is_in(file.read_row_group(group, ["row"], use_threads=False)["row"], wanted)

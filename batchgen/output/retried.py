@@ -21,7 +21,7 @@ from batchgen.output.reading import open_output_file, read_batches, read_plan, r
 from batchgen.output.rows import Rows
 from batchgen.output.schema import Columns
 from batchgen.plan import Plan
-from batchgen.types import Reason, SamplingParams, add_reasons
+from batchgen.types import Reason, add_reasons
 
 
 def find_failed(path: Path, rows: int) -> Rows:
@@ -90,9 +90,9 @@ class RetriedFile(FileOutput):
         self.seen[:] = [sha256_of(self.path)]
         return find_failed(self.path, plan.rows)
 
-    def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
+    def columns(self, facts: Facts, plan: Plan, n_embd: int = 0) -> Columns:
         """The columns of the new rows; OutputError unless the file has just these."""
-        columns = FileOutput.columns(self, facts, sampling)
+        columns = FileOutput.columns(self, facts, plan, n_embd)
         with open_output_file(self.path) as file:
             if not file.schema_arrow.equals(columns.schema(facts.kept)):
                 what = "another program changed its columns, or their types or order"

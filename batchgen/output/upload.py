@@ -36,7 +36,6 @@ from batchgen.output.rows import Rows, Stored
 from batchgen.output.schema import Columns
 from batchgen.output.store import Address, Store, in_thread, in_threads, is_address, open_store
 from batchgen.plan import Plan
-from batchgen.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -278,8 +277,8 @@ class Upload:
         check_folder(self.path, self.local.prompts.local_paths)
         check_store(self.address, run_name(self.path))
 
-    def columns(self, facts: Facts, sampling: SamplingParams) -> Columns:
-        return self.local.columns(facts, sampling)
+    def columns(self, facts: Facts, plan: Plan, n_embd: int = 0) -> Columns:
+        return self.local.columns(facts, plan, n_embd)
 
     def rows_to_do(self, facts: Facts) -> Rows:
         return self.local.rows_to_do(facts)

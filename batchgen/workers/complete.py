@@ -1,9 +1,9 @@
 """Chunks into rows: an engine over a model's shards, and what it makes of a chunk's requests."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -13,11 +13,16 @@ from batchgen.models.model import Model
 from batchgen.planning import default_kv_bytes
 from batchgen.text.stopping import StopStrings, bad_word_ids, completed_text
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import Chunk, OutputRow, Rejected, SamplingParams, TokenizedRequest
+from batchgen.types import Chunk, EmbeddingRow, OutputRow, Rejected, SamplingParams, ScoreRow, TokenizedRequest
 from batchgen.workers.marker import RECORD, Marker, Phase
 
 if TYPE_CHECKING:
     from batchgen.engine.engine import Engine
+
+R = TypeVar("R", ScoreRow, EmbeddingRow)
+
+# of each token, the likeliest ones in its place, with their log-probabilities
+Tops: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
 
 
 def map_engine(
@@ -49,8 +54,11 @@ def to_prompts(request: TokenizedRequest, tokenizer: Tokenizer) -> list[Prompt]:
     params = request.params
     bad_words = bad_word_ids(params.bad_words, tokenizer)
     firsts = range(0, len(request.prompts) * params.n, params.n)
+    scored = None if params.prompt_logprobs is None else 1  # nothing is before the first token
     return [
-        Prompt(request.row, ids, params, sample_seeds(params.seed, request.row, params.n, first), first, bad_words)
+        Prompt(
+            request.row, ids, params, sample_seeds(params.seed, request.row, params.n, first), first, bad_words, scored
+        )
         for first, (_, ids) in zip(firsts, request.prompts, strict=True)
     ]
 
@@ -75,6 +83,18 @@ def unfinished_row(item: Rejected) -> OutputRow:
     )
 
 
+def unread_row(item: Rejected, record: type[R]) -> R:
+    """The same of a request that is not scored, or not embedded."""
+    return record(
+        row=item.row,
+        id=item.id,
+        prompt=item.prompt,
+        status=item.status,
+        error=item.error.encode("utf-8", "backslashreplace").decode(),
+        prompt_tokens=item.prompt_tokens,
+    )
+
+
 def completed_row(
     request: TokenizedRequest, completion: Completion, tokenizer: Tokenizer, seed: int, run_params: SamplingParams
 ) -> OutputRow:
@@ -83,6 +103,7 @@ def completed_row(
     prompt_index = completion.sample // params.n
     prompt, prompt_token_ids = request.prompts[prompt_index]
     text, stop_reason = completed_text(completion.token_ids, params, tokenizer)
+    prompt_logprobs, prompt_tops = completion.prompt_logprobs, completion.prompt_top_logprobs
     return OutputRow(
         row=request.row,
         sample=completion.sample,
@@ -97,10 +118,13 @@ def completed_row(
         seed=None if params.greedy else seed,
         completion_token_ids=completion.token_ids,
         logprobs=completion.logprobs,
-        top_logprobs=_with_texts(completion, tokenizer) if params.logprobs else None,
+        top_logprobs=_with_texts(completion.top_logprobs, tokenizer) if params.logprobs else None,
         stop_reason=stop_reason,
         prompt_index=prompt_index,
         parameters=own_parameters(params, run_params, prompt_token_ids if request.given_as_ids else None),
+        prompt_token_ids=None if prompt_logprobs is None else prompt_token_ids,
+        prompt_logprobs=None if prompt_logprobs is None else (None, *prompt_logprobs),
+        prompt_top_logprobs=(None, *_with_texts(prompt_tops, tokenizer)) if params.prompt_logprobs else None,
     )
 
 
@@ -114,15 +138,31 @@ def own_parameters(
     return json.dumps(own, sort_keys=True) if own else None
 
 
-def _with_texts(completion: Completion, tokenizer: Tokenizer) -> tuple[tuple[tuple[int, str, float], ...], ...]:
+def _with_texts(tops: Tops | None, tokenizer: Tokenizer) -> tuple[tuple[tuple[int, str, float], ...], ...]:
     """(token id, log-probability) -> (token id, its text, log-probability)"""
-    return tuple(
-        tuple((token, tokenizer.token_text(token), logprob) for token, logprob in top)
-        for top in completion.top_logprobs or ()
-    )
+    return tuple(tuple((token, tokenizer.token_text(token), logprob) for token, logprob in top) for top in tops or ())
 
 
 # ---- a chunk
+
+
+def begin_chunk(
+    chunk: Chunk, make_prompts: Callable[[TokenizedRequest], list[Prompt]], engine: "Engine", marker: Marker
+) -> tuple[dict[int, TokenizedRequest], list[Prompt]]:
+    """The requests of a chunk by row, and the prompts that are made of them; its rejected rows are done."""
+    requests = {item.row: item for item in chunk.items if isinstance(item, TokenizedRequest)}
+    marker.add(len(chunk.items) - len(requests), 0)
+    marker.begin(len(chunk.items), engine.work)
+    prompts: list[Prompt] = []
+    for request in requests.values():
+        try:
+            own = make_prompts(request)
+            check_prompts(own, engine.config)
+        except Exception:
+            marker.set_in_flight([request.row])  # to be blamed
+            raise
+        prompts += own
+    return requests, prompts
 
 
 def complete_chunk(
@@ -130,18 +170,8 @@ def complete_chunk(
 ) -> list[OutputRow]:
     """The chunk's output rows in order: every sample of every request, and a row for each rejected one."""
     marker = marker or Marker(np.zeros(1, RECORD))
-    requests = {item.row: item for item in chunk.items if isinstance(item, TokenizedRequest)}
     rows = {(item.row, 0): unfinished_row(item) for item in chunk.items if isinstance(item, Rejected)}
-    marker.add(len(rows), 0)
-    marker.begin(len(chunk.items), engine.work)
-    prompts: list[Prompt] = []
-    for request in requests.values():
-        try:
-            prompts += to_prompts(request, tokenizer)
-            check_prompts(prompts[-len(request.prompts) :], engine.config)
-        except Exception:
-            marker.set_in_flight([request.row])  # to be blamed
-            raise
+    requests, prompts = begin_chunk(chunk, lambda request: to_prompts(request, tokenizer), engine, marker)
     seeds = {(p.row, sample): seed for p in prompts for sample, seed in enumerate(p.seeds, p.first_sample)}
     stop_strings = StopStrings(tokenizer) if any(prompt.params.stop for prompt in prompts) else None
     for completion in engine.generate(prompts, marker.on_step, stop_strings):

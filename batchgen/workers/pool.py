@@ -27,7 +27,7 @@ from joblib.externals.loky.process_executor import ShutdownExecutorError
 from batchgen.errors import BatchgenError
 from batchgen.limits import FEW_THREADS, reached_limit, reason_of
 from batchgen.options import say
-from batchgen.types import Chunk, Receipt, TokenizedRequest
+from batchgen.types import MAX_INT, Chunk, Receipt, TokenizedRequest
 from batchgen.workers.blame import (
     STALL_SECONDS,
     UNSEEN,
@@ -303,7 +303,8 @@ class Pool:
 
     def _try(self, items: Sequence[TokenizedRequest], chunk: Chunk, trial: Trial) -> Loss | None:
         """Complete rows of a chunk one by one in a worker of their own; None if it lives."""
-        tried = tuple(item.with_max_tokens(1) if trial.is_first_step else item for item in items)
+        most = 1 if trial.is_first_step else MAX_INT
+        tried = tuple(item.with_max_tokens(min(item.params.max_tokens, most)) for item in items)
         part = replace(chunk, items=tried, kept=None)
         executor = take_executor(1)
         try:

@@ -19,6 +19,7 @@ from joblib.externals.loky import process_executor
 
 from batchgen.errors import ModelError, OutputError, SetupError
 from batchgen.input.kept import kept_columns
+from batchgen.job import EmbedOptions, ScoreOptions
 from batchgen.limits import reached_limit
 from batchgen.models.model import Model
 from batchgen.output.parts import with_receipt, write_part
@@ -26,17 +27,18 @@ from batchgen.output.schema import Columns
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import (
     Chunk,
-    OutputRow,
     Precision,
     Reason,
     Receipt,
     Rejected,
+    Row,
     SamplingParams,
     TokenizedRequest,
     add_reasons,
 )
-from batchgen.workers.complete import complete_chunk, map_engine
+from batchgen.workers.complete import map_engine
 from batchgen.workers.marker import Marker, Sighting
+from batchgen.workers.tasks import count_totals, made_tokens, rows_of_chunk
 
 if TYPE_CHECKING:
     from batchgen.engine.engine import Engine
@@ -58,6 +60,7 @@ class WorkerSetup:
     share_prefixes: bool
     columns: Columns
     params: SamplingParams  # the run's; a row may have others
+    task: ScoreOptions | EmbedOptions | None = None  # None: generate
     parent: int  # process id: the worker dies with it
     markers: str | None = None  # directory; None: the attempt's
     plan: str = ""  # its digest
@@ -98,22 +101,24 @@ def load_engine(setup: WorkerSetup) -> tuple["Engine", Tokenizer, Model]:
     return engine, tokenizer, model
 
 
-def make_receipt(chunk: Chunk, rows: Sequence[OutputRow], path: Path, plan: str = "") -> Receipt:
+def make_receipt(chunk: Chunk, rows: Sequence[Row], path: Path, plan: str = "") -> Receipt:
     """The counts of a chunk's rows; the part at `path` is not written yet."""
-    generated = [row for row in rows if row.status == "ok"]
+    made = [row for row in rows if row.status == "ok"]
+    places = {item.row: item.place for item in chunk.items}
     reasons: dict[str, Reason] = {}
-    add_reasons(reasons, (Reason.of(item) for item in chunk.items if isinstance(item, Rejected)))
+    add_reasons(reasons, (Reason.of(row.row, places[row.row], row.error) for row in rows if row.error is not None))
     return Receipt(
         chunk=chunk.index,
         path=str(path),
         sha256="",
         input_rows=len(chunk.items),
         rows=len(rows),
-        ok=len(generated),
+        ok=len(made),
         rejected=sum(row.status == "rejected" for row in rows),
         failed=sum(row.status == "failed" for row in rows),
-        prompt_tokens=sum(row.prompt_tokens or 0 for row in generated),
-        completion_tokens=sum(row.completion_tokens or 0 for row in generated),
+        prompt_tokens=sum(row.prompt_tokens or 0 for row in made),
+        completion_tokens=sum(map(made_tokens, made)),
+        **count_totals(made),
         space_ends=sum(map(_has_space_end, chunk.items)),
         special_texts=sum(isinstance(item, TokenizedRequest) and item.has_special_text for item in chunk.items),
         reasons=tuple(reasons.values()),
@@ -122,10 +127,12 @@ def make_receipt(chunk: Chunk, rows: Sequence[OutputRow], path: Path, plan: str 
 
 
 def _has_space_end(item: TokenizedRequest | Rejected) -> bool:
-    return isinstance(item, TokenizedRequest) and any(text.endswith(" ") for text, _ in item.prompts)
+    if isinstance(item, Rejected) or not item.params.max_tokens:
+        return False
+    return any(text.endswith(" ") for text, _ in item.prompts)
 
 
-def _write_part(columns: Columns, chunk: Chunk, rows: Sequence[OutputRow], receipt: Receipt) -> str:
+def _write_part(columns: Columns, chunk: Chunk, rows: Sequence[Row], receipt: Receipt) -> str:
     """Write the part that the receipt names, and the receipt into it; returns the part's SHA-256."""
     path = Path(receipt.path)
     path.unlink(missing_ok=True)  # of a worker that died
@@ -139,7 +146,7 @@ def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
     marker = Marker.open(Path(setup.markers or attempt), chunk.index)
     try:
         engine, tokenizer, model = load_engine(setup)
-        rows = complete_chunk(chunk, setup.params, engine, tokenizer, marker)
+        rows = rows_of_chunk(chunk, setup.task, setup.params, engine, tokenizer, marker)
         model.check_unchanged()
         receipt = make_receipt(chunk, rows, Path(attempt, f"{chunk.index:08d}.parquet"), setup.plan)
         marker.set_completion_tokens(receipt.completion_tokens)

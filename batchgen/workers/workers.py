@@ -58,6 +58,7 @@ def worker_setup(model: Model, plan: Plan, columns: Columns) -> WorkerSetup:
         share_prefixes=plan.share_prefixes,
         columns=columns,
         params=plan.parameters,
+        task=plan.options(),
         parent=os.getpid(),
         plan=plan.digest,
     )

@@ -12,7 +12,7 @@ from batchgen.job import InputOptions
 @dataclass(frozen=True)
 class Facts:
     rows: int = 0
-    logprobs: bool = False
+    asks: frozenset[str] = frozenset()
     kept: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
 
