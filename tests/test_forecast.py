@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 from batchgen.errors import BatchgenError
 from batchgen.input import prompts as prompts_module
 from batchgen.job import Job
+from batchgen.models.model import Model
 from batchgen.output.ledger import work_directory
+from batchgen.review import forecast as module
 from batchgen.review.forecast import ChunkCost, Forecast, Pace, chunk_cost, forecast_job, measure
 from batchgen.run import run_job
 from batchgen.types import Chunk, SamplingParams, TokenizedRequest
 from tests.support.inputs import not_utf8, parquet
 from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
+from tests.support.scores import KINDS, TASKS, tokenized, write_scores
 from tests.test_worker import setup
 
 PACE = Pace(prompt=0.001, step=0.1, sequence=0.01, stop=0.0)
@@ -101,6 +104,14 @@ def test_equal_greedy_requests_and_shared_blocks_are_counted_once():
     assert chunk_cost(chunk, Forecast(), share=False).prompt_tokens == 131 + 131 + 1
 
 
+def test_prompts_with_log_probabilities_are_read_and_share_nothing():
+    requests = [request(row, "a" * 100 + f"{row}b", max_tokens=0, prompt_logprobs=0) for row in range(3)]
+    cost = chunk_cost(Chunk(0, (*requests, replace(requests[0], row=3))), Forecast(), share=True)
+    assert (cost.prompt_tokens, cost.samples, cost.sum_max_tokens) == (3 * 101, 3, 0)  # no last token
+    echo = chunk_cost(Chunk(0, (request(0, "ab", max_tokens=0, echo=True),)), Forecast(), share=True)
+    assert (echo.prompt_tokens, echo.samples) == (0, 0)
+
+
 def test_sampled_requests_are_never_one():
     chunk = Chunk(0, tuple(request(row, "same", temperature=1.0, n=3) for row in range(2)))
     forecast = Forecast()
@@ -160,3 +171,60 @@ def test_a_forecast_does_not_change_a_run(job):
     forecast_job(job)
     run_job(job)
     assert pq.read_table(job.output.path).equals(before)
+
+
+# ---- scores and embeddings
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_for_scores_is_counted_as_the_engine_reads_it(model, kind, share):
+    chunk, sent = tokenized(kind, Model.open(str(model))), replace(setup(model, share_prefixes=share), task=TASKS[kind])
+    cost = chunk_cost(chunk, forecast := Forecast(), share=share, task=TASKS[kind])
+    requests = [item for item in chunk.items if isinstance(item, TokenizedRequest)]
+    prompts = [prompt for request in requests for prompt in module.list_prompts(request, TASKS[kind])]
+    _, read = module.time_reading(sent, prompts)
+    assert cost.prompt_tokens == read
+    assert cost.prompt_tokens + forecast.shared_tokens < sum(len(prompt.token_ids) for prompt in prompts)
+    assert bool(forecast.shared_tokens) == (kind in ("completion", "choices"))
+    assert (cost.samples + forecast.duplicates, cost.sum_max_tokens) == (len(prompts), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forecast_of_scores_counts_the_tokens_of_the_output(model, tmp_path, kind):
+    table = pq.read_table(write_scores(tmp_path / "scores.parquet", kind, model))
+    chunk, forecast, sample = tokenized(kind, Model.open(str(model))), Forecast(task=TASKS[kind].task), []
+    for item in chunk.items:
+        module.count_row(item, forecast, sample, 1)
+    scored = {"choices": lambda row: sum(row["choice_tokens"] or [0]), "embed": lambda row: 0}
+    rows = table.to_pylist()
+    assert (forecast.rows, forecast.ok, forecast.output_rows) == (12, 11, len(rows))
+    assert forecast.scored == sum(map(scored.get(kind, lambda row: row["tokens"] or 0), rows))
+    before = sum(row.get("prompt_tokens") or 0 for row in rows if row["status"] == "ok")
+    assert forecast.tokens - forecast.scored == (forecast.ok if kind == "text" else before)  # <|endoftext|>
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_measurement_of_scores_is_of_times_that_are_no_less_than_zero(model, kind):
+    requests = [item for item in tokenized(kind, Model.open(str(model))).items if isinstance(item, TokenizedRequest)]
+    pace = measure(replace(setup(model), task=TASKS[kind]), requests)
+    assert (pace.step, pace.sequence, pace.stop) == (0, 0, 0)
+    assert pace.scored >= 0
+    assert pace.prompt + pace.scored > 0
+    chunk = ChunkCost(1000, 10, 0, 0, 100)
+    assert pace.seconds(chunk, 256) == pytest.approx(1000 * pace.prompt + 100 * pace.scored)
+
+
+def test_the_first_rows_are_shown_with_what_is_scored(model):
+    opened, shown = Model.open(str(model)), {}
+    for kind in KINDS:
+        forecast = Forecast()
+        for item in (tokenized(kind, opened).items[10], tokenized(kind, opened).items[9]):
+            module.show_first(item, forecast, 3, opened.load_tokenizer())
+        shown[kind] = [(one.name, one.tokens, one.texts, one.windows) for one in forecast.first]
+    assert shown["completion"][0] == ("r10", 7, ("x", " end 0"), 1)
+    assert shown["choices"][0] == ("r10", 9, ("x", " a", " b", " c d"), 1)
+    assert shown["embed"][0] == ("r10", 1, ("x",), 1)
+    assert shown["text"][0] == ("r10", 2, ("<|endoftext|>", "x"), 1)
+    text = "a text of many tokens. " * 20
+    assert shown["text"][1] == ("r9", 461, ("<|endoftext|>", text[:128]), 8)

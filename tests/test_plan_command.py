@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from batchgen.jobs.cli import app
@@ -97,3 +98,26 @@ def test_the_histogram_holds_every_row_once(lengths):
 )
 def test_durations_read_well(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("planned", "command"), [("plan", "generate"), ("plan score", "score"), ("plan embed", "embed")]
+)
+def test_every_option_of_a_command_is_one_of_its_plan(planned, command):
+    commands = get_command(app).commands
+    options, others = ({one.name: one.opts for one in commands[name].params} for name in (planned, command))
+    assert options == others | {"time": ["--time"]}
+
+
+def test_scores_are_planned_by_two_words(model, tmp_path):
+    rows = [{"id": "x", "prompt": "one two ", "completion": "three"}, {"prompt": "one", "completion": ""}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["score", tmp_path / "p.jsonl", "--completion-column", "completion", "-o", tmp_path / "o.parquet", "-j", 1]
+    code, out = run(model, *words)
+    assert code == 3
+    assert out[0] == "rows: 2: 1 to score, 1 to be rejected; 2 output rows"
+    assert out[2] == "tokens of rows: 13; 13 to 13, median 13, mean 13"
+    assert out[4] == "scored: 6 of these tokens"
+    assert out[-3].startswith("time: about ")
+    assert out[-1] == "[x] 13 tokens: 'one two' | ' three'"
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]

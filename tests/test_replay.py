@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 from batchgen.errors import BatchgenError, InputError, ModelError
 from batchgen.jobs.cli import app
 from batchgen.models.model import Model
+from batchgen.output.reading import read_plan
 from batchgen.review import replay as module
 from batchgen.review.replay import replay
 from batchgen.run import run_job
 from batchgen.types import SamplingParams
 from tests.support.jobs import change, make_job
 from tests.support.models import write_byte_model
+from tests.support.scores import KINDS, write_scores
 
 LINES = [json.dumps({"id": f"r{i}", "prompt": "the prompt "[: 1 + i % 11] * (1 + i % 9)}) for i in range(30)]
 LINES[7:7] = ["not JSON", '{"prompt": ""}', json.dumps({"prompt": "x" * 200})]
@@ -46,7 +48,7 @@ def _model_under_its_name(model, monkeypatch):
 @pytest.fixture(scope="module")
 def output(folder, model) -> Path:
     (folder / "p.jsonl").write_text("\n".join(LINES))
-    params = SamplingParams(max_tokens=12, temperature=0.9, n=2, logprobs=0)
+    params = SamplingParams(max_tokens=12, temperature=0.9, n=2, logprobs=0, prompt_logprobs=1)
     run_job(
         make_job(folder / "p.jsonl", folder / "out.parquet", str(model), params, jobs=1, chunk_rows=8, token_ids=True)
     )
@@ -79,7 +81,7 @@ def test_rows_of_a_run_are_generated_again(output, model):
     assert (done.rows, done.ok, done.compared, done.samples) == (len(LINES), OK, OK, 2 * OK)
     assert done.model == model
     assert done.exact
-    assert {"completion", "completion_token_ids", "finish_reason", "logprobs", "seed"} <= set(done.columns)
+    assert {"completion", "completion_token_ids", "finish_reason", "prompt_top_logprobs", "seed"} <= set(done.columns)
     assert done.differences == ()
 
 
@@ -104,7 +106,7 @@ def test_cut_and_empty_prompts_are_generated_again(folder, tmp_path, model, on_t
 def test_a_seed_chooses_the_same_rows_again(output, monkeypatch):
     seen: list[list[int]] = []
     read = module.read_input_rows
-    monkeypatch.setattr(module, "read_input_rows", lambda path, rows: seen.append(rows) or read(path, rows))
+    monkeypatch.setattr(module, "read_input_rows", lambda path, rows, own: seen.append(rows) or read(path, rows, own))
     assert replay(output, 4, seed=3).compared == 4
     again = replay(output, 4, seed=None)
     replay(output, 4, seed=3)
@@ -341,3 +343,48 @@ def test_prompts_that_were_token_ids_are_generated_again(tmp_path, model):
 def test_parameters_of_a_row_that_no_run_wrote_are_named(output, tmp_path, text):
     with pytest.raises(InputError, match="parameters"):
         replay(rewrite(output, tmp_path, lambda rows: first_ok(rows).update(parameters=text)), 100)
+
+
+# ---- scores and embeddings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_made_again_and_one_bit_of_any_column_is_a_difference(tmp_path, model, kind):
+    path = write_scores(tmp_path / "scores.parquet", kind, model)
+    done = replay(path, 100)
+    assert (done.rows, done.ok, done.compared, done.exact, done.differences) == (12, 11, 11, True, ())
+    kept, plan = pq.read_table(path), read_plan(path)
+    rows = [row for row in kept.to_pylist() if row["status"] == "ok"]
+    made = module.generate_again(module.read_requests(path, plan, rows), plan, Model.open(str(model)))
+    assert set(done.columns) == set(kept.column_names) - module._GIVEN - module._TARGETS
+    for name in done.columns:
+        changed = [rows[0] | {name: nudge(rows[0][name], kept.schema.field(name).type)}, *rows[1:]]
+        (line,) = module.list_differences(pa.Table.from_pylist(changed, kept.schema), made, done.columns, exact=True)
+        assert line.startswith(f"row 0, sample 0: {name} differs")
+
+
+def nudge(value: Any, kind: pa.DataType) -> Any:
+    """The nearest other value."""
+    if isinstance(value, list):
+        return [nudge(value[0], kind.value_type), *value[1:]]
+    if isinstance(value, float):
+        return np.nextafter(value, 9e9, dtype=kind.to_pandas_dtype()).item()
+    return not value if isinstance(value, bool) else value + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "column", "value"),
+    [("text", "text", "other"), ("completion", "completion", " other"), ("choices", "choices", [" a", " b", " other"])],
+)
+def test_another_text_than_the_one_that_was_scored_is_a_difference(tmp_path, model, kind, column, value):
+    path = write_scores(tmp_path / "scores.parquet", kind, model)
+    changed = rewrite(path, tmp_path, lambda rows: first_ok(rows).update({column: value}))
+    (line,) = replay(changed, 100).differences
+    assert line.startswith("row 0, sample 0: ")
+
+
+def test_minus_zero_is_not_zero_and_large_sums_are_compared_by_their_size():
+    assert module._same(-0.0, 0.0, exact=False)
+    assert not module._same(-0.0, 0.0, exact=True)
+    assert module._same(-1000.5, -1000.0, exact=False)
+    assert not module._same(-1.5, -1.0, exact=False)

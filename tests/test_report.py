@@ -3,10 +3,12 @@
 import builtins
 import errno
 import json
+import math
 import os
 import re
 import shlex
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,17 +23,21 @@ from typer.testing import CliRunner
 
 from batchgen.errors import BatchgenError, InputError, OutputError, UsageError
 from batchgen.jobs.cli import app
+from batchgen.models.model import Model
+from batchgen.output.reading import read_plan
 from batchgen.output.schema import Columns
 from batchgen.review.report import counts, page, plots
 from batchgen.review.report.compare import compare_rows, render_comparison
 from batchgen.review.report.counts import SHOWN_REJECTS, SHOWN_SAMPLES, count_output, read_status
 from batchgen.review.report.markup import Markup, element, join, visible
+from batchgen.review.report.measures import measure_output
 from batchgen.review.report.page import render, write_report
 from batchgen.run import run_job
-from batchgen.types import MAX_REASONS, SamplingParams
+from batchgen.types import MAX_REASONS, EmbeddingRow, SamplingParams, ScoreRow
 from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
 from tests.support.plans import plan_of
+from tests.support.scores import KINDS, write_rows, write_scores
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -437,6 +443,82 @@ def test_numbers_beyond_any_run_have_a_page(tmp_path):
     assert Page(render(write_output(tmp_path / "out.parquet", rows, {"rows": 10**400}))).text
 
 
+# ---- scores and embeddings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_byte_model(tmp_path_factory.mktemp("scores") / "m")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_have_a_page_with_their_measure(model, tmp_path, kind):
+    path = write_scores(tmp_path / "out.parquet", kind, model)
+    found, seen = measure_output(path, read_plan(path)), Page(render(path))
+    rows = [row for row in pq.read_table(path).to_pylist() if row["status"] == "ok"]
+    lowest, highest = found.lowest[0]["row"], found.highest[0]["row"]
+    at = {row["row"]: value for row, value in zip(rows, found.values.tolist(), strict=True)}
+    assert (at[lowest], at[highest]) == (min(at.values()), max(at.values()))
+    assert "12 rows from 12 rows: 11 ok, 1 rejected, 0 failed." in seen.text
+    assert "p:11: " in seen.text
+    assert f"batchgen {'embed' if kind == 'embed' else 'score'} INPUT -o out.parquet" in seen.text
+    assert all(name in seen.text and value in seen.text for name, value in found.totals.items())
+    assert seen.names() <= ELEMENTS
+
+
+def test_totals_are_those_of_all_tokens_and_all_answers(model, tmp_path):
+    text, completion, choices = (
+        (path := write_scores(tmp_path / f"{kind}.parquet", kind, model), pq.read_table(path).to_pylist()[:11])
+        for kind in KINDS[:3]
+    )
+    totals = [measure_output(path, read_plan(path)).totals for path, _ in (text, completion, choices)]
+    nats, tokens, n_bytes = (sum(row[name] for row in text[1]) for name in ("nats", "tokens", "bytes"))
+    assert totals[0] == {
+        "perplexity": f"{math.exp(nats / tokens):,.2f}",
+        "bits per byte": f"{nats / math.log(2) / n_bytes:.4f}",
+    }
+    nats, tokens = -sum(row["logprob"] for row in completion[1]), sum(row["tokens"] for row in completion[1])
+    assert totals[1] == {"perplexity": f"{math.exp(nats / tokens):,.2f}", "wholly greedy": "0.0 %"}
+    answered = [row for row in choices[1] if row["answer"] is not None]
+    right = sum(row["best"] == row["answer"] for row in answered)
+    assert totals[2]["accuracy"] == f"{100 * right / len(answered):.1f} %"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_no_row_or_of_rejected_ones_alone_have_a_page_and_a_comparison(model, tmp_path, kind):
+    whole = write_scores(tmp_path / "whole.parquet", kind, model)
+    record = EmbeddingRow if kind == "embed" else ScoreRow
+    rejected = record(row=0, id=None, prompt=None, status="rejected", error="p:1: no")
+    for rows in ([], [rejected], [replace(rejected, status="ok", error=None)]):
+        path = write_rows(tmp_path / "out.parquet", kind, Model.open(str(model)), rows)
+        assert f"{len(rows)} rows" in Page(render(path)).text
+        assert f"0 of {len(rows)} rows that both have are the same." in Page(render_comparison((path, whole))).text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_scores_are_the_same_and_a_moved_one_is_shown(model, tmp_path, kind):
+    path = write_scores(tmp_path / "a.parquet", kind, model)
+    assert "12 of 12 rows that both have are the same." in Page(render_comparison((path, path))).text
+    table = pq.read_table(path)
+    name = {"text": "bits_per_byte", "completion": "logprob", "choices": "logprobs", "embed": "embedding"}[kind]
+    rows = table.to_pylist()
+    rows[3][name] = [2 * value for value in rows[3][name]] if isinstance(rows[3][name], list) else 2 * rows[3][name]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "b.parquet")
+    text = Page(render_comparison((path, tmp_path / "b.parquet"))).text
+    assert "11 of 12 rows that both have are the same." in text
+    assert "A: r3: row 3" in text
+    assert " at most." in text
+
+
+def test_scores_are_not_compared_with_completions(model, real, tmp_path):
+    path = write_scores(tmp_path / "a.parquet", "text", model)
+    plan = json.dumps(json.loads(pq.read_schema(path).metadata[b"batchgen"]) | {"input": read_plan(real).input})
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"batchgen": plan}), path)
+    assert (
+        "The tasks differ, so rows of the same number are not compared." in Page(render_comparison((path, real))).text
+    )
+
+
 # ---- how to make it again
 
 
@@ -452,7 +534,7 @@ def test_the_command_names_only_options_that_generate_has(tmp_path):
         "empty_prompt": "unconditional", "precision": "int8", "chunk_rows": 8, "batch_size": 4, "kv_bytes": 2**20,
         "row_params": False, "keep": ("a", "b"), "trim": True, "share_prefixes": False,
     }  # fmt: skip
-    ones = {name: 1 for name in ("max_tokens", "min_tokens", "top_k", "n", "seed", "logprobs")}
+    ones = {name: 1 for name in ("max_tokens", "min_tokens", "top_k", "n", "seed", "logprobs", "prompt_logprobs")}
     given = {"temperature": 0.5, "ignore_eos": True, "stop": ("a b", "-c"), "stop_token_ids": (1, 2)}
     params = SamplingParams(**ones, **given, logit_bias=((3, -1.0),), bad_words=("x",), echo=True)
     known = {option for p in get_command(app).commands["generate"].params for option in p.opts + p.secondary_opts}

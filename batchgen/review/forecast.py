@@ -3,29 +3,32 @@
 The time is a sum over chunks of costs measured on this machine with rows of the input itself:
 
     seconds = prompt * (prompt tokens read) + step * (decode steps) + sequence * (tokens generated)
+              + scored * (tokens scored)
 
 A decode step costs `step` for reading the weights, however many sequences it serves, and `sequence` for each of them.
 """
 
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
 from batchgen.engine.limits import kv_bytes_per_token
+from batchgen.engine.sequence import Prompt, Sequence, expand, expand_texts
 from batchgen.errors import BatchgenError
-from batchgen.gpt2.kv_cache import BLOCK
 from batchgen.gpt2.machine_code import prepare_kernels
 from batchgen.input.prompts import Cut, Prompts
 from batchgen.input.validation import make_check
-from batchgen.job import Job
+from batchgen.job import EmbedOptions, Job, ScoreOptions
 from batchgen.models.model import Model
 from batchgen.options import say
 from batchgen.output.finished import find_finished
@@ -36,16 +39,20 @@ from batchgen.output.schema import Columns
 from batchgen.plan import Plan
 from batchgen.planning import WORKER_BYTES, Setting, check_memory, fitting_slots, make_plan
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import Chunk, Precision, Reason, Rejected, RowParameters, TokenizedRequest
+from batchgen.types import Chunk, Precision, Reason, Rejected, RowParameters, Task, TokenizedRequest
 from batchgen.workers.complete import to_prompts
 from batchgen.workers.outlook import Lengths
 from batchgen.workers.pool import end_workers, exit_codes, keep_executor, no_interrupts_to_workers, take_executor
+from batchgen.workers.score import to_prompts as to_scored
 from batchgen.workers.worker import WorkerSetup, load_engine
 from batchgen.workers.workers import worker_setup
+
+TaskOptions: TypeAlias = ScoreOptions | EmbedOptions
 
 SAMPLE_ROWS = 256  # evenly spread over the input
 PLACES_SHOWN = 8
 MEASURED_STEPS = 6
+MEASURED_TOKENS = 4096  # that are read, if nothing is generated; or those of one row
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,7 @@ class ChunkCost:
     samples: int
     max_tokens: int  # of the longest
     sum_max_tokens: int
+    scored: int = 0  # tokens, each of them with a row of logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,7 @@ class Pace:
     step: float  # per decode step
     sequence: float  # per sequence in a decode step
     stop: float  # the probability that a sequence ends at a token
+    scored: float = 0.0  # per scored token
 
     def expected_tokens(self, max_tokens: float) -> float:
         return Lengths(max_tokens, self.stop).expected()
@@ -77,7 +86,8 @@ class Pace:
         generated = chunk.samples * self.expected_tokens(mean)
         longest = Lengths(chunk.max_tokens, self.stop).longest(chunk.samples)
         steps = max(longest, generated / max_batch)
-        return self.prompt * chunk.prompt_tokens + self.step * steps + self.sequence * generated
+        read = self.prompt * chunk.prompt_tokens + self.scored * chunk.scored
+        return read + self.step * steps + self.sequence * generated
 
 
 @dataclass(slots=True)
@@ -95,7 +105,8 @@ class Shown:
 
     name: str  # its id, or `row 0`
     tokens: int
-    text: str
+    texts: tuple[str, ...]  # the prompt, and what is scored after it: its completion, its choices, the first window
+    windows: int = 1  # of a text
 
 
 @dataclass(slots=True)
@@ -103,9 +114,11 @@ class Forecast:
     """What `batchgen plan` prints."""
 
     row_parameters: RowParameters = field(default_factory=RowParameters)
+    task: Task = "generate"
     rows: int = 0
     rejects: dict[str, Reject] = field(default_factory=dict)  # by reason, without what it quotes
-    lengths: Counter[int] = field(default_factory=Counter)  # prompt tokens -> rows
+    lengths: Counter[int] = field(default_factory=Counter)  # prompt tokens, and those that are scored -> rows
+    scored: int = 0  # tokens, also of rows whose equals are scored once
     shared_tokens: int = 0
     duplicates: int = 0
     chunks: list[ChunkCost] = field(default_factory=list)
@@ -126,6 +139,11 @@ class Forecast:
         return self.lengths.total()
 
     @property
+    def tokens(self) -> int:
+        """Of all rows that are ok, read or scored."""
+        return sum(length * n for length, n in self.lengths.items())
+
+    @property
     def exit_code(self) -> int:
         """That of a run in which no row fails."""
         if not self.rejects:
@@ -136,28 +154,28 @@ class Forecast:
 def forecast_job(job: Job, *, measure_time: bool = True, show: int = 0) -> Forecast:
     """Read the whole input as a run would, measure a few of its rows, and keep the first prompts; writes no output."""
     prompts = Prompts.open(job.input, spool=Path(tempfile.gettempdir()))
-    output = open_output(job.output, prompts, lambda: model.load_tokenizer()) if job.output.path else None
+    output = open_output(job, prompts, lambda: model.load_tokenizer()) if job.output.path else None
     model = Model.open(job.model, job.work.precision)
     check_memory(model)
     facts = prompts.scan()
     rows = output.rows_to_do(facts) if output else Rows(facts.rows)
     setting = Setting(rows.count, fitting_slots(job.work.kv_bytes, model), output.format if output else "parquet")
     plan, automatic = make_plan(job, facts, model, setting)
-    forecast = Forecast(prompts.row_parameters, chunk_rows=plan.chunk_rows, precision=plan.precision)
+    forecast = Forecast(prompts.row_parameters, plan.task, chunk_rows=plan.chunk_rows, precision=plan.precision)
     if output and not (job.output.retry_failed and rows.count):
         forecast.is_complete = is_finished(output, job, plan, automatic)
     sample: list[TokenizedRequest] = []
     tokenizer = model.load_tokenizer()
-    check = make_check(tokenizer, model.config.n_ctx, job.policy)
+    check = make_check(tokenizer, model.config.n_ctx, job.policy, plan.options())
     cut = Cut.for_output(plan.format, plan.chunk_rows, rows.numbers)
     for chunk in prompts.chunks(facts, job.sampling, check, cut):
         for item in chunk.items:
             count_row(item, forecast, sample, max(rows.count // SAMPLE_ROWS, 1))
             show_first(item, forecast, show, tokenizer)
-        forecast.chunks.append(chunk_cost(chunk, forecast, share=plan.share_prefixes))
+        forecast.chunks.append(chunk_cost(chunk, forecast, share=plan.share_prefixes, task=plan.options()))
     add_memory(forecast, job, plan, model)
     if measure_time and sample:
-        columns = Columns(logprobs=job.sampling.logprobs is not None)
+        columns = Columns(logprobs=job.sampling.logprobs is not None, kind=plan.kind)
         add_time(forecast, worker_setup(model, plan, columns), sample)
     return forecast
 
@@ -179,7 +197,7 @@ def count_row(
     """Count a row in the forecast, and keep every n-th in the sample."""
     forecast.rows += 1
     if isinstance(item, Rejected):
-        reason = Reason.of(item)
+        reason = Reason.of(item.row, item.place, item.error)
         places = forecast.rejects.setdefault(reason.kind, Reject(reason.text))
         places.rows += 1
         if len(places.places) < PLACES_SHOWN:
@@ -187,7 +205,9 @@ def count_row(
         forecast.output_rows += 1
     else:
         forecast.output_rows += len(item.prompts) * item.params.n
-        forecast.lengths[len(item.prompt_token_ids)] += 1
+        scored = sum(len(one.scored_ids) for one in item.passages)
+        forecast.lengths[len(item.prompt_token_ids) + scored] += 1
+        forecast.scored += scored
         if item.row % every == 0 and len(sample) < SAMPLE_ROWS:
             sample.append(item)
 
@@ -196,39 +216,52 @@ def show_first(item: TokenizedRequest | Rejected, forecast: Forecast, show: int,
     """Keep the text of the first prompts: of their tokens, so cut and trimmed as they are."""
     if isinstance(item, TokenizedRequest) and len(forecast.first) < show:
         name = f"row {item.row}" if item.id is None else item.id
-        ids = item.prompt_token_ids
-        forecast.first.append(Shown(name, len(ids), tokenizer.decode(ids)))
+        windows = 1 if item.targets else max(len(item.passages), 1)
+        scored = [one.scored_ids for one in (item.passages if item.targets else item.passages[:1])]
+        texts = tuple(tokenizer.decode(ids) for ids in (item.prompt_token_ids, *scored))
+        tokens = len(item.prompt_token_ids) + sum(len(one.scored_ids) for one in item.passages)
+        forecast.first.append(Shown(name, tokens, texts, windows))
 
 
-def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool) -> ChunkCost:
-    """The work that the engine would have with a chunk: equal greedy requests once, shared blocks of prompts once."""
-    seen: set[tuple[int, ...]] = set()
-    once: set[object] = set()
-    read = samples = longest = total = 0
-    for request in chunk.items:
-        if not isinstance(request, TokenizedRequest):
-            continue
-        params = request.params
-        for _, ids in request.prompts:
-            if params.greedy and (ids, params) in once:
-                forecast.duplicates += params.n
-                continue
-            once.add((ids, params))
-            shared = 0
-            while share and shared + BLOCK < len(ids) and ids[: shared + BLOCK] in seen:
-                shared += BLOCK
-            seen.update(ids[:end] for end in range(shared + BLOCK, len(ids), BLOCK))
-            forecast.shared_tokens += shared
-            n = 1 if params.greedy else params.n
-            read, samples, total = read + len(ids) - shared, samples + n, total + n * params.max_tokens
-            longest = max(longest, params.max_tokens)
-    return ChunkCost(read, samples, longest, total)
+def list_prompts(request: TokenizedRequest, task: TaskOptions | None) -> list[Prompt]:
+    """What is read of a row, in the engine's form, without what changes no work."""
+    if isinstance(task, ScoreOptions):
+        return to_scored(request)
+    samples = 1 if request.params.greedy else request.params.n
+    scored = None if task or request.params.prompt_logprobs is None else 1
+    return [Prompt(request.row, ids, request.params, (0,) * samples, scored=scored) for _, ids in request.prompts]
+
+
+def list_sequences(prompts: Iterable[Prompt], task: TaskOptions | None) -> list[Sequence]:
+    """What the engine does for the prompts of a chunk: equal ones once."""
+    if isinstance(task, EmbedOptions):
+        return [*expand_texts(prompts, task.pool)]
+    return [sequence for sequence in expand(list(prompts)) if sequence.read]
+
+
+def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool, task: TaskOptions | None = None) -> ChunkCost:
+    """The work that the engine would have with a chunk: equal requests once, shared beginnings of prompts once."""
+    from batchgen.engine.scheduler import group_sequences  # with the kernels, which many commands never need
+
+    requests = [item for item in chunk.items if isinstance(item, TokenizedRequest)]
+    prompts = [prompt for request in requests for prompt in list_prompts(request, task)]
+    sequences = list_sequences(prompts, task)
+    distinct = [sequence for sequence in sequences if sequence.sample == sequence.prompt.first_sample]
+    _, read = group_sequences(sequences, share)
+    forecast.duplicates += len(prompts) - len(distinct)
+    forecast.shared_tokens += sum(len(sequence.read) for sequence in distinct) - read
+    scored = sum(len(s.prompt.token_ids) - (s.prompt.scored or len(s.prompt.token_ids)) for s in sequences)
+    lengths = [sequence.params.max_tokens for sequence in sequences]
+    return ChunkCost(read, len(sequences), max(lengths, default=0), sum(lengths), scored)
 
 
 def add_memory(forecast: Forecast, job: Job, plan: Plan, model: Model) -> None:
     """Workers, sequences in flight and memory, from the mean length of a row."""
     per_token = kv_bytes_per_token(model.config, plan.precision)
-    mean = sum(length * n for length, n in forecast.lengths.items()) / max(forecast.ok, 1) + job.sampling.max_tokens
+    mean = forecast.tokens / max(forecast.ok, 1) + job.sampling.max_tokens
+    if job.task:  # a row may have several passages
+        read, passages = (sum(getattr(c, name) for c in forecast.chunks) for name in ("prompt_tokens", "samples"))
+        mean = max(read / max(passages, 1), 1)
     forecast.max_batch = max(min(plan.batch_size, plan.kv_bytes // int(per_token * mean)), 1)
     forecast.jobs = max(min(job.work.jobs or fitting_slots(plan.kv_bytes, model), len(forecast.chunks)), 1)
     in_flight = min(forecast.max_batch, max((c.samples for c in forecast.chunks), default=0))
@@ -249,7 +282,7 @@ def add_time(forecast: Forecast, setup: WorkerSetup, sample: list[TokenizedReque
     for chunk in forecast.chunks:
         first = free.index(min(free))
         free[first] += pace.seconds(chunk, forecast.max_batch)
-        if chunk.samples:
+        if chunk.sum_max_tokens:
             mean = chunk.sum_max_tokens / chunk.samples
             forecast.completion_tokens += chunk.samples * pace.expected_tokens(mean)
     forecast.seconds = max(free)
@@ -259,6 +292,7 @@ def measure_in_workers(forecast: Forecast, setup: WorkerSetup, sample: list[Toke
     executor = take_executor(forecast.jobs)
     with no_interrupts_to_workers():
         in_flight = max(min(forecast.max_batch, max(c.samples for c in forecast.chunks), len(sample)), 1)
+        in_flight = len(sample) if setup.task else in_flight
         futures = [executor.submit(measure, setup, sample[:in_flight]) for _ in range(forecast.jobs)]
     try:
         wait(futures)
@@ -276,6 +310,8 @@ def measure_in_workers(forecast: Forecast, setup: WorkerSetup, sample: list[Toke
 
 def measure(setup: WorkerSetup, requests: list[TokenizedRequest]) -> Pace:
     """In a worker: read the prompts and generate a few tokens of each, of all together and then of a quarter."""
+    if setup.task:
+        return measure_reading(setup, setup.task, requests)
     time_steps(setup, requests[:2])  # the first pass does more than later ones
     many = time_steps(setup, requests)
     few = time_steps(setup, requests[: max(len(requests) // 4, 1)])
@@ -285,6 +321,36 @@ def measure(setup: WorkerSetup, requests: list[TokenizedRequest]) -> Pace:
     cost = chunk_cost(Chunk(0, tuple(requests)), Forecast(), share=setup.share_prefixes)
     stops, drawn = sum(s.stops for s in many), sum(s.drawn for s in many)
     return Pace(reading / max(cost.prompt_tokens, 1), step, sequence, stops / max(drawn, 1))
+
+
+def measure_reading(setup: WorkerSetup, task: TaskOptions, requests: list[TokenizedRequest]) -> Pace:
+    """In a worker: read some rows, and then again with only the last token of each passage scored."""
+    tokens = sum(len(prompt.token_ids) for request in requests for prompt in list_prompts(request, task))
+    few = requests[:: max(-(-tokens // MEASURED_TOKENS), 1)]
+    prompts = [prompt for request in few for prompt in list_prompts(request, task)]
+    time_reading(setup, prompts[:1])  # the first pass does more than later ones
+    seconds, read = time_reading(setup, prompts)
+    lasts = [replace(prompt, scored=len(prompt.token_ids) - 1) for prompt in prompts if prompt.scored]
+    scored = sum(len(prompt.token_ids) - (prompt.scored or 0) for prompt in prompts) if lasts else 0
+    per_token = 0.0
+    if scored >= 2 * len(lasts) > 0:  # else they are a part of reading
+        less, read_again = time_reading(setup, lasts)
+        ratio = read / max(read_again, 1)
+        apart = scored - len(lasts) * ratio
+        per_token = max((seconds - less * ratio) / apart, 0.0) if apart > scored / 2 else 0.0
+    return Pace(max(seconds - per_token * scored, 0.0) / max(read, 1), 0.0, 0.0, 0.0, per_token)
+
+
+def time_reading(setup: WorkerSetup, prompts: list[Prompt]) -> tuple[float, int]:
+    """Seconds, and the tokens that were read in them."""
+    prepare_kernels()
+    engine, _, _ = load_engine(setup)
+    before, started = engine.work.read, time.perf_counter()
+    if isinstance(setup.task, EmbedOptions):
+        deque(engine.embed(prompts, setup.task.layer, setup.task.pool), 0)
+    else:
+        deque(engine.generate(prompts), 0)
+    return time.perf_counter() - started, engine.work.read - before
 
 
 def _fit_line(decode: list[tuple[int, float]]) -> tuple[float, float]:

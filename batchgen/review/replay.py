@@ -1,4 +1,4 @@
-"""Generates some rows of an output again, from its metadata alone, and compares them with the file."""
+"""Makes some rows of an output again, from its metadata alone, and compares them with the file."""
 
 import json
 import os
@@ -22,15 +22,19 @@ from batchgen.models.model import Model
 from batchgen.models.registry import list_models
 from batchgen.options import say
 from batchgen.output.reading import check_rows, output_files, read_batches, read_input_rows, read_plan
+from batchgen.output.schema import columns_of, own_names
 from batchgen.plan import Plan, read_parameters
 from batchgen.planning import check_memory
-from batchgen.types import Chunk, OutputRow, Precision, Request, SamplingParams
-from batchgen.workers.complete import complete_chunk, map_engine
+from batchgen.types import Chunk, EmbeddingRow, OutputRow, Precision, Request, Row, SamplingParams, ScoreRow, Task
+from batchgen.workers.complete import map_engine
+from batchgen.workers.tasks import rows_of_chunk
 
-CLOSE = 1e-3  # of log-probabilities, if rows may be rounded differently
+CLOSE = 1e-3  # of log-probabilities and the like, if rows may be rounded differently; of those above 1, of their size
 _AROUND = 30  # characters or tokens to show from the first difference
-_GIVEN = {"row", "sample", "id", "prompt", "status", "error"}  # not generated
-Row: TypeAlias = Mapping[str, object]
+_GIVEN = {"row", "sample", "id", "prompt", "text", "status", "error"}  # not generated
+_RECORDS = {"generate": OutputRow, "score": ScoreRow, "embed": EmbeddingRow}
+_TARGETS = {"completion", "choices", "answer"}  # nor are these of scores
+StoredRow: TypeAlias = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Replay:
     columns: tuple[str, ...]
     exact: bool  # bit for bit; else by text and ids, with log-probabilities within CLOSE
     seed: int
+    task: Task
     notes: tuple[str, ...]
     differences: tuple[str, ...]
 
@@ -65,7 +70,8 @@ def replay(
     if seed is None:
         seed = int.from_bytes(os.urandom(4))
     chosen = np.sort(np.random.default_rng(seed).choice(ok, min(n_rows, len(ok)), replace=False)).tolist()
-    kept = read_input_rows(path, chosen)
+    own = own_names(columns_of(plan))
+    kept = read_input_rows(path, chosen, own)
     if list_stamps(path) != stamps:
         raise InputError(f"{path}: the file was changed while it was being read; verify it when nothing writes it")
     found = found.with_precision(precision)
@@ -73,8 +79,7 @@ def replay(
     found.verify()
     notes = list_notes(plan, precision)
     made = generate_again(read_requests(path, plan, kept.to_pylist()), plan, found)
-    generated = [field.name for field in fields(OutputRow) if field.name not in _GIVEN]
-    columns = tuple(name for name in generated if name in kept.column_names)
+    columns = made_columns(plan, kept.column_names)
     return Replay(
         path=path,
         model=found.directory,
@@ -85,9 +90,16 @@ def replay(
         columns=columns,
         exact=not notes,
         seed=seed,
+        task=plan.task,
         notes=tuple(notes),
         differences=tuple(list_differences(kept, made, columns, exact=not notes)),
     )
+
+
+def made_columns(plan: Plan, names: Iterable[str]) -> tuple[str, ...]:
+    """The columns that were generated or scored, and not copied from the input, in the order of their record."""
+    made = {*names} - (_GIVEN if plan.task == "generate" else _GIVEN | _TARGETS)
+    return tuple(field.name for field in fields(_RECORDS[plan.task]) if field.name in made)
 
 
 def list_stamps(path: Path) -> list[Stamp]:
@@ -154,21 +166,29 @@ def list_notes(plan: Plan, precision: Precision) -> list[str]:
 # ---- the rows' requests, from the file
 
 
-def read_requests(path: Path, plan: Plan, rows: Iterable[Row]) -> list[Request]:
+def read_requests(path: Path, plan: Plan, rows: Iterable[StoredRow]) -> list[Request]:
     """The requests of the rows; a row of an OpenAI batch file may have several prompts, each with its n samples."""
     requests: list[Request] = []
     for row in rows:
         number, sample = _int(row["row"]), _int(row["sample"])
-        if row["prompt"] is None:
+        if row[_text_column(plan)] is None:
             continue
         if sample == 0:
             prompt, params = read_request(path, plan, row)
             id_ = None if row["id"] is None else str(row["id"])
-            requests.append(Request(number, f"row {number}", id_, prompt, params))
+            requests.append(Request(number, f"row {number}", id_, prompt, params, targets=read_targets(row, plan)))
         elif row.get("prompt_index") and requests and sample % requests[-1].params.n == 0:
             prompt, _ = read_request(path, plan, row)
             requests[-1] = replace(requests[-1], others=(*requests[-1].others, prompt))
     return requests
+
+
+def read_targets(row: StoredRow, plan: Plan) -> tuple[str, ...]:
+    """What was scored after the row's prompt: its completion or its choices; nothing of a text alone."""
+    if plan.completion_column:
+        return (str(row["completion"]),)
+    choices = row["choices"] if plan.choices_column else ()
+    return tuple(map(str, choices)) if isinstance(choices, list) else ()
 
 
 def _int(value: object) -> int:
@@ -176,7 +196,7 @@ def _int(value: object) -> int:
     return value
 
 
-def read_request(path: Path, plan: Plan, row: Row) -> tuple[str | tuple[int, ...], SamplingParams]:
+def read_request(path: Path, plan: Plan, row: StoredRow) -> tuple[str | tuple[int, ...], SamplingParams]:
     """A row's prompt, as text or as the token ids that it was given as, and its parameters: the run's and its own."""
     own = read_own_parameters(path, row)
     ids = own.pop("prompt_token_ids", None)
@@ -191,10 +211,15 @@ def read_request(path: Path, plan: Plan, row: Row) -> tuple[str | tuple[int, ...
         raise InputError(
             f"{path}: row {row['row']} has parameters that are not known here ({error}); {remedy}"
         ) from error
-    return (tuple(ids) if ids else str(row["prompt"])), params
+    return (tuple(ids) if ids else str(row[_text_column(plan)])), params
 
 
-def read_own_parameters(path: Path, row: Row) -> dict[str, object]:
+def _text_column(plan: Plan) -> str:
+    """The output's column of what was read first."""
+    return "text" if plan.text_column else "prompt"
+
+
+def read_own_parameters(path: Path, row: StoredRow) -> dict[str, object]:
     """The value of the row's column `parameters`."""
     if row.get("parameters") is None:
         return {}
@@ -207,13 +232,14 @@ def read_own_parameters(path: Path, row: Row) -> dict[str, object]:
     return own
 
 
-def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dict[tuple[int, int], OutputRow]:
-    """Every sample of the requests, generated as one chunk: (row, sample) -> what a run would write."""
+def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dict[tuple[int, int], Row]:
+    """Every sample of the requests, made as one chunk: (row, sample) -> what a run would write."""
     tokenizer = model.load_tokenizer()
-    items = tuple(map(make_check(tokenizer, model.config.n_ctx, plan.policy()), requests))
+    check = make_check(tokenizer, model.config.n_ctx, plan.policy(), plan.options())
     prepare_kernels()
     engine = map_engine(model, tokenizer)
-    rows = complete_chunk(Chunk(0, items), plan.parameters, engine, tokenizer)
+    chunk = Chunk(0, tuple(map(check, requests)))
+    rows = rows_of_chunk(chunk, plan.options(), plan.parameters, engine, tokenizer)
     model.check_unchanged()
     return {(row.row, row.sample): row for row in rows}
 
@@ -222,7 +248,7 @@ def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dic
 
 
 def list_differences(
-    kept: pa.Table, made: Mapping[tuple[int, int], OutputRow], columns: Sequence[str], *, exact: bool
+    kept: pa.Table, made: Mapping[tuple[int, int], Row], columns: Sequence[str], *, exact: bool
 ) -> Iterator[str]:
     """A line for each output row that differs from the one generated again, naming the first column and how."""
     rows = kept.to_pylist()
@@ -244,13 +270,14 @@ def list_differences(
 
 
 def _same(old: object, new: object, *, exact: bool) -> bool:
-    """Equal; if not exact, fractions may differ by CLOSE."""
+    """Equal to the last bit, which == is not: -0.0; if not exact, fractions may differ by CLOSE."""
     if isinstance(old, dict) and isinstance(new, dict):
         old, new = [*old.items()], [*new.items()]
     if isinstance(old, list | tuple) and isinstance(new, list | tuple):
         return len(old) == len(new) and all(_same(a, b, exact=exact) for a, b in zip(old, new, strict=True))
-    if isinstance(old, float) and isinstance(new, float) and not exact:
-        return old == new or abs(old - new) <= CLOSE
+    if isinstance(old, float) and isinstance(new, float):
+        near = old == new or abs(old - new) <= CLOSE * max(abs(new), 1.0)
+        return repr(old) == repr(new) if exact else near
     return bool(old == new)
 
 

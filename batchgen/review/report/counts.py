@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -60,11 +61,11 @@ class Counts:
 def count_output(path: Path) -> Counts:
     """Count an output's rows, and pick rows to show. Raises InputError for a damaged file."""
     counts, rng = Counts(), np.random.default_rng(0)  # the draw of samples is the same every time
-    drawn, shortest, least_likely = _Smallest(SHOWN_SAMPLES), _Smallest(SHOWN_EXTREMES), _Smallest(SHOWN_EXTREMES)
+    drawn, shortest, least_likely = Smallest(SHOWN_SAMPLES), Smallest(SHOWN_EXTREMES), Smallest(SHOWN_EXTREMES)
     repeats, likelihood = _Repeats(), _Likelihood()
     start = 0
     for batch in read_batches(path, COUNTED):
-        ok = _count(batch, counts)
+        ok = count_rows(batch, counts)
         completed, positions = batch.take(ok), start + ok
         drawn.enter(rng.random(len(ok)), positions)
         shortest.enter(completed["completion_tokens"].fill_null(0).to_numpy(zero_copy_only=False), positions)
@@ -73,24 +74,25 @@ def count_output(path: Path) -> Counts:
             least_likely.enter(likelihood.means(completed[LOGPROBS]), positions)
         start += len(batch)
 
-    def rows_at(chosen: _Smallest) -> list[Row]:
-        return _read_in_order(path, chosen.positions)
+    def rows_at(chosen: Smallest) -> list[Row]:
+        return read_in_order(path, chosen.positions, SAMPLED)
 
     counts.samples = read_rows_at(path, sorted(drawn.positions.tolist()), SAMPLED)
     counts.shortest, counts.least_likely = rows_at(shortest), rows_at(least_likely)
     counts.repeated, often, first = repeats.result()
-    counts.most_repeated = list(zip(often.tolist(), _read_in_order(path, first), strict=True))
+    counts.most_repeated = list(zip(often.tolist(), read_in_order(path, first, SAMPLED), strict=True))
     counts.mean_logprob = likelihood.mean
     return counts
 
 
-def _read_in_order(path: Path, positions: npt.NDArray[np.int64]) -> list[Row]:
+def read_in_order(path: Path, positions: npt.NDArray[np.int64], columns: Sequence[str]) -> list[Row]:
     """The rows at some positions, in the order of the positions given."""
-    rows = dict(zip(sorted(positions.tolist()), read_rows_at(path, sorted(positions.tolist()), SAMPLED), strict=True))
+    ascending = sorted(positions.tolist())
+    rows = dict(zip(ascending, read_rows_at(path, ascending, columns), strict=True))
     return [rows[position] for position in positions.tolist()]
 
 
-class _Smallest:
+class Smallest:
     """The positions of the n smallest keys that enter, smallest first, the first of equal ones first."""
 
     def __init__(self, n: int) -> None:
@@ -142,15 +144,17 @@ class _Likelihood:
         return np.where(lengths > 0, sums / np.maximum(lengths, 1), np.inf)
 
 
-def _count(batch: pa.RecordBatch, counts: Counts) -> npt.NDArray[np.int64]:
-    """Add a record batch to the counts; returns the positions of its ok rows."""
+def count_rows(batch: pa.RecordBatch, counts: Counts) -> npt.NDArray[np.int64]:
+    """Add a record batch to the counts; returns the positions of its ok rows. Scores lack columns of completions."""
     first = pc.fill_null(pc.equal(batch["sample"], 0), False)
     ok = pc.fill_null(pc.equal(batch["status"], "ok"), False)
     counts.input_rows += pc.sum(first).as_py() or 0
     _tally(counts.statuses, batch["status"])
-    _tally(counts.finish_reasons, batch["finish_reason"].filter(ok))
-    _tally(counts.prompt_tokens, batch["prompt_tokens"].filter(pc.and_(ok, first)))
-    _tally(counts.completion_tokens, batch["completion_tokens"].filter(ok))
+    if "prompt_tokens" in batch.schema.names:
+        _tally(counts.prompt_tokens, batch["prompt_tokens"].filter(pc.and_(ok, first)))
+    if "completion_tokens" in batch.schema.names:
+        _tally(counts.finish_reasons, batch["finish_reason"].filter(ok))
+        _tally(counts.completion_tokens, batch["completion_tokens"].filter(ok))
     if not pc.all(ok).as_py():
         _count_rejects(batch.filter(pc.invert(ok)), counts)
     return np.flatnonzero(ok.to_numpy(zero_copy_only=False))

@@ -3,7 +3,10 @@
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from batchgen.errors import OutputError, UsageError
 from batchgen.files import replace_file
@@ -12,6 +15,8 @@ from batchgen.plan import Plan
 from batchgen.review.report import plots
 from batchgen.review.report.counts import SHOWN_REJECTS, Counts, Row, RunStatus, count_output, percentile, read_status
 from batchgen.review.report.markup import Markup, element, join, visible
+from batchgen.review.report.measures import Doubles, Measured, describe, measure_output
+from batchgen.types import Kind
 
 MOST_ID, MOST_PROMPT, MOST_COMPLETION, MOST_ERROR = 100, 600, 2_000, 400  # characters that are shown
 MOST_KINDS = 12  # reasons in a table
@@ -19,6 +24,32 @@ MOST_KINDS = 12  # reasons in a table
 # No scripts and nothing from other hosts, even if a text in the page contains markup.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _VOID = Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">')
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What a page calls what a run reads and makes; an empty one is not shown."""
+
+    made: str
+    inputs: str = "rows"
+    read: str = ""
+    tokens: str = ""
+    read_length: str = ""
+    length: str = ""
+
+
+_SCORE = Words(
+    "score", read="tokens before", tokens="scored tokens", read_length="Tokens before", length="Scored tokens"
+)
+WORDS: dict[Kind, Words] = {
+    "generate": Words(
+        *("completion", "prompts", "prompt tokens", "completion tokens", "Prompt length", "Completion length")
+    ),
+    "text": replace(_SCORE, read="", read_length=""),
+    "completion": _SCORE,
+    "choices": _SCORE,
+    "embed": Words("vector", read="tokens", read_length="Length of texts"),
+}
 
 
 def write_report(path: Path, out: Path) -> None:
@@ -63,17 +94,19 @@ def check_page(path: Path, out: Path) -> None:
 def render(path: Path) -> str:
     """The whole page about one output."""
     plan = read_plan(path)
-    counts = count_output(path)
+    measured = None if plan.task == "generate" else measure_output(path, plan)
+    counts = measured.counts if measured else count_output(path)
     if path.is_dir():
         check_rows(path, plan, counts.input_rows)  # a part may be missing
     status = read_status(path, counts)
+    words = WORDS[plan.kind]
     return document(
         path.name,
         element("p", visible(origin(plan, status)), class_="soft"),
-        *overview(counts, status),
-        element("div", *figures(counts, status), class_="grid"),
-        *rejects(counts),
-        *samples(counts),
+        *overview(counts, status, words, measured.totals if measured else {}),
+        element("div", *figures(counts, status, words, measured), class_="grid"),
+        *rejects(counts, words),
+        *(measured_samples(measured) if measured else samples(counts)),
         *facts(plan),
         *reproduce(plan, path),
     )
@@ -101,30 +134,35 @@ def origin(plan: Plan, status: RunStatus) -> str:
     return "; ".join(part for part in known if part)
 
 
-def overview(counts: Counts, status: RunStatus) -> Iterator[Markup]:
+def overview(counts: Counts, status: RunStatus, words: Words, totals: dict[str, str]) -> Iterator[Markup]:
     """The outcome of the run, in a line and a few numbers; those of its last part apart."""
     parts = [f"{counts.statuses[status]:,} {status}" for status in ("ok", "rejected", "failed")]
-    line = f"{counts.rows:,} rows from {counts.input_rows:,} prompts: {', '.join(parts)}."
+    line = f"{counts.rows:,} rows from {counts.input_rows:,} {words.inputs}: {', '.join(parts)}."
     yield element("p", line, class_="good" if counts.rows == counts.statuses["ok"] else "bad")
     whole = {
-        "prompts": f"{counts.input_rows:,}",
-        "completions": f"{counts.statuses['ok']:,}",
-        "prompt tokens": f"{_total(counts.prompt_tokens):,}",
-        "completion tokens": f"{_total(counts.completion_tokens):,}",
+        words.inputs: f"{counts.input_rows:,}",
+        f"{words.made}s": f"{counts.statuses['ok']:,}",
+        words.read: f"{_total(counts.prompt_tokens):,}",
+        words.tokens: f"{_total(counts.completion_tokens):,}",
     }
+    whole = {name: number for name, number in whole.items() if name} | totals
     if counts.mean_logprob is not None:
         whole["mean log-probability"] = f"{counts.mean_logprob:.3f}"
     last = {}
     if status.timeline:
         seconds, _, tokens = status.timeline[-1]
-        last = {"tokens/s": f"{tokens / seconds:,.0f}", "run time": duration(seconds)}
+        last = {"tokens/s": f"{tokens / seconds:,.0f}"} if words.tokens else {}
+        last["run time"] = duration(seconds)
     if not status.resumed:
         whole, last = whole | last, {}
     yield _cards(whole)
     if last:
-        rest = f"The last part of the run, which resumed it; earlier parts did {status.resumed:,} of the prompts:"
+        rest = (
+            f"The last part of the run, which resumed it; earlier parts did {status.resumed:,} of the {words.inputs}:"
+        )
         yield element("p", rest, class_="soft")
-        yield _cards({"prompts": f"{counts.input_rows - status.resumed:,}", "completion tokens": f"{tokens:,}"} | last)
+        done = {words.inputs: f"{counts.input_rows - status.resumed:,}", words.tokens: f"{tokens:,}"}
+        yield _cards({name: number for name, number in done.items() if name} | last)
 
 
 def _cards(numbers: dict[str, str]) -> Markup:
@@ -144,21 +182,29 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def figures(counts: Counts, status: RunStatus) -> Iterator[Markup]:
+def figures(counts: Counts, status: RunStatus, words: Words, measured: Measured | None) -> Iterator[Markup]:
     """The plots, each with a heading; a sentence instead of a plot without data."""
     nothing = element("p", "No row is ok, so there is nothing to count.", class_="soft")
     for name, unit, tokens in (
-        ("Prompt length", "prompts", counts.prompt_tokens),
-        ("Completion length", "completions", counts.completion_tokens),
+        (words.read_length, words.inputs, counts.prompt_tokens),
+        (words.length, f"{words.made}s", counts.completion_tokens),
     ):
-        yield figure(name, join(plots.token_histogram(tokens, name, unit), spread(tokens)) if tokens else nothing)
+        if name:
+            plot = join(plots.token_histogram(tokens, name, unit), spread(tokens)) if tokens else nothing
+            yield figure(name, plot)
+    if measured:
+        name, values = measured.measure.name, measured.values
+        plot = join(plots.histogram(values, name, "rows"), quantiles(values)) if len(values) else nothing
+        yield figure(name, plot)
     absent = "Not known: the run's status file (OUTPUT.status.json, beside the output) is missing or has no timeline."
     which = "Of the last part of the run. " if status.resumed else ""
-    note = element("p", f"{which}A completion's tokens are counted when it ends.", class_="soft")
+    note = element("p", f"{which}A {words.made}'s tokens are counted when it ends.", class_="soft")
     plot = join(plots.speed(status.timeline), note) if status.timeline else element("p", absent, class_="soft")
-    yield figure("Speed", plot)
-    reasons = tally(counts.finish_reasons, "why", "completions") if counts.finish_reasons else nothing
-    yield figure("How completions ended", reasons)
+    if words.tokens:
+        yield figure("Speed", plot)
+    if not measured:
+        reasons = tally(counts.finish_reasons, "why", "completions") if counts.finish_reasons else nothing
+        yield figure("How completions ended", reasons)
 
 
 def spread(tokens: Counter[int]) -> Markup:
@@ -167,6 +213,14 @@ def spread(tokens: Counter[int]) -> Markup:
     values = ", ".join(f"{name} {percentile(tokens, percent):,}" for percent, name in named)
     text = f"mean {_total(tokens) / tokens.total():,.1f}; {min(tokens):,} to {max(tokens):,}; {values}"
     return element("p", text, class_="soft")
+
+
+def quantiles(values: Doubles) -> Markup:
+    """Mean and percentiles of measures."""
+    named = ((0, "lowest"), (5, "5 %"), (25, "25 %"), (50, "median"), (75, "75 %"), (95, "95 %"), (100, "highest"))
+    found = np.percentile(values, [percent for percent, _ in named])
+    parts = [f"{name} {value:,.4g}" for (_, name), value in zip(named, found, strict=True)]
+    return element("p", f"mean {values.mean():,.4g}; {', '.join(parts)}", class_="soft")
 
 
 def figure(name: str, content: Markup) -> Markup:
@@ -193,13 +247,13 @@ def tally(counter: Counter[str], name: str, unit: str) -> Markup:
     return element("table", header, *rows)
 
 
-def rejects(counts: Counts) -> Iterator[Markup]:
-    """Why rows have no completion, and the first such rows."""
+def rejects(counts: Counts, words: Words) -> Iterator[Markup]:
+    """Why rows have no completion, or no score, and the first such rows."""
     if not counts.reasons:
         return
     reasons = Counter({f"{reason.place}: {reason.text}": reason.rows for reason in counts.reasons.values()})
     total = reasons.total()
-    yield element("h2", f"Rows without a completion: {total:,}")
+    yield element("h2", f"Rows without a {words.made}: {total:,}")
     yield element("div", tally(reasons, "why: the first of each kind", "rows"), class_="card")
     header = element("tr", element("th", "row", class_="n"), element("th", "id"), element("th", "why"))
     listed = element("table", header, *map(reject, counts.rejects))
@@ -232,17 +286,43 @@ def samples(counts: Counts) -> Iterator[Markup]:
         yield from _folded(name, (sample(row, f"{often:,} times: ") for often, row in counts.most_repeated))
 
 
+def measured_samples(measured: Measured) -> Iterator[Markup]:
+    """Some rows, drawn from all, each with its scores; then those with the lowest and with the highest measure."""
+    rows = measured.counts.samples
+    if not rows:
+        return
+    yield element("h2", f"{len(rows)} rows, drawn from all")
+    yield element("div", *map(measured_sample, rows), class_="samples")
+    yield from _folded(measured.measure.low, map(measured_sample, measured.lowest))
+    yield from _folded(measured.measure.high, map(measured_sample, measured.highest))
+
+
 def _folded(name: str, cards: Iterable[Markup]) -> Iterator[Markup]:
     yield element("details", element("summary", name, class_="soft"), element("div", *cards, class_="samples"))
 
 
 def sample(row: Row, before: str = "") -> Markup:
     name = f"row {row['row']}, sample {row['sample']}, {row['completion_tokens']} tokens, {row['finish_reason']}"
+    return card(row, before, name, row["completion"])
+
+
+def measured_sample(row: Row, before: str = "") -> Markup:
+    """A text, a prompt with its completion, or with its best choice."""
+    choices, best = row.get("choices"), row.get("best")
+    if isinstance(choices, list) and isinstance(best, int):
+        return card(row, before, describe(row), "".join(choices[best : best + 1]))
+    return card(row, before, describe(row), row.get("completion"))
+
+
+def card(row: Row, before: str, name: str, completion: object) -> Markup:
+    """A row: its name, its prompt or text, and what follows."""
     if row["id"] is not None:
         name = f"{short(str(row['id']), MOST_ID)}: {name}"
-    completion = str(row["completion"] or "")
+    completion = str(completion or "")
     shown = visible(short(completion, MOST_COMPLETION)) if completion else element("i", "(empty)", class_="soft")
-    prompt = element("span", visible(short_left(str(row["prompt"] or ""), MOST_PROMPT)), class_="prompt")
+    text = row.get("text", row.get("prompt"))
+    prompt = element("span", visible(short_left(str(text or ""), MOST_PROMPT)), class_="prompt")
+    shown = Markup("") if "text" in row else shown
     head = element("div", visible(before + name), class_="soft")
     return element("div", head, element("p", prompt, shown, class_="text"), class_="card")
 

@@ -81,6 +81,22 @@ def token_histogram(counts: Counter[int], label: str, unit: str) -> Markup:
     return _draw(f"{label}: from {lowest:,} to {highest:,} tokens", paint)
 
 
+def histogram(values: Doubles, label: str, unit: str) -> Markup:
+    """Rows (`unit`) by a measure; the bins end at percentiles 1 and 99, and their last ones hold what is beyond."""
+    low, high = np.percentile(values, [1, 99])
+    bins, edges = np.histogram(values.clip(low, high), BINS)
+
+    def paint(axes: "Axes") -> None:
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        axes.bar(edges[:-1], bins, np.diff(edges), align="edge", color=_ACCENT, linewidth=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.set_ylabel(unit)
+
+    return _draw(f"{label}: from {values.min():,.4g} to {values.max():,.4g}", paint)
+
+
 def bin_width(lowest: int, highest: int) -> int:
     """The smallest of 1, 2, 5, 10, 20 ... that needs at most BINS bins; 0, 39 -> 1; 0, 1023 -> 50."""
     widths = (mantissa * int(10**power) for power in itertools.count() for mantissa in (1, 2, 5))
