@@ -5,9 +5,10 @@ import os
 import signal
 import sys
 import threading
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from batchgen import __version__
 from batchgen.errors import BatchgenError
@@ -15,14 +16,17 @@ from batchgen.job import FLAGS
 from batchgen.jobs.complete import complete
 from batchgen.jobs.convert import convert
 from batchgen.jobs.doctor import doctor
+from batchgen.jobs.embed import embed
 from batchgen.jobs.fetch import fetch
 from batchgen.jobs.generate import generate
 from batchgen.jobs.html_report import report
+from batchgen.jobs.lm_eval import PASS_ON, lm_eval
 from batchgen.jobs.logs import is_json, log_for_people
 from batchgen.jobs.models import models
 from batchgen.jobs.panels import Command, panel_of
-from batchgen.jobs.plan import plan
+from batchgen.jobs.plan import plan, plan_embed, plan_score
 from batchgen.jobs.report import discard_stdout, one_line
+from batchgen.jobs.score import score
 from batchgen.jobs.verify import verify
 from batchgen.limits import reached_limit
 from batchgen.options import use_flags
@@ -30,16 +34,32 @@ from batchgen.progress import SIGNALS, exit_code_of, outcome, words_of, words_of
 
 logger = logging.getLogger(__name__)
 
+
+class Commands(TyperGroup):
+    """The commands; the name of one may be two words, as `plan score`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = " ".join(args[:2])
+        return super().resolve_command(ctx, [name, *args[2:]] if name in self.commands else args)
+
+
 app = typer.Typer(
     name="batchgen",
+    cls=Commands,
     help="Offline batch completions with GPT-2 on ordinary CPUs.",
     no_args_is_help=True,
     rich_markup_mode="markdown",  # which joins the lines of a paragraph
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, generate, complete, report, verify, fetch, convert, models, doctor):
-    app.command(cls=Command, rich_help_panel=panel_of(command.__name__))(command)
+for command in (
+    *(plan, generate, complete),
+    *(plan_score, score, plan_embed, embed),
+    *(report, verify, fetch, convert, models, doctor),
+):
+    name = command.__name__.replace("_", " ")
+    app.command(name, cls=Command, rich_help_panel=panel_of(name))(command)
+app.command("lm-eval", cls=Command, rich_help_panel=panel_of("lm-eval"), context_settings=PASS_ON)(lm_eval)
 
 
 def _show_version(wanted: bool) -> None:

@@ -12,7 +12,7 @@ from batchgen.jobs.flatten import flatten, note_escapes
 from batchgen.types import SamplingParams
 
 
-@flatten("n", "logprobs")
+@flatten("n", "logprobs", "prompt_logprobs")
 def complete(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
     sampling: SamplingParams,

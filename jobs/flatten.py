@@ -3,7 +3,8 @@
     @flatten()
     def complete(prompt: str, sampling: SamplingParams, policy: Policy) -> None: ...
 
-has the options --max-tokens, --temperature, ..., --on-too-long, ..., and is called with the two records.
+has the options --max-tokens, --temperature, ..., --on-too-long, ..., and is called with the two records. A field may
+also be declared as Typer has it: `quiet: Annotated[bool, typer.Option(...)] = False`.
 """
 
 import dataclasses
@@ -60,6 +61,12 @@ def _position(parameter: inspect.Parameter) -> tuple[int, bool]:
     return GROUPS.index(group) if group in GROUPS else -1, parameter.default is not inspect.Parameter.empty
 
 
+def _typer_fields(record: Any) -> Iterator[tuple[Any, Any]]:
+    """Each field that is declared as Typer has it, with its annotation."""
+    kinds = get_type_hints(record, include_extras=True)
+    return ((one, kinds[one.name]) for one in dataclasses.fields(record) if get_origin(kinds[one.name]) is Annotated)
+
+
 def _fields(record: Any, leave_out: frozenset[str]) -> Iterator[tuple[Any, Option, str]]:
     """Each declared field, with the name of its option as a parameter: kv_bytes -> kv_memory, for --kv-memory."""
     for field in dataclasses.fields(record):
@@ -80,6 +87,8 @@ def _parameters(record: Any, leave_out: frozenset[str], instead: Any) -> Iterato
         kind = kind | None if default is None and field.default is dataclasses.MISSING else kind
         annotation = Annotated[kind, _typer_parameter(field.name, declared, kind)]  # type: ignore[valid-type]
         yield inspect.Parameter(name, _KEYWORD, default=default, annotation=annotation)
+    for field, annotation in _typer_fields(record):
+        yield inspect.Parameter(field.name, _KEYWORD, default=field.default, annotation=annotation)
 
 
 def _kind(kind: Any, declared: Option) -> Any:
@@ -110,7 +119,7 @@ def _typer_parameter(name: str, declared: Option, kind: Any) -> Any:
 
 def _build(record: Any, values: dict[str, Any], leave_out: frozenset[str], instead: Any) -> Any:
     """The record, from the values of its options, which are taken out of `values`."""
-    given = {}
+    given = {field.name: values.pop(field.name) for field, _ in _typer_fields(record)}
     for field, declared, name in _fields(record, leave_out):
         value = values.pop(name)
         if declared.parse is not None:

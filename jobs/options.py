@@ -1,5 +1,6 @@
 """Options that no record of a job holds, and that more than one command has."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -40,3 +41,19 @@ LogJson = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=RUN)]
 Progress = Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.", rich_help_panel=RUN)]
 Show = Annotated[int, typer.Option(min=0, help="Completions to show at the end (plan: prompts).", rich_help_panel=RUN)]
+
+# fields of records that these commands have no option for
+NOT_OF_SCORE = ("token_ids", "empty_prompt", "trim")
+NOT_OF_EMBED = ("prompt_column", "completion_column", "choices_column", "answer_column", "token_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """How a job is run for people."""
+
+    fetch: Fetch = True
+    html_report: Report = False
+    progress: Progress = "auto"
+    log_json: LogJson = False
+    quiet: Quiet = False
+    show: Show = 3

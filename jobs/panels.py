@@ -9,7 +9,9 @@ from typer.core import TyperCommand
 
 COMMANDS = {
     "Completions": ("plan", "generate", "complete"),
+    "Scores": ("plan score", "score", "plan embed", "embed"),
     "Looking at outputs": ("report", "verify"),
+    "Evaluation": ("lm-eval",),
     "Models": ("fetch", "convert", "models"),
     "This machine": ("doctor",),
 }
@@ -17,6 +19,8 @@ COMMANDS = {
 # What --help explains of a command with many options.
 USUAL = (
     *("output", "model", "max_tokens", "temperature", "top_p", "stop", "n", "seed"),
+    *("text_column", "completion_column", "choices_column", "answer_column", "first_token", "stride", "per_token"),
+    *("layer", "pool"),
     *("keep", "on_too_long", "jobs", "time_limit", "show", "time", "help", "help_all"),
 )
 MANY = 20

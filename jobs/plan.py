@@ -7,10 +7,21 @@ from typing import Annotated
 
 import typer
 
-from batchgen.job import DEFAULT_MODEL, WORK, InputOptions, Job, OutputOptions, Policy, WorkOptions
+from batchgen.job import (
+    DEFAULT_MODEL,
+    WORK,
+    EmbedOptions,
+    InputOptions,
+    Job,
+    OutputOptions,
+    Policy,
+    ScoreInput,
+    ScoreOptions,
+    WorkOptions,
+)
 from batchgen.jobs import options, report
 from batchgen.jobs.flatten import flatten
-from batchgen.jobs.generate import check_standard_output, report_page
+from batchgen.jobs.running import check_standard_output, report_page
 from batchgen.options import say
 from batchgen.review.forecast import Forecast, forecast_job
 from batchgen.types import SamplingParams
@@ -20,6 +31,12 @@ BAR = 40  # characters of the longest
 SHOWN_END = 150  # characters of a prompt's beginning and of its end
 
 NO_OUTPUT = OutputOptions("")
+_EQUAL = {"generate": "greedy requests are generated", "score": "passages are scored", "embed": "texts are embedded"}
+
+Time = Annotated[
+    bool,
+    typer.Option(help="Measure the work for some seconds to forecast the time.", rich_help_panel=WORK),
+]
 
 
 @flatten()
@@ -31,33 +48,74 @@ def plan(
     policy: Policy,
     work: WorkOptions,
     model: options.Model = DEFAULT_MODEL,
-    fetch: options.Fetch = True,
-    html_report: options.Report = False,
-    time: Annotated[
-        bool,
-        typer.Option(help="Measure the work for some seconds to forecast the time.", rich_help_panel=WORK),
-    ] = True,
-    progress: options.Progress = "auto",
-    log_json: options.LogJson = False,
-    quiet: options.Quiet = False,
-    show: options.Show = 3,
+    time: Time = True,
+    shown: options.Shown,
 ) -> None:
     """Say what generate would do with INPUT: rows, rejects, lengths, chunks, memory, time. Writes no output.
 
     It takes every option of generate; an --output is checked too. The last lines are the first prompts, as the model
     reads them. Exit code 0: every row can be generated; 3: some would be rejected; 4: all would be rejected.
 
+    `batchgen plan score` and `batchgen plan embed` say the same of the commands score and embed.
+
     Example: batchgen plan prompts.jsonl --model 124M --max-tokens 64
     """
-    job = Job(input, output, model, sampling, policy, work)
-    if output.path:
+    print_forecast(Job(input, output, model, sampling, policy, work), time, shown)
+
+
+@flatten(*options.NOT_OF_SCORE)
+def plan_score(
+    *,
+    input: ScoreInput,
+    output: OutputOptions = NO_OUTPUT,
+    task: ScoreOptions,
+    policy: Policy,
+    work: WorkOptions,
+    model: options.Model = DEFAULT_MODEL,
+    time: Time = True,
+    shown: options.Shown,
+) -> None:
+    """Say what score would do with INPUT: rows, rejects, lengths, chunks, memory, time. Writes no output.
+
+    It takes every option of score. The last lines are the first rows, as the model reads them: what is only read, and
+    after each | what is scored.
+
+    Example: batchgen plan score texts.jsonl --text-column text --model 124M
+    """
+    print_forecast(Job(replace(input, task=task), output, model, policy=policy, work=work), time, shown)
+
+
+@flatten(*options.NOT_OF_EMBED)
+def plan_embed(
+    *,
+    input: ScoreInput,
+    output: OutputOptions = NO_OUTPUT,
+    task: EmbedOptions,
+    policy: Policy,
+    work: WorkOptions,
+    model: options.Model = DEFAULT_MODEL,
+    time: Time = True,
+    shown: options.Shown,
+) -> None:
+    """Say what embed would do with INPUT: rows, rejects, lengths, chunks, memory, time. Writes no output.
+
+    It takes every option of embed. The last lines are the first texts, as the model reads them.
+
+    Example: batchgen plan embed texts.jsonl --model 124M
+    """
+    print_forecast(Job(replace(input, task=task), output, model, policy=policy, work=work), time, shown)
+
+
+def print_forecast(job: Job, time: bool, shown: options.Shown) -> None:
+    """Check the output, forecast, print; raises the exit code."""
+    if job.output.path:
         check_standard_output(job)
-    if output.path and html_report:
+    if job.output.path and shown.html_report:
         report_page(job)
     if report.is_stdout(job):
         job = replace(job, output=NO_OUTPUT)
-    forecast = forecast_job(job, measure_time=time, show=show)
-    if not quiet:
+    forecast = forecast_job(job, measure_time=time, show=shown.show)
+    if not shown.quiet:
         with report.to_whoever_reads():
             for line in lines(forecast):
                 typer.echo(report.one_line(line))
@@ -67,10 +125,11 @@ def plan(
 def lines(forecast: Forecast) -> Iterator[str]:
     """The forecast, line by line."""
     if forecast.is_complete:
-        yield f"complete: generate has nothing to do; {say('overwrite', True)} makes the output again, as follows"
+        makes = f"{say('overwrite', True)} makes the output again, as follows"
+        yield f"complete: {forecast.task} has nothing to do; {makes}"
     rejected = forecast.rows - forecast.ok
     yield (
-        f"rows: {forecast.rows:,}: {forecast.ok:,} to generate, {rejected:,} to be rejected; "
+        f"rows: {forecast.rows:,}: {forecast.ok:,} to {forecast.task}, {rejected:,} to be rejected; "
         f"{counted(forecast.output_rows, 'output row')}"
     )
     for reject in sorted(forecast.rejects.values(), key=lambda reject: -reject.rows):
@@ -78,11 +137,13 @@ def lines(forecast: Forecast) -> Iterator[str]:
         yield f"  {reject.rows:>6,}  {reject.example}  [{', '.join(reject.places)}{more}]"
     yield from report.parameter_lines(forecast.row_parameters)
     if forecast.ok:
-        yield from length_lines(forecast.lengths)
+        yield from length_lines(forecast.lengths, "prompt tokens" if forecast.task == "generate" else "tokens of rows")
+    if forecast.scored:
+        yield f"scored: {forecast.scored:,} of these tokens"
     if forecast.shared_tokens or forecast.duplicates:
         yield (
             f"shared: {forecast.shared_tokens:,} prompt tokens are read once instead of several times; "
-            f"{forecast.duplicates:,} equal greedy requests are generated once"
+            f"{forecast.duplicates:,} equal {_EQUAL[forecast.task]} once"
         )
     yield (
         f"work: {counted(len(forecast.chunks), 'chunk')} of up to {forecast.chunk_rows:,} rows; "
@@ -90,15 +151,21 @@ def lines(forecast: Forecast) -> Iterator[str]:
     )
     yield f"memory: up to {forecast.memory / 2**30:.1f} GiB, the model's {forecast.precision} weights in it once"
     if forecast.seconds is not None:
-        rate = forecast.completion_tokens / max(forecast.seconds, 1e-9)
-        yield (
-            f"time: about {duration(forecast.seconds)} for {forecast.completion_tokens:,.0f} tokens "
-            f"({rate:,.0f} tokens/s), as measured here in {forecast.measured_in:.0f} s"
-        )
+        yield time_line(forecast, forecast.seconds)
     if forecast.first:
         yield ""
     for shown in forecast.first:
-        yield f"[{shown.name}] {counted(shown.tokens, 'token')}: {both_ends(shown.text)}"
+        windows = f" in {shown.windows} windows, the first" if shown.windows > 1 else ""
+        yield f"[{shown.name}] {counted(shown.tokens, 'token')}{windows}: {' | '.join(map(both_ends, shown.texts))}"
+
+
+def time_line(forecast: Forecast, seconds: float) -> str:
+    """How long a run would take, for the tokens that it generates, or reads."""
+    tokens = forecast.completion_tokens or forecast.tokens
+    return (
+        f"time: about {duration(seconds)} for {tokens:,.0f} tokens ({tokens / max(seconds, 1e-9):,.0f} tokens/s), "
+        f"as measured here in {forecast.measured_in:.0f} s"
+    )
 
 
 def both_ends(text: str) -> str:
@@ -110,12 +177,11 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def length_lines(lengths: Counter[int]) -> Iterator[str]:
-    """A histogram of the prompts' lengths."""
+def length_lines(lengths: Counter[int], name: str = "prompt tokens") -> Iterator[str]:
+    """A histogram of the prompts' lengths, or of the rows'."""
     rows, total = lengths.total(), sum(length * n for length, n in lengths.items())
     yield (
-        f"prompt tokens: {total:,}; {min(lengths):,} to {max(lengths):,}, median {median(lengths):,}, "
-        f"mean {total / rows:,.0f}"
+        f"{name}: {total:,}; {min(lengths):,} to {max(lengths):,}, median {median(lengths):,}, mean {total / rows:,.0f}"
     )
     low, high = min(lengths), max(lengths)
     width = max(-(-(high - low + 1) // BINS), 1)

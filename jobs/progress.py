@@ -89,7 +89,7 @@ def _plain() -> OnProgress:
 
 
 def _rate(now: Progress) -> str:
-    return f"{now.completion_tokens / now.seconds:,.0f} tokens/s" if now.completion_tokens else ""
+    return f"{now.tokens / now.seconds:,.0f} tokens/s" if now.tokens else ""
 
 
 def _left(now: Progress) -> str:

@@ -4,25 +4,35 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
 from batchgen.errors import OutputError
 from batchgen.job import Job
 from batchgen.output.parts import open_parquet
-from batchgen.progress import Summary, to_follow, words_of
-from batchgen.types import RowParameters
+from batchgen.progress import Scores, Summary, to_follow, words_of
+from batchgen.types import Kind, RowParameters
+
+Row: TypeAlias = dict[str, Any]  # of the output, by column
 
 STDOUT = Path("-")
 REASONS_SHOWN = 8
-_SHOWN = ["row", "id", "prompt", "completion", "status", "error"]
+CHOICES_SHOWN = 8  # of a row
+# columns to show, besides row, id, status and error
+_SHOWN: dict[Kind, tuple[str, ...]] = {
+    "generate": ("prompt", "completion"),
+    "text": ("text", "tokens", "perplexity"),
+    "completion": ("prompt", "completion", "logprob", "greedy"),
+    "choices": ("prompt", "choices", "logprobs", "best"),
+    "embed": ("text", "prompt_tokens"),
+}
 
 
 @contextmanager
@@ -97,12 +107,11 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield "complete: there was nothing to do, and nothing was changed; --overwrite makes it again"
         yield f"output: {one_line(str(summary.output))}"
         return
-    speed = f"{summary.completion_tokens / max(summary.seconds, 1e-9):,.0f} tokens/s"
+    if summary.scores:
+        yield from score_lines(summary.scores)
+    speed = f"{summary.tokens / max(summary.seconds, 1e-9):,.0f} tokens/s"
     jobs = f"{summary.jobs} job{'s' if summary.jobs > 1 else ''}"
-    yield (
-        f"{summary.prompt_tokens:,} tokens in, {summary.completion_tokens:,} out in {summary.seconds:.1f} s: "
-        f"{speed} ({jobs}; {summary.precision})"
-    )
+    yield f"{_work(summary)} in {summary.seconds:.1f} s: {speed} ({jobs}; {summary.precision})"
     if summary.space_ends:
         what = "1 prompt ends" if summary.space_ends == 1 else f"{summary.space_ends:,} prompts end"
         yield f"note: {what} in a space, from which GPT-2 continues badly; --trim removes it"
@@ -111,6 +120,29 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield f"note: {what} special tokens, such as <|endoftext|>, as text; --special-tokens parse makes them tokens"
     yield from parameter_lines(summary.row_parameters)
     yield f"output: {one_line(str(summary.output))}"
+
+
+def _work(summary: Summary) -> str:
+    """The tokens of this run; of scores and embeddings, all that were read count for its speed."""
+    if summary.task == "generate":
+        return f"{summary.prompt_tokens:,} tokens in, {summary.completion_tokens:,} out"
+    scored = f", {summary.completion_tokens:,} of them scored," if summary.task == "score" else ""
+    return f"{summary.tokens:,} tokens read{scored}"
+
+
+def score_lines(scores: Scores) -> Iterator[str]:
+    """What the scores of all rows come to."""
+    found = scores.measures()
+    if "perplexity" in found:
+        by_byte = f", {found['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in found else ""
+        yield f"perplexity {found['perplexity']:,.3f}{by_byte} ({scores.tokens:,} tokens, {scores.bytes:,} bytes)"
+    if "logprob" in found:
+        greedy = f"{scores.greedy:,} of {scores.rows:,} greedy"
+        yield f"log-probability {found['logprob']:,.3f}, {found['mean_logprob']:,.3f} a row; {greedy}"
+    if scores.answered:
+        each = (found[name] for name in ("accuracy", "accuracy_by_token", "accuracy_by_byte"))
+        names = "{:.2%}, by token {:.2%}, by byte {:.2%}".format(*each)
+        yield f"accuracy {names} ({scores.answered:,} rows with an answer)"
 
 
 def parameter_lines(found: RowParameters) -> Iterator[str]:
@@ -131,22 +163,36 @@ def parameter_lines(found: RowParameters) -> Iterator[str]:
         yield f"note: the input is an output of batchgen, with its results in {names}: they are not taken as parameters"
 
 
-def sample_lines(output: Path, n: int) -> Iterator[str]:
+def sample_lines(output: Path, n: int, kind: Kind = "generate") -> Iterator[str]:
     """The first n rows of the output, a paragraph each; the output is complete, whether they can be shown or not."""
     try:
-        rows = _first_rows(output, n)
+        rows = _first_rows(output, n, _SHOWN[kind])
     except (OSError, ValueError, pa.ArrowException) as error:
         yield one_line(f"note: the first rows cannot be shown ({words_of(error)})")
         return
     for row in rows:
         name = row["id"] if row["id"] is not None else f"row {row.get('row', '?')}"
-        if row["status"] == "ok":
-            yield f"[{_printable(name)}] {_printable(row['prompt'])} ->{_printable(row['completion'])}"
-        else:
-            yield f"[{_printable(name)}] {row['status']}: {_printable(row['error'])}"
+        what = _outcome(row, kind) if row["status"] == "ok" else f"{row['status']}: {_printable(row['error'])}"
+        yield f"[{_printable(name)}] {what}"
 
 
-def _first_rows(output: Path, n: int) -> list[dict[str, Any]]:
+def _outcome(row: Row, kind: Kind) -> str:
+    """What an ok row says; the best of its choices first."""
+    if kind == "text":
+        return f"perplexity {row['perplexity']:,.2f} ({row['tokens']:,} tokens): {_printable(row['text'])}"
+    if kind == "embed":
+        return f"{row['prompt_tokens']:,} tokens: {_printable(row['text'])}"
+    if kind == "choices":
+        scored = list(zip(row["choices"], row["logprobs"], strict=True))
+        scored.insert(0, scored.pop(row["best"]))
+        found = "; ".join(f"{_printable(text.strip(), 80)} ({logprob:.2f})" for text, logprob in scored[:CHOICES_SHOWN])
+        more = f"; ... and {len(scored) - CHOICES_SHOWN:,} more" if len(scored) > CHOICES_SHOWN else ""
+        return f"{_printable(row['prompt'])} -> {found}{more}"
+    scores = f" ({row['logprob']:.2f}{', greedy' if row['greedy'] else ''})" if kind == "completion" else ""
+    return f"{_printable(row['prompt'])} ->{_printable(row['completion'])}{scores}"
+
+
+def _first_rows(output: Path, n: int, columns: Sequence[str]) -> list[Row]:
     if output.is_dir():
         output = min(output.glob("*.parquet"), default=output)
     if output.suffix.lower() == ".jsonl":
@@ -154,11 +200,12 @@ def _first_rows(output: Path, n: int) -> list[dict[str, Any]]:
             lines = [json.loads(line) for line in islice(file, n)]
         return list(islice((row for line in lines for row in _rows_of_line(line)), n))
     with open(output, "rb") as raw, open_parquet(raw) as table:
-        rows: list[dict[str, Any]] = next(table.iter_batches(n, columns=_SHOWN, use_threads=False)).to_pylist()
+        names = ["row", "id", "status", "error", *columns]
+        rows: list[Row] = next(table.iter_batches(n, columns=names, use_threads=False)).to_pylist()
     return rows
 
 
-def _rows_of_line(line: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows_of_line(line: Row) -> list[Row]:
     """A line is a row; an OpenAI answer is a row for each of its choices, which do not hold the prompt."""
     if "row" in line:  # OpenAI answers have none; a row may carry a custom_id
         return [line]

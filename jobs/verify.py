@@ -17,6 +17,7 @@ from batchgen.review.replay import CLOSE, Replay, replay
 from batchgen.types import Precision
 
 SHOWN = 20  # differences
+_DONE = {"generate": "generated", "score": "scored", "embed": "embedded"}
 
 
 def verify(
@@ -34,9 +35,9 @@ def verify(
         Precision | None, typer.Option(help="Another one than the output's or the model's own.")
     ] = None,
 ) -> None:
-    """Check an output by generating random rows of it again, or check a model.
+    """Check an output by generating random rows of it again, or scoring them, or check a model.
 
-    Rows of an OUTPUT are generated from its metadata and compared with the file, bit for bit if the same version made
+    Rows of an OUTPUT are made from its metadata and compared with the file, bit for bit if the same version made
     it. Of a MODEL, its hashes and structure are checked, and the known completions of OpenAI's sizes. Exit code 0:
     all is as it should be; 1: something is not, and the line says what.
 
@@ -61,7 +62,8 @@ def _print_replay(done: Replay) -> None:
     how = "bit for bit" if done.exact else f"by value, log-probabilities within {CLOSE}"
     lines = [
         f"{done.path}: {done.rows:,} input rows, {done.ok:,} of them ok; model {done.model}",
-        f"{done.compared:,} of these generated again ({done.samples:,} samples; --seed {done.seed} chooses them again)",
+        f"{done.compared:,} of these {_DONE[done.task]} again "
+        f"({done.samples:,} samples; --seed {done.seed} chooses them again)",
         f"compared {how}: {', '.join(done.columns)}",
         *(f"note: {note}" for note in done.notes),
         *(f"DIFFERS  {line}" for line in done.differences[:SHOWN]),

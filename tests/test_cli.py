@@ -93,7 +93,7 @@ def test_a_command_is_not_done_before_its_page_or_its_copy_is(here, batchgen, mo
         raise InputError("stopped")
 
     (here / "deep").mkdir()
-    monkeypatch.setattr("batchgen.jobs.generate.run_job", run_job)
+    monkeypatch.setattr("batchgen.jobs.running.run_job", run_job)
     assert batchgen("generate", "p.jsonl", "-o", output, more)[0] == 1
     to_follow.clear()
     assert seen == [True]
