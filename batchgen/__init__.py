@@ -7,14 +7,24 @@ __version__ = "0.3.0"  # another one whenever a row, or how an input is cut into
 if TYPE_CHECKING:
     from batchgen.errors import BatchgenError, BusyError, InputError, ModelError, OutputError, StoppedError, UsageError
     from batchgen.generator import Generator
-    from batchgen.job import InputOptions, Job, OutputOptions, Policy, WorkOptions
+    from batchgen.job import (
+        EmbedOptions,
+        InputOptions,
+        Job,
+        OutputOptions,
+        Policy,
+        ScoreInput,
+        ScoreOptions,
+        WorkOptions,
+    )
     from batchgen.progress import Progress, Summary
     from batchgen.run import run_job
-    from batchgen.types import OutputRow, SamplingParams
+    from batchgen.types import OutputRow, SamplingParams, ScoreRow
 
 __all__ = [
     "BatchgenError",
     "BusyError",
+    "EmbedOptions",
     "Generator",
     "InputError",
     "InputOptions",
@@ -26,6 +36,9 @@ __all__ = [
     "Policy",
     "Progress",
     "SamplingParams",
+    "ScoreInput",
+    "ScoreOptions",
+    "ScoreRow",
     "StoppedError",
     "Summary",
     "UsageError",
@@ -37,10 +50,10 @@ __all__ = [
 _NAMES = {
     "batchgen.errors": "BatchgenError BusyError InputError ModelError OutputError StoppedError UsageError",
     "batchgen.generator": "Generator",
-    "batchgen.job": "InputOptions Job OutputOptions Policy WorkOptions",
+    "batchgen.job": "EmbedOptions InputOptions Job OutputOptions Policy ScoreInput ScoreOptions WorkOptions",
     "batchgen.progress": "Progress Summary",
     "batchgen.run": "run_job",
-    "batchgen.types": "OutputRow SamplingParams",
+    "batchgen.types": "OutputRow SamplingParams ScoreRow",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -5,31 +5,47 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 
 from batchgen.engine.limits import MAX_BATCH
 from batchgen.errors import ModelError, UsageError
 from batchgen.gpt2.machine_code import prepare_kernels
+from batchgen.gpt2.params import Array
 from batchgen.input.grouping import TOGETHER
+from batchgen.input.targets import read_choices, read_completion
 from batchgen.input.validation import make_check
-from batchgen.job import DEFAULT_MODEL, Policy, WorkOptions
+from batchgen.job import DEFAULT_MODEL, EmbedOptions, Policy, Pool, ScoreOptions, WorkOptions, with_kind
 from batchgen.models.model import Model
 from batchgen.options import known_keywords, shown, split_keywords
-from batchgen.planning import plan_chunks
+from batchgen.planning import fit_task, plan_chunks
 from batchgen.text.stopping import StopStrings, completed_text
 from batchgen.text.tokenizer import StreamDecoder
-from batchgen.types import OutputRow, Precision, Rejected, Request, SamplingParams, TokenizedRequest
-from batchgen.workers.complete import complete_chunk, map_engine, to_prompts
+from batchgen.types import (
+    READING,
+    Kind,
+    OutputRow,
+    Precision,
+    Rejected,
+    Request,
+    SamplingParams,
+    ScoreRow,
+    TokenizedRequest,
+)
+from batchgen.workers.complete import map_engine, to_prompts
 from batchgen.workers.marker import RECORD, Marker
+from batchgen.workers.tasks import rows_of_chunk
 
 if TYPE_CHECKING:
     from batchgen.engine.engine import Engine, Step
 
 CHUNK_PROMPTS = 512  # memory for keys and values is taken as it is needed; this bounds the prompts that wait for it
 
+
 OnPrompts = Callable[[int, int], object]  # prompts done, prompts in all
+T = TypeVar("T")
+Task: TypeAlias = ScoreOptions | EmbedOptions | None
 
 
 @known_keywords
@@ -83,12 +99,65 @@ class Generator:
         """
         asked, policy = _read_options(params, policy, options)
         items = [self._check(request, policy) for request in _requests(prompts, asked)]
+        return sorted(self._rows(items, asked, None, progress), key=lambda row: (row.row, row.sample))
+
+    def score(
+        self,
+        prompts: Iterable[str],
+        completions: Iterable[str | Iterable[str]] | None = None,
+        *,
+        progress: OnPrompts | None = None,
+        **options: object,
+    ) -> list[ScoreRow]:
+        """How likely the model finds texts, or each prompt's completion, or its choices (a list): a row for each.
+
+        options are fields of ScoreOptions (per_token, stride, first_token) and of Policy. Raises UsageError, naming
+        the text, for one that a job would reject.
+
+        >>> [row] = generator.score(["The king said to his"], [[" daughter", " spoon"]])
+        >>> row.best, row.logprobs
+        """
+        own, rules = split_keywords(options, ScoreOptions, Policy)
+        asked, policy = ScoreOptions(**own), Policy(**rules)  # type: ignore[arg-type]
+        requests = list(_requests(prompts, READING))
+        if completions is not None:
+            requests, kind = _add_targets(requests, completions)
+            asked = with_kind(asked, kind)
+        task = fit_task(asked, self.config)
+        items = [self._check(request, policy, task) for request in requests]
+        return sorted(self._rows(items, READING, task, progress), key=lambda row: row.row)
+
+    def embed(
+        self,
+        texts: Iterable[str],
+        *,
+        layer: int = -1,
+        pool: Pool = "mean",
+        progress: OnPrompts | None = None,
+        **options: object,
+    ) -> Array:
+        """A vector for each text, [n, n_embd] float32; layer and pool are those of EmbedOptions, options of Policy.
+
+        Raises UsageError, naming the text, for one that a job would reject.
+        """
+        own, rules = split_keywords({"layer": layer, "pool": pool, **options}, EmbedOptions, Policy)
+        task, policy = fit_task(EmbedOptions(**own), self.config), Policy(**rules)  # type: ignore[arg-type]
+        items = [self._check(request, policy, task) for request in _requests(texts, READING, "texts")]
+        vectors = np.empty((len(items), self.config.n_embd), np.float32)
+        for row in self._rows(items, READING, task, progress):
+            if row.error is not None:  # the weights overflow
+                raise ModelError(row.error)
+            vectors[row.row] = row.embedding
+        return vectors
+
+    def _rows(
+        self, items: list[TokenizedRequest], params: SamplingParams, task: Task, progress: OnPrompts | None
+    ) -> Iterator[Any]:
+        """The rows of the task, chunk by chunk."""
         marker = _Progress(len(items), progress) if progress else None
-        rows: list[OutputRow] = []
         with self._free_engine() as engine:
             for chunk in plan_chunks(items, CHUNK_PROMPTS, TOGETHER):
-                rows += complete_chunk(chunk, asked, engine, self.tokenizer, marker)
-        return sorted(rows, key=lambda row: (row.row, row.sample))
+                yield from rows_of_chunk(chunk, task, params, engine, self.tokenizer, marker)
 
     def stream(
         self, prompt: str, params: SamplingParams | None = None, policy: Policy | None = None, **options: object
@@ -132,8 +201,8 @@ class Generator:
         self._model.check_unchanged()
         self._idle.append(engine)
 
-    def _check(self, request: Request, policy: Policy) -> TokenizedRequest:
-        item = make_check(self.tokenizer, self.config.n_ctx, policy)(request)
+    def _check(self, request: Request, policy: Policy, task: Task = None) -> TokenizedRequest:
+        item = make_check(self.tokenizer, self.config.n_ctx, policy, task)(request)
         if isinstance(item, Rejected):
             raise UsageError(item.error)
         return item
@@ -161,17 +230,44 @@ class _Progress(Marker):
             self._report(self._done, self._prompts)
 
 
-def _requests(prompts: Iterable[str], params: SamplingParams) -> Iterator[Request]:
-    """Raises UsageError for what is no list of strings: its elements would be characters, keys or columns."""
-    if isinstance(prompts, str):
-        raise UsageError(f"prompts is one string ({prompts[:20]!r}); give a list of them: [prompt]")
-    if isinstance(prompts, Mapping) or hasattr(prompts, "columns"):
-        raise UsageError(f"prompts is a {type(prompts).__name__}; give one column of it: prompts['prompt']")
-    if not isinstance(prompts, Iterable):
-        raise UsageError(f"prompts is {shown(prompts)}; give a list of strings")
-    for row, prompt in enumerate(prompts):
-        _check_text(f"prompts[{row}]", prompt)
-        yield Request(row, f"prompts[{row}]", None, prompt, params)
+def _requests(prompts: Iterable[str], params: SamplingParams, name: str = "prompts") -> Iterator[Request]:
+    for row, prompt in enumerate(_elements(name, prompts)):
+        _check_text(f"{name}[{row}]", prompt)
+        yield Request(row, f"{name}[{row}]", None, str(prompt), params)  # not a subclass, such as NumPy's
+
+
+def _add_targets(requests: list[Request], completions: Iterable[object]) -> tuple[list[Request], Kind]:
+    """The requests with a completion each, or all with choices."""
+    given = [list(one) if _is_list(one) else one for one in _elements("completions", completions)]
+    if len(given) != len(requests):
+        counts = f"{len(requests)} prompts and {len(given)} completions were given"
+        raise UsageError(f"{counts}; give one for each prompt, or a list of choices for each")
+    kind: Kind = "choices" if any(isinstance(one, list) for one in given) else "completion"
+    read = read_choices if kind == "choices" else read_completion
+    return [replace(one, targets=_read(read, row, given[row])) for row, one in enumerate(requests)], kind
+
+
+def _is_list(value: object) -> TypeGuard[Iterable[object]]:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
+def _read(read: Callable[[object], tuple[str, ...]], row: int, value: object) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, read(value)))
+    except UsageError as error:
+        raise UsageError(f"completions[{row}]: {error}") from error
+
+
+def _elements(name: str, texts: Iterable[T]) -> Iterable[T]:
+    """Raises UsageError for what is no list: its elements would be characters, keys or columns."""
+    noun = name.removesuffix("s")
+    if isinstance(texts, str):
+        raise UsageError(f"{name} is one string ({texts[:20]!r}); give a list of them: [{noun}]")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
+        raise UsageError(f"{name} is a {type(texts).__name__}; give one column of it: {name}['{noun}']")
+    if not isinstance(texts, Iterable):
+        raise UsageError(f"{name} is {shown(texts)}; give a list of strings")
+    return texts
 
 
 def _check_text(place: str, prompt: object) -> None:

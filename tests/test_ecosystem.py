@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchgen.output.file import write_groups
+from batchgen.output.schema import Columns, rows_to_table
 from batchgen.run import run_job
-from batchgen.types import SamplingParams
+from batchgen.types import EmbeddingRow, SamplingParams
 from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
 
@@ -137,3 +140,44 @@ def test_hugging_face_datasets_reads_the_output(
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(done.stdout.splitlines()[-1])
     assert [{name: row[name] for name in COLUMNS} for row in rows] == expected
+
+
+# ---- embeddings
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pa.Table]:
+    """A file of embeddings, of which every fifth row was rejected, and its table."""
+    path = tmp_path_factory.mktemp("embeddings") / "e.parquet"
+    vectors = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
+    rows = [
+        EmbeddingRow(row=row, id=None, prompt=f"é {row}", status="ok", embedding=vector)
+        if row % 5
+        else EmbeddingRow(row=row, id=None, prompt=None, status="rejected", error="e.jsonl:1: no text")
+        for row, vector in enumerate(vectors)
+    ]
+    schema = Columns(kind="embed", n_embd=24).schema()
+    table = rows_to_table(rows, schema)
+    with open(path, "wb") as file:
+        write_groups(table.to_batches(max_chunksize=20), file, schema)
+    return path, table
+
+
+def vectors_of(rows: Any) -> list[bytes | None]:
+    """The bits of the vectors that another program read."""
+    return [None if row is None else np.array(row, np.float32).tobytes() for row in rows]
+
+
+def test_other_programs_read_the_bits_of_embeddings(embeddings: tuple[Path, pa.Table]) -> None:
+    path, table = embeddings
+    pandas, polars, duckdb = importorskip("pandas"), importorskip("polars"), importorskip("duckdb")
+    expected = vectors_of(table["embedding"].to_pylist())
+    assert expected.count(None) == 10
+    assert vectors_of(pq.read_table(path)["embedding"].to_pylist()) == expected
+    assert vectors_of(pandas.read_parquet(path)["embedding"]) == expected
+    frame = polars.read_parquet(path)
+    assert frame.schema["embedding"] == polars.Array(polars.Float32, 24)
+    assert vectors_of(frame["embedding"].to_list()) == expected
+    with duckdb.connect() as connection:
+        found = connection.execute(f"SELECT embedding FROM '{path}' ORDER BY row").fetchall()
+    assert vectors_of(row for (row,) in found) == expected

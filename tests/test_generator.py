@@ -22,6 +22,7 @@ from batchgen.errors import ModelError, UsageError
 from batchgen.generator import _open_again
 from batchgen.gpt2.forward import Forward
 from batchgen.models.shards import Description, write_model
+from tests.support import reference
 from tests.support.jobs import make_job
 from tests.support.logits import gpt2
 from tests.support.models import BYTES, sharp_tensors, write_byte_model, write_wide_model
@@ -127,6 +128,82 @@ def test_a_model_that_is_not_there_is_named():
         Generator("nowhere")
 
 
+# ---- score
+
+
+def expected_logprobs(text: str, first: int) -> np.ndarray:
+    """The log-probabilities of the bytes of a text from `first` on, in float64."""
+    ids = list(text.encode())
+    x = reference.logits(ids, sharp_tensors(BYTES), BYTES.n_head)
+    table = (
+        x - np.log(np.exp(x - x.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True)) - x.max(axis=1, keepdims=True)
+    )
+    return table[np.arange(first - 1, len(ids) - 1), ids[first:]]
+
+
+def test_a_completion_has_the_log_probability_of_its_tokens(generator):
+    pairs = [("Once upon", " a time"), ("ab", "c"), ("Once upon", " the")]
+    rows = generator.score([prompt for prompt, _ in pairs], [completion for _, completion in pairs], per_token=True)
+    for row, (prompt, completion) in zip(rows, pairs, strict=True):
+        logprobs = expected_logprobs(prompt + completion, len(prompt))
+        np.testing.assert_allclose(row.token_logprobs, logprobs, atol=1e-4)
+        assert row.logprob == pytest.approx(logprobs.sum(), abs=1e-4)
+        assert (row.prompt_tokens, row.tokens) == (len(prompt), len(completion))
+        assert row.greedy == (set(row.token_ranks) == {1})
+
+
+def test_choices_are_scored_as_completions_are(generator):
+    choices = [["c", "dd"], ["e"], ("f", "gg", "hhh")]
+    rows = generator.score(["ab", "abc", "Once"], choices)
+    for prompt, row, own in zip(["ab", "abc", "Once"], rows, choices, strict=True):
+        alone = [generator.score([prompt], [choice])[0].logprob for choice in own]
+        assert row.logprobs == tuple(alone)
+        assert row.best == int(np.argmax(alone))
+    assert rows[1].choices == ("e",)
+
+
+def test_a_text_is_scored_alone(generator):
+    [row, other] = generator.score(["Once upon", "abc"], first_token="given")
+    nats = -expected_logprobs("Once upon", 1).sum()
+    assert (row.tokens, row.nats) == (8, pytest.approx(nats, abs=1e-3))
+    assert row.perplexity == pytest.approx(np.exp(nats / 8), rel=1e-4)
+    assert generator.score(["abc"], first_token="given") == [replace(other, row=0)]
+
+
+def test_completions_may_come_from_a_column_of_arrays(generator):
+    frame = pd.DataFrame({"prompt": ["ab", "cd"], "choices": [np.array(["x", "y"]), np.array(["z"])]})
+    found = generator.score(frame["prompt"].to_numpy(str), frame["choices"])
+    assert repr(found) == repr(generator.score(["ab", "cd"], [["x", "y"], ["z"]]))  # strings of NumPy are strings
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "options", "message"),
+    [
+        ("ab", ["c"], {}, "prompts is one string"),
+        (["ab"], "c", {}, r"completions is one string \('c'\); give a list of them: \[completion\]"),
+        (["ab"], {"a": "c"}, {}, r"completions is a dict; give one column of it: completions\['completion'\]"),
+        (["ab"], pd.DataFrame({"c": ["c"]}), {}, "completions is a DataFrame; give one column"),
+        (["ab", "cd"], ["c"], {}, "2 prompts and 1 completions were given; give one for each prompt, or a list"),
+        (["ab"], [None], {}, r"completions\[0\]: the completion is null"),
+        (["ab"], [3], {}, r"completions\[0\]: the completion is a number \(3\)"),
+        (["ab"], [b"c"], {}, r"completions\[0\]: the completion is "),
+        (["ab"], [""], {}, r"completions\[0\]: the completion is empty"),
+        (["ab"], [[]], {}, r"completions\[0\]: the list of choices is empty"),
+        (["ab", "cd"], [["x"], [1.5]], {}, r"completions\[1\]: choice 0 \(from 0\) is a number \(1.5\)"),
+        (["ab", "cd"], [["x"], "y"], {}, r"completions\[1\]: the choices are 'y', which is no list"),
+        (["ab", None], None, {}, r"prompts\[1\]: None \(NoneType\) is not a string"),
+        (["a" * 500], ["c"], {}, r"prompts\[0\]: .*128"),
+        (["ab"], None, {"temperature": 1}, "'temperature' is not an option of ScoreOptions or Policy"),
+        (["ab"], None, {"stride": 0}, "stride '0': must be a whole number"),
+        (["ab"], ["c"], {"stride": 9}, "stride=9 is about a text that is scored alone; leave it out"),
+        (["ab"], None, {"stride": 129}, "stride=129 is out of range"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(python_names, generator, prompts, completions, options, message):
+    with pytest.raises(UsageError, match=message):
+        generator.score(prompts, completions, **options)
+
+
 # ---- stream
 
 
@@ -162,6 +239,11 @@ def test_a_stream_may_be_closed_early_and_another_begun(model):
 def test_a_stream_refuses_what_a_job_would_reject(model, prompt, named):
     with pytest.raises(UsageError, match=named):
         next(stream_completion(model, prompt, SamplingParams(max_tokens=9)))
+
+
+def test_a_stream_of_no_tokens_is_the_prompt_that_it_begins_with(model):
+    assert "".join(stream_completion(model, "abc", SamplingParams(max_tokens=0, echo=True))) == "abc"
+    assert "".join(stream_completion(model, "abc", SamplingParams(max_tokens=0, prompt_logprobs=1))) == ""
 
 
 def test_a_stream_has_the_options_that_its_errors_name(model):
