@@ -70,6 +70,9 @@ def main() -> None:
     for module, title in EXTRAS.items() if args.breakdown else ():
         report += [f"## {title}", "", run_module(module)]
         save(cache, report, machine, rows)
+    if args.scores:
+        report += ["## Scores of given texts", "", run_module("scores", f"--jobs={args.jobs}", f"--cache={cache}")]
+        save(cache, report, machine, rows)
     print("\n" + "\n".join(report))
 
 
@@ -84,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     tune = "try settings on a slice of the workload, or take the first"
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True, help=tune)
     parser.add_argument("--breakdown", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--scores", action="store_true", help="also scores of given texts (benchmarks.scores)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench")
     return parser.parse_args()
 
@@ -161,8 +165,8 @@ def tune(
     return best, tried
 
 
-def run_module(module: str) -> str:
-    command = [sys.executable, "-m", f"benchmarks.{module}"]
+def run_module(module: str, *options: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *options]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
     return done.stdout if not done.returncode else f"missing: exit status {done.returncode}\n"
 

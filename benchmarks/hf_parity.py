@@ -1,10 +1,10 @@
 """Compare batchgen with transformers on the same float32 weights: python -m benchmarks.hf_parity [--deep] [SHAPE ...].
 
 For each shape, transformers makes and saves a GPT-2 with random weights, `convert_checkpoint` converts it, and both
-read the same prompts. A shape is ok if all logits are within 1e-4, and if every greedy token of batchgen's engine
-(with its cache and batching) is that of transformers, unless the two best logits are within 1e-3. Exit code 1 if one
-is not. The larger sizes have their true width but few layers; --deep gives them all layers, which needs 20 GB of memory
-and as much disk.
+read the same prompts. A shape is ok if all logits, log-probabilities of the prompts' tokens and embeddings of every
+layer are within 1e-4, and if every greedy token of batchgen's engine (with its cache and batching) is that of
+transformers, unless the two best logits are within 1e-3. Exit code 1 if one is not. The larger sizes have their true
+width but few layers; --deep gives them all layers, which needs 20 GB of memory and as much disk.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from batchgen.engine.sequence import Prompt, sample_seeds
 from batchgen.gpt2.forward import Forward, Prefill
 from batchgen.gpt2.kv_cache import KVArena
 from batchgen.gpt2.weights import pack
+from batchgen.job import Pool
 from batchgen.models.convert import convert_checkpoint
 from batchgen.models.shards import load_manifest, load_params
-from batchgen.types import SamplingParams
+from batchgen.types import READING, SamplingParams
 from tests.support.models import write_byte_vocabulary
 
 LENGTHS = (1, 7, 33, 96)
@@ -90,31 +91,84 @@ def make_model(shape: Shape, deep: bool, directory: Path) -> GPT2LMHeadModel:
     return model.float()
 
 
+@dataclass(slots=True)
+class Comparison:
+    """The largest differences from transformers, and the greedy tokens."""
+
+    largest: float = 0.0  # logit
+    logits: float = 0.0
+    scores: float = 0.0  # log-probabilities of the prompts' own tokens
+    embeddings: float = 0.0
+    tokens: int = 0
+    different: int = 0
+    close: int = 0  # of those that differ, within MARGIN
+
+    @property
+    def is_right(self) -> bool:
+        return max(self.logits, self.scores, self.embeddings) < TOLERANCE and self.different == self.close
+
+
+def difference(found: Any, expected: torch.Tensor) -> float:
+    return float(np.abs(found - expected.numpy()).max())
+
+
 @torch.no_grad()
-def compare(model: GPT2LMHeadModel, converted: Path, lengths: tuple[int, ...]) -> tuple[float, float, int, int, int]:
-    """(largest difference of logits, largest logit, greedy tokens, number that differ, of these within MARGIN)."""
+def compare(model: GPT2LMHeadModel, converted: Path, lengths: tuple[int, ...]) -> Comparison:
     config = load_manifest(converted).config
     weights = pack(load_params(converted))
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, config.n_vocab, length).tolist()) for length in lengths]
-    worst, largest = 0.0, 0.0
-    for prompt in prompts:
-        expected = model(torch.tensor([prompt])).logits[0].numpy()
-        found = logits(weights, config, prompt)
-        worst, largest = max(worst, float(np.abs(found - expected).max())), max(largest, float(np.abs(expected).max()))
-    n, different, close = 0, 0, 0
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
     engine = Engine(weights, config, eos_ids=(), kv_bytes=2**30, max_batch=len(prompts))
-    requests = [Prompt(i, ids, sampling, sample_seeds(0, i, 1)) for i, ids in enumerate(prompts)]
-    for completion in engine.generate(requests):
+    result = Comparison()
+    for prompt in prompts:
+        expected = model(torch.tensor([prompt])).logits[0]
+        result.logits = max(result.logits, difference(logits(weights, config, prompt), expected))
+        result.largest = max(result.largest, float(expected.abs().max()))
+    compare_completions(model, engine, prompts, result)
+    compare_scores(model, engine, prompts, result)
+    compare_embeddings(model, engine, prompts, result)
+    return result
+
+
+def as_requests(prompts: list[tuple[int, ...]], params: SamplingParams, scored: int | None = None) -> list[Prompt]:
+    return [Prompt(row, ids, params, sample_seeds(0, row, 1), scored=scored) for row, ids in enumerate(prompts)]
+
+
+def compare_completions(
+    model: GPT2LMHeadModel, engine: Engine, prompts: list[tuple[int, ...]], result: Comparison
+) -> None:
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
+    for completion in engine.generate(as_requests(prompts, sampling)):
         prompt, new = prompts[completion.row], list(completion.token_ids)
         rows = model(torch.tensor([[*prompt, *new][:-1]])).logits[0, len(prompt) - 1 :]
         best = torch.topk(rows, 2)
-        n += len(new)
+        result.tokens += len(new)
         for token, ids, values in zip(new, best.indices.tolist(), best.values.tolist(), strict=True):
-            different += token != ids[0]
-            close += token != ids[0] and values[0] - values[1] <= MARGIN
-    return worst, largest, n, different, close
+            result.different += token != ids[0]
+            result.close += token != ids[0] and values[0] - values[1] <= MARGIN
+
+
+def compare_scores(model: GPT2LMHeadModel, engine: Engine, prompts: list[tuple[int, ...]], result: Comparison) -> None:
+    """The log-probability of every token after the first."""
+    scored = [prompt for prompt in prompts if len(prompt) > 1]
+    for completion in engine.generate(as_requests(scored, READING, scored=1)):
+        ids = torch.tensor(scored[completion.row])
+        expected = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        assert completion.prompt_logprobs is not None
+        result.scores = max(result.scores, difference(np.array(completion.prompt_logprobs), expected))
+
+
+def compare_embeddings(
+    model: GPT2LMHeadModel, engine: Engine, prompts: list[tuple[int, ...]], result: Comparison
+) -> None:
+    """The embeddings of every layer, pooled in both ways."""
+    states = [model(torch.tensor([prompt]), output_hidden_states=True).hidden_states for prompt in prompts]
+    for layer in range(engine.config.n_layer + 1):
+        for pool in get_args(Pool):
+            for prompt, vector in engine.embed(as_requests(prompts, READING), layer, pool):
+                hidden = states[prompt.row][layer][0]  # [n_prompt, n_embd]
+                expected = hidden.mean(0) if pool == "mean" else hidden[-1]
+                result.embeddings = max(result.embeddings, difference(vector, expected))
 
 
 def logits(weights: Any, config: Any, prompt: tuple[int, ...]) -> Any:
@@ -131,18 +185,19 @@ def check(name: str, deep: bool) -> bool:
     try:
         model = make_model(shape, deep, directory / "hf")
         convert_checkpoint(directory / "hf", directory / "model", name=name)
-        worst, largest, n, different, close = compare(model, directory / "model", shape.lengths)
+        found = compare(model, directory / "model", shape.lengths)
         layers = load_manifest(directory / "model").config.n_layer
     finally:
         shutil.rmtree(directory)
-    right = worst < TOLERANCE and different == close
     print(
-        f"{name:10} {shape.config['n_embd']:>5}x{layers:<2} {shape.note:15} logits up to {largest:5.1f}, "
-        f"difference at most {worst:.1e}; greedy {n - different}/{n} equal, {close} within the margin: "
-        f"{'ok' if right else 'WRONG'} ({time.monotonic() - started:.0f} s)",
+        f"{name:10} {shape.config['n_embd']:>5}x{layers:<2} {shape.note:15} logits up to {found.largest:5.1f}, "
+        f"difference at most {found.logits:.1e}, of log-probabilities {found.scores:.1e}, "
+        f"of embeddings {found.embeddings:.1e}; "
+        f"greedy {found.tokens - found.different}/{found.tokens} equal, {found.close} within the margin: "
+        f"{'ok' if found.is_right else 'WRONG'} ({time.monotonic() - started:.0f} s)",
         flush=True,
     )
-    return right
+    return found.is_right
 
 
 def main() -> int:

@@ -17,19 +17,21 @@ from batchgen.engine.sequence import Prompt
 from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.params import nest
 from batchgen.gpt2.weights import pack
+from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Precision, SamplingParams
-from benchmarks import bench, quality
+from benchmarks import bench, quality, scores
 from benchmarks.bench import HEADER, Row, section
 from benchmarks.breakdown import measure as measure_steps
 from benchmarks.memory import PeakMemory, proportional_bytes, tree
 from benchmarks.models import huggingface_tensors, write_safetensors
-from benchmarks.peers import run_batchgen
+from benchmarks.peers import run_batchgen, scoring
 from benchmarks.peers.protocol import Job, Ready, Task, batches, check, measure
 from benchmarks.picture import Line, draw
-from benchmarks.systems import MissingError, System, run_logged
+from benchmarks.systems import SYSTEMS, MissingError, System, run_logged
 from benchmarks.workloads import KINDS, N_ORDINARY, make_workload
 from tests.support.models import write_byte_model
 from tests.support.tensors import random_tensors
+from tests.support.vocabulary import gpt2_vocabulary_dir
 
 CONFIG = GPT2Config(n_vocab=20, n_ctx=8, n_embd=4, n_head=2, n_layer=2)
 
@@ -217,6 +219,40 @@ def test_a_missing_system_is_a_row_with_its_reason():
     assert table[4][:4] == ["peer", "100", "2.00x", "5.00x"]
     assert table[4][6] == "50%"
     assert table[5] == ["other", "missing", "", "", "", "", "", "no wheel"]
+
+
+def test_texts_to_score_have_exact_numbers_of_tokens():
+    words = scores.Words(Tokenizer.load(gpt2_vocabulary_dir()))
+    texts = [words.text(n) for n in (1, 7, 200)]
+    assert [len(words.tokens(text)) for text in texts] == [2, 8, 201]  # <|endoftext|> before each
+    assert len(words.tokens(texts[1] + texts[2])) == 208  # what is joined has no token of both
+    assert scores.Words(words.tokenizer).text(1) == texts[0]
+
+
+def test_a_peer_must_score_every_token_but_the_first(tmp_path):
+    job = scoring.ScoreJob("model", [[5, 6, 7], [8, 9]], 2)
+    job.write(tmp_path / "job.json")
+    assert scoring.ScoreJob.read(tmp_path / "job.json") == job
+
+    def load(first):
+        return lambda job: scoring.Scorer(lambda texts: [[-1.0] * len(ids[first:]) for ids in texts], "1.0", "fast")
+
+    assert scoring.measure(load(1), job)["log_probs"] == [[-1.0, -1.0], [-1.0]]
+    with pytest.raises(ValueError, match="one log-probability for each token"):
+        scoring.measure(load(0), job)
+    assert scoring.batches([[0] * n for n in (3, 1, 2, 5, 4)], 2) == [[3, 4], [0, 2], [1]]
+
+
+def test_scores_are_compared_by_speed_and_by_token():
+    assert set(scores.SCRIPTS) <= set(SYSTEMS)
+    ours = scores.Measured("batchgen float32", 2, 400, 2.0, 2**30, [[-1.0, -2.0], [-3.0]])
+    int8 = replace(ours, system="batchgen int8", seconds=1.0)
+    peer = scores.Measured("peer", 1, 200, 4.0, 2**29, [[-1.5, -2.0]], "1.0")  # the first of the texts alone
+    lines = [scores.cells(row, [ours, int8]) for row in (ours, peer, scores.Measured("other", missing="no wheel"))]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert table[0][2:8] == ["1.0", "200", "1.00x", "2.00x", "1.00", ""]
+    assert table[1][2:8] == ["0.2", "50", "4.00x", "8.00x", "0.50", "5.0e-01"]
+    assert table[2] == ["other", "missing", "", "", "", "", "", "", "no wheel"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")

@@ -79,12 +79,12 @@ Load = Callable[[Job], Ready]
 
 def serve(load: Load) -> None:
     """Do the job that the command line names, and print the answer."""
-    answer = _private_stdout()
+    answer = private_stdout()
     job = Job.read(Path(sys.argv[1]))
     print(json.dumps(measure(load, job)), file=answer, flush=True)
 
 
-def _private_stdout() -> TextIO:
+def private_stdout() -> TextIO:
     """Standard output, for the answer alone; what libraries print then goes to standard error."""
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
