@@ -239,6 +239,7 @@ BATCH = [
     {"prompt": prompt(4), "top_k": 4, "temperature": 0.9, "bad_words": "the"},
     {"prompt": "Once", "best_of": 4},
     {"prompt": "Once", "echo": True, "logprobs": 1},
+    {"prompt": [prompt(6), "Été <|endoftext|>"], "echo": True, "logprobs": 2, "max_tokens": 0, "n": 2},
     {"prompt": "Once", "temperature": 3000},
     {"prompt": [prompt(5), ""]},
 ]
@@ -292,6 +293,7 @@ class Job:
     killed: bool = False  # the run before is ended by SIGKILL
     like: str | None = None  # the job whose golden outcome is this one's
     directory_there: bool = False  # a directory has the output's name already
+    command: str = "generate"
 
 
 def job(inputs: Callable[[Path], None], arguments: str | list[str], output: str = "out.parquet", **more: Any) -> Job:
@@ -421,6 +423,49 @@ PARAMETERS = {
     "rejects-csv-to-jsonl": job(write("rows.csv", BAD_CSV), "in/rows.csv --max-tokens 8", "out.jsonl"),
     "rejects-all": job(write("rows.jsonl", json_lines([b"no JSON"] * 10)), "in/rows.jsonl"),
 }
+LONG_TEXT = " ".join(map(prompt, range(60)))
+TEXTS = [prompt(i) for i in range(12)] + ["", None, "x", " ", "Été \U0001f98a", LONG_TEXT, "<|endoftext|>The king"]
+TEXT_LINES = write("rows.jsonl", json_lines([{"id": i, "text": text} for i, text in enumerate(TEXTS)]))
+PAIRS = [(prompt(i), f" and {PLACES[i % 5]}.") for i in range(10)]
+PAIRS += [("The king ", "said"), ("", "Once"), ("The ki", "ng"), ("The king", ""), (LONG_TEXT, " said"), (None, "a")]
+PAIR_LINES = [{"prompt": before, "completion": after} for before, after in PAIRS]
+CHOICES = [[f" {PLACES[(i + j) % 5]}" for j in range(2 + i % 3)] for i in range(12)]
+ANSWERS = [[0, "B", " the sea", None][i % 4] if i != 6 else 9 for i in range(12)]
+CHOICE_TABLE = pa.table(
+    {
+        "prompt": [f"{prompt(0)} {prompt(i % 3)} He saw" for i in range(12)],
+        "choices": pa.array([None if i == 7 else CHOICES[i] for i in range(12)], pa.large_list(pa.string())),
+        "answer": [None if answer is None else str(answer) for answer in ANSWERS],
+    }
+)
+CHOICE_ROWS = write("rows.parquet", parquet_bytes(CHOICE_TABLE))
+BY_CHOICES = "in/rows.parquet --choices-column choices --answer-column answer"
+SCORES = {
+    "score-texts": job(TEXT_LINES, "in/rows.jsonl --per-token", command="score"),
+    "score-texts-stride-to-jsonl": job(
+        TEXT_LINES, "in/rows.jsonl --stride 100 --first-token given --jobs 2", "out.jsonl", command="score"
+    ),
+    "score-completions": job(
+        write("rows.csv", delimited(["prompt", "completion"], PAIRS)),
+        "in/rows.csv --completion-column completion --per-token",
+        command="score",
+    ),
+    "score-completions-truncate-left": job(
+        write("rows.jsonl", json_lines(PAIR_LINES)),
+        "in/rows.jsonl --completion-column completion --on-too-long truncate-left --no-share-prefixes",
+        "out.jsonl",
+        command="score",
+    ),
+    "score-choices": job(CHOICE_ROWS, BY_CHOICES, packed=True, command="score"),
+    "int8-score-choices": job(CHOICE_ROWS, f"{BY_CHOICES} --per-token --precision int8", packed=True, command="score"),
+    "embed-texts": job(TEXT_LINES, "in/rows.jsonl", command="embed"),
+    "int8-embed-texts": job(
+        TEXT_LINES,
+        "in/rows.jsonl --layer 2 --pool last --precision int8 --on-too-long truncate-left --empty-prompt unconditional",
+        command="embed",
+    ),
+    "prompt-logprobs": job(PLAIN, "in/rows.jsonl --max-tokens 4 --prompt-logprobs 2 --logprobs 1"),
+}
 RUNS = {
     "uninterrupted": job(resumable, RESUMABLE),
     "resumed-after-kill": job(resumable, RESUMABLE, first=[], killed=True, like="uninterrupted"),
@@ -455,7 +500,7 @@ ERRORS = {
         write("rows.parquet", parquet_bytes(pa.table({"prompt": ["Once"], "max_token": [3]}))), "in/rows.parquet"
     ),
 }
-JOBS = {**FORMATS, **PARAMETERS, **RUNS, **ERRORS}
+JOBS = {**FORMATS, **PARAMETERS, **SCORES, **RUNS, **ERRORS}
 
 
 # ---- running one
@@ -477,7 +522,7 @@ def run_job(job: Job, folder: Path) -> dict[str, Any]:
 
 def run_command(job: Job, folder: Path, options: list[str]) -> Done:
     stdin = folder / "in" / job.stdin if job.stdin else os.devnull
-    arguments = ["generate", *job.arguments, *options]
+    arguments = [job.command, *job.arguments, *options]
     return batchgen(*arguments, folder=folder, stdin=stdin, environment=without_models(folder))
 
 
@@ -490,7 +535,7 @@ def without_models(folder: Path) -> dict[str, str]:
 def kill_midway(job: Job, folder: Path) -> None:
     """Run a job until two of its chunks are done, and kill it with all of its workers."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "batchgen", "generate", *job.arguments, *(job.first or [])],
+        [sys.executable, "-m", "batchgen", job.command, *job.arguments, *(job.first or [])],
         cwd=folder,
         env=without_models(folder),
         stdin=subprocess.DEVNULL,

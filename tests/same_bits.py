@@ -51,7 +51,8 @@ NEEDED = {"skylake-avx512": "avx512vl", "haswell": "fma", "alderlake": "avxvnni"
 
 # Greedy rows, drawn rows and rows with rules, by the number of the row; None: the parameters of the run.
 ROWS = (None, {"temperature": 0}, {"temperature": 1.2, "min_p": 0.02}, {"repetition_penalty": 1.3, "top_k": 0})
-SAMPLING = SamplingParams(max_tokens=10, n=2, logprobs=2, temperature=0.9, top_k=20, top_p=0.95, seed=7)
+SCORES = {"logprobs": 2, "prompt_logprobs": 2}
+SAMPLING = SamplingParams(max_tokens=10, n=2, temperature=0.9, top_k=20, top_p=0.95, seed=7, **SCORES)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def native(tmp_path_factory) -> dict[str, dict[str, str]]:
 def test_both_precisions_are_compared_for_every_width_of_a_head(native):
     assert len(native) == 2 * len(WIDTHS)
     for columns in native.values():
-        assert {"completion", "top_logprobs", "finish_reason"} <= columns.keys()
+        assert {"completion", "top_logprobs", "prompt_top_logprobs", "finish_reason"} <= columns.keys()
     completions = {columns["completion"] for columns in native.values()}
     assert len(completions) > len(WIDTHS)  # the models say different things
 
