@@ -84,13 +84,16 @@ def run_page(page: Path) -> Result:
                 continue
             for command in block.says("setup"):
                 shell.run(command)
+            text = block.text
             for part, expected, actual in _run_block(shell, above, block):
                 result.commands += 1
                 if masked(expected) != masked(_elide(expected, actual)):
                     result.differences.append(
                         f"{page.name}:{block.line}: {part}\n--- page\n{expected}--- now\n{actual}"
                     )
-                    result.replacements.append((block.span, block.text.replace(expected, actual, 1)))
+                    text = text.replace(expected, actual, 1)
+            if text != block.text:
+                result.replacements.append((block.span, text))
     return result
 
 
@@ -117,7 +120,7 @@ class Shell:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._last, self._exported = folder, 0, ""
-        for name in ("data", "Makefile", "pyproject.toml", "requirements", "jobs"):
+        for name in ("data", "examples", "jobs", "Makefile", "pyproject.toml", "requirements"):
             (folder / name).symlink_to(ROOT / name)
         shutil.copy(ROOT / "data/prompts/sample.jsonl", folder / "prompts.jsonl")
         bin = folder / ".venv/bin"
