@@ -344,6 +344,7 @@ def test_a_closed_terminal_ends_a_run_in_order_however_often_it_says_so(monkeypa
     watched.clear()
     monkeypatch.setattr(cli.threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and then it stays so
     try:
         cli._handle_signals()
         with pytest.raises(SystemExit, match="129"):
