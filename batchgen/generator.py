@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from batchgen.gpt2.params import Array
 from batchgen.input.grouping import TOGETHER
 from batchgen.input.targets import read_choices, read_completion
 from batchgen.input.validation import make_check
-from batchgen.job import DEFAULT_MODEL, EmbedOptions, Policy, Pool, ScoreOptions, WorkOptions, with_kind
+from batchgen.job import DEFAULT_MODEL, EmbedOptions, Policy, Pool, ScoreOptions, TaskOptions, WorkOptions, with_kind
 from batchgen.models.model import Model
 from batchgen.options import known_keywords, shown, split_keywords
 from batchgen.planning import fit_task, plan_chunks
@@ -42,10 +42,8 @@ if TYPE_CHECKING:
 
 CHUNK_PROMPTS = 512  # memory for keys and values is taken as it is needed; this bounds the prompts that wait for it
 
-
 OnPrompts = Callable[[int, int], object]  # prompts done, prompts in all
 T = TypeVar("T")
-Task: TypeAlias = ScoreOptions | EmbedOptions | None
 
 
 @known_keywords
@@ -151,7 +149,11 @@ class Generator:
         return vectors
 
     def _rows(
-        self, items: list[TokenizedRequest], params: SamplingParams, task: Task, progress: OnPrompts | None
+        self,
+        items: list[TokenizedRequest],
+        params: SamplingParams,
+        task: TaskOptions | None,
+        progress: OnPrompts | None,
     ) -> Iterator[Any]:
         """The rows of the task, chunk by chunk."""
         marker = _Progress(len(items), progress) if progress else None
@@ -201,7 +203,7 @@ class Generator:
         self._model.check_unchanged()
         self._idle.append(engine)
 
-    def _check(self, request: Request, policy: Policy, task: Task = None) -> TokenizedRequest:
+    def _check(self, request: Request, policy: Policy, task: TaskOptions | None = None) -> TokenizedRequest:
         item = make_check(self.tokenizer, self.config.n_ctx, policy, task)(request)
         if isinstance(item, Rejected):
             raise UsageError(item.error)

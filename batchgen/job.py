@@ -119,6 +119,9 @@ class EmbedOptions:
         check_ranges(self)
 
 
+TaskOptions: TypeAlias = ScoreOptions | EmbedOptions
+
+
 def kind_of(completion_column: str | None, choices_column: str | None) -> Kind:
     """What there is to score in rows with these columns."""
     return "choices" if choices_column else "completion" if completion_column else "text"
@@ -133,7 +136,7 @@ def with_kind(task: ScoreOptions, kind: Kind) -> ScoreOptions:
     return replace(task, kind=kind)
 
 
-def _fit_kind(task: ScoreOptions | EmbedOptions, kind: Kind) -> ScoreOptions | EmbedOptions:
+def _fit_kind(task: TaskOptions, kind: Kind) -> TaskOptions:
     """The task of an input with rows of this kind; UsageError if it has none."""
     if isinstance(task, ScoreOptions):
         return with_kind(task, kind)
@@ -154,7 +157,7 @@ class ScoreInput(InputOptions):
     completion_column: str | None = option(None, "The column that holds the prompt's completion.", IO)
     choices_column: str | None = option(None, "The one that holds the prompt's choices, a list of strings.", IO)
     answer_column: str | None = option(None, "The one that says which choice is right: its index or its text.", IO)
-    task: ScoreOptions | EmbedOptions = ScoreOptions()
+    task: TaskOptions = ScoreOptions()
 
     def __post_init__(self) -> None:
         InputOptions.__post_init__(self)
@@ -308,7 +311,7 @@ class Job:
                     raise UsageError(f"{what} is about completions that are generated; leave it out")
 
     @property
-    def task(self) -> ScoreOptions | EmbedOptions | None:
+    def task(self) -> TaskOptions | None:
         """What is done with each row; None: it is completed, as `sampling` says."""
         return self.input.task if isinstance(self.input, ScoreInput) else None
 

@@ -17,6 +17,7 @@ from batchgen.job import (
     Policy,
     ScoreInput,
     ScoreOptions,
+    TaskOptions,
     WorkOptions,
     kind_of,
 )
@@ -163,7 +164,7 @@ class Plan:
     def kind(self) -> Kind:
         return kind_of(self.completion_column, self.choices_column) if self.task == "score" else self.task
 
-    def options(self) -> ScoreOptions | EmbedOptions | None:
+    def options(self) -> TaskOptions | None:
         """What was done with the rows; None: they were completed."""
         if self.task == "score":
             return ScoreOptions(self.first_token or "endoftext", self.stride, self.per_token, self.kind)  # type: ignore[arg-type]
@@ -195,7 +196,7 @@ class Plan:
 _SCORE_COLUMNS = ("text_column", "completion_column", "choices_column", "answer_column")
 
 
-def task_fields(input: InputOptions, task: ScoreOptions | EmbedOptions | None) -> dict[str, Any]:
+def task_fields(input: InputOptions, task: TaskOptions | None) -> dict[str, Any]:
     """The fields of a plan that say what is done with rows; none if they are completed."""
     if task is None:
         return {}

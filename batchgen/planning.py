@@ -18,7 +18,7 @@ from batchgen.gpt2.config import GPT2Config
 from batchgen.input.grouping import share_out
 from batchgen.input.parameters import ASKING, LOGPROBS
 from batchgen.input.prompts import Facts
-from batchgen.job import EmbedOptions, Job, ScoreOptions
+from batchgen.job import EmbedOptions, Job, ScoreOptions, TaskOptions
 from batchgen.models.model import Model
 from batchgen.options import say
 from batchgen.plan import Plan, task_fields
@@ -57,7 +57,7 @@ def auto_chunk_rows(rows: int, jobs: int, n: int = 1) -> int:
     return max(-(-rows // chunks), 1)
 
 
-def rows_to_read(task: ScoreOptions | EmbedOptions, row_bytes: float, n_ctx: int) -> int:
+def rows_to_read(task: TaskOptions, row_bytes: float, n_ctx: int) -> int:
     """Rows of a chunk, at most, of which nothing but the reading costs time.
 
     800 bytes a row -> 655; 400,000 bytes, n_ctx 1024, stride 1024 -> 1
@@ -182,7 +182,7 @@ class Setting:
     format: str  # of the output: parquet, jsonl or dataset
 
 
-def fit_task(task: ScoreOptions | EmbedOptions | None, config: GPT2Config) -> ScoreOptions | EmbedOptions | None:
+def fit_task(task: TaskOptions | None, config: GPT2Config) -> TaskOptions | None:
     """The task with the stride or the layer that it comes to with this model; UsageError for one that it lacks.
 
     n_ctx 1024, n_layer 12: stride None -> 1024; layer -1 -> 12

@@ -212,6 +212,11 @@ class RowParameters:
     folders: tuple[str, ...] = ()  # named as parameters, and no columns: the user named what is below them
 
 
+def encodable(text: str) -> str:
+    """An error as files can hold it: half of a surrogate pair, which it may quote, becomes its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """One input row that cannot be generated, and why; it gets its output row all the same."""
@@ -393,7 +398,7 @@ class Reason:
     def of(cls, row: int, place: str, error: str) -> "Reason":
         """Of the row at this place, whose error may begin with it."""
         text = error.removeprefix(f"{place}: ")[:MAX_REASON]
-        return cls(1, row, place, text.encode("utf-8", "backslashreplace").decode())
+        return cls(1, row, place, encodable(text))
 
     @property
     def kind(self) -> str:

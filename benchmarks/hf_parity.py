@@ -101,7 +101,7 @@ class Comparison:
     embeddings: float = 0.0
     tokens: int = 0
     different: int = 0
-    close: int = 0  # of those that differ, within MARGIN
+    close: int = 0  # of those that differ, those by less than MARGIN
 
     @property
     def is_right(self) -> bool:

@@ -98,22 +98,20 @@ def parse(command: str, monkeypatch):
     return stopped.value.args[0]
 
 
+def planned(job, plan):
+    """The plan of a job, of the input and the model of another plan, and its automatic fields."""
+    facts = {"sha256": plan.input, "formats": plan.input_formats, "rows": plan.rows, "files": plan.files}
+    facts |= {"names": (), "bytes": 0, "asks": frozenset()}
+    model = SimpleNamespace(name=plan.model, hash=plan.model_hash, config=BYTES, precision=job.work.precision)
+    return make_plan(job, SimpleNamespace(**facts), model, Setting(plan.rows, 3, plan.format))
+
+
 @settings(max_examples=150, deadline=None)
 @given(plans)
 def test_the_command_line_of_a_plan_gives_the_plan(plan):
     with pytest.MonkeyPatch.context() as monkeypatch:
         job = parse(plan.command_line(), monkeypatch)
-    facts = SimpleNamespace(
-        sha256=plan.input,
-        formats=plan.input_formats,
-        rows=plan.rows,
-        files=plan.files,
-        names=(),
-        bytes=0,
-        asks=frozenset(),
-    )
-    model = SimpleNamespace(name=plan.model, hash=plan.model_hash, config=BYTES, precision=job.work.precision)
-    made, automatic = make_plan(job, facts, model, Setting(plan.rows, 3, plan.format))
+    made, automatic = planned(job, plan)
     assert made == plan
     assert automatic == frozenset()  # the command names every size
     for delimiter, quotes in ((";", "no"), ("tab", "auto")):
@@ -153,17 +151,7 @@ def test_the_command_line_of_a_plan_of_scores_gives_the_plan(plan, found):
         job = parse(plan.command_line(), monkeypatch)
     assert job.task.kind == plan.kind
     assert ("--prompt-column" in plan.command_line()) == (plan.prompt_column not in ("prompt", plan.text_column))
-    facts = SimpleNamespace(
-        sha256=plan.input,
-        formats=plan.input_formats,
-        rows=plan.rows,
-        files=plan.files,
-        names=(),
-        bytes=0,
-        asks=frozenset(),
-    )
-    model = SimpleNamespace(name=plan.model, hash=plan.model_hash, config=BYTES, precision=job.work.precision)
-    assert make_plan(job, facts, model, Setting(plan.rows, 3, plan.format))[0] == plan
+    assert planned(job, plan)[0] == plan
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert plan.options() == task
 

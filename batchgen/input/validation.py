@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from batchgen.errors import UsageError
 from batchgen.input.passages import Passages, Unfit, encode_text, find_passages
-from batchgen.job import EmbedOptions, OnTooLong, Policy, ScoreOptions
+from batchgen.job import OnTooLong, Policy, ScoreOptions, TaskOptions
 from batchgen.options import say
 from batchgen.text.stopping import bad_word_ids
 from batchgen.text.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def _fit_text(request: Request, tokenizer: Tokenizer, n_ctx: int, policy: Policy
 
 
 def validate_reading(
-    request: Request | Rejected, tokenizer: Tokenizer, n_ctx: int, policy: Policy, options: ScoreOptions | EmbedOptions
+    request: Request | Rejected, tokenizer: Tokenizer, n_ctx: int, policy: Policy, options: TaskOptions
 ) -> TokenizedRequest | Rejected:
     """Tokenize one request to score or to embed; see TokenizedRequest."""
     if policy.trim:
@@ -180,9 +180,7 @@ def validate_reading(
     )
 
 
-def make_check(
-    tokenizer: Tokenizer, n_ctx: int, policy: Policy, options: ScoreOptions | EmbedOptions | None = None
-) -> Check:
+def make_check(tokenizer: Tokenizer, n_ctx: int, policy: Policy, options: TaskOptions | None = None) -> Check:
     """`validate` for one model and policy, or `validate_reading`; the options fit the model (`fit_task`).
 
     UsageError for a policy that is about generated tokens alone.

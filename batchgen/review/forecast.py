@@ -18,7 +18,6 @@ from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 
@@ -28,7 +27,7 @@ from batchgen.errors import BatchgenError
 from batchgen.gpt2.machine_code import prepare_kernels
 from batchgen.input.prompts import Cut, Prompts
 from batchgen.input.validation import make_check
-from batchgen.job import EmbedOptions, Job, ScoreOptions
+from batchgen.job import EmbedOptions, Job, ScoreOptions, TaskOptions
 from batchgen.models.model import Model
 from batchgen.options import say
 from batchgen.output.finished import find_finished
@@ -46,8 +45,6 @@ from batchgen.workers.pool import end_workers, exit_codes, keep_executor, no_int
 from batchgen.workers.score import to_prompts as to_scored
 from batchgen.workers.worker import WorkerSetup, load_engine
 from batchgen.workers.workers import worker_setup
-
-TaskOptions: TypeAlias = ScoreOptions | EmbedOptions
 
 SAMPLE_ROWS = 256  # evenly spread over the input
 PLACES_SHOWN = 8

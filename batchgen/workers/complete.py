@@ -13,7 +13,16 @@ from batchgen.models.model import Model
 from batchgen.planning import default_kv_bytes
 from batchgen.text.stopping import StopStrings, bad_word_ids, completed_text
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import Chunk, EmbeddingRow, OutputRow, Rejected, SamplingParams, ScoreRow, TokenizedRequest
+from batchgen.types import (
+    Chunk,
+    EmbeddingRow,
+    OutputRow,
+    Rejected,
+    SamplingParams,
+    ScoreRow,
+    TokenizedRequest,
+    encodable,
+)
 from batchgen.workers.marker import RECORD, Marker, Phase
 
 if TYPE_CHECKING:
@@ -78,7 +87,7 @@ def unfinished_row(item: Rejected) -> OutputRow:
         completion_tokens=None,
         finish_reason=None,
         status=item.status,
-        error=item.error.encode("utf-8", "backslashreplace").decode(),  # it may quote half of a surrogate pair
+        error=encodable(item.error),
         seed=None,
     )
 
@@ -90,7 +99,7 @@ def unread_row(item: Rejected, record: type[R]) -> R:
         id=item.id,
         prompt=item.prompt,
         status=item.status,
-        error=item.error.encode("utf-8", "backslashreplace").decode(),
+        error=encodable(item.error),
         prompt_tokens=item.prompt_tokens,
     )
 

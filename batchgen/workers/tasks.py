@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from batchgen.job import EmbedOptions, ScoreOptions
+from batchgen.job import ScoreOptions, TaskOptions
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, Row, SamplingParams, ScoreRow
 from batchgen.workers.complete import complete_chunk
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def rows_of_chunk(
     chunk: Chunk,
-    task: ScoreOptions | EmbedOptions | None,
+    task: TaskOptions | None,
     params: SamplingParams,
     engine: "Engine",
     tokenizer: Tokenizer,

@@ -19,7 +19,7 @@ from joblib.externals.loky import process_executor
 
 from batchgen.errors import ModelError, OutputError, SetupError
 from batchgen.input.kept import kept_columns
-from batchgen.job import EmbedOptions, ScoreOptions
+from batchgen.job import TaskOptions
 from batchgen.limits import reached_limit
 from batchgen.models.model import Model
 from batchgen.output.parts import with_receipt, write_part
@@ -60,7 +60,7 @@ class WorkerSetup:
     share_prefixes: bool
     columns: Columns
     params: SamplingParams  # the run's; a row may have others
-    task: ScoreOptions | EmbedOptions | None = None  # None: generate
+    task: TaskOptions | None = None  # None: generate
     parent: int  # process id: the worker dies with it
     markers: str | None = None  # directory; None: the attempt's
     plan: str = ""  # its digest

@@ -7,9 +7,11 @@ from typing import Any
 import ctranslate2
 
 from benchmarks.peers.protocol import Completions, Job, Ready, Task, serve
+from benchmarks.peers.scoring import ScoreJob
 
 
-def load(job: Job) -> Ready:
+def open_generator(job: Job | ScoreJob) -> tuple[ctranslate2.Generator, list[str], str]:
+    """The model, its token strings by id, and its threads in words."""
     o = job.options
     intra_threads = job.jobs // o["inter_threads"]
     generator = ctranslate2.Generator(
@@ -20,6 +22,12 @@ def load(job: Job) -> Ready:
         intra_threads=intra_threads,
     )
     tokens = json.loads(Path(job.model, "vocabulary.json").read_text(encoding="utf-8"))
+    return generator, tokens, f"{o['inter_threads']} x {intra_threads} threads"
+
+
+def load(job: Job) -> Ready:
+    o = job.options
+    generator, tokens, threads = open_generator(job)
 
     def complete(task: Task) -> Completions:
         options = sampling(task) | {"max_batch_size": o["max_batch_size"]}
@@ -35,7 +43,7 @@ def load(job: Job) -> Ready:
         )
         return [ids for result in results for ids in result.sequences_ids]
 
-    settings = f"{o['inter_threads']} x {intra_threads} threads, max_batch_size {o['max_batch_size']}"
+    settings = f"{threads}, max_batch_size {o['max_batch_size']}"
     return Ready(complete, ctranslate2.__version__, settings + (", static_prompt" if o.get("static_prompt") else ""))
 
 
