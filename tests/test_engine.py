@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.engine.engine import Engine
+from batchgen.engine.engine import MAX_ROWS, Engine
 from batchgen.engine.limits import kv_bytes_per_token
-from batchgen.engine.sequence import Completion, Prompt, Sequence, is_loop, sample_seeds, uniforms
+from batchgen.engine.sequence import Completion, Prompt, Sequence, _entropy, is_loop, sample_seeds, uniforms
 from batchgen.errors import UsageError
 from batchgen.gpt2 import pico
+from batchgen.gpt2.forward import Forward
 from batchgen.gpt2.kv_cache import BLOCK
 from batchgen.gpt2.weights import Weights, pack
-from batchgen.types import FinishReason, Precision, SamplingParams
+from batchgen.types import Begun, FinishReason, Precision, SamplingParams
 from tests.support.models import TINY, sharp_params
 
 EOS = TINY.n_vocab - 1
@@ -58,10 +59,11 @@ def mixed_prompts(seed: int, n: int = 40) -> list[Prompt]:
 
 
 def run(
-    prompts: list[Prompt], tokens: int = 20_000, precision: Precision = "float32", **options
+    prompts: list[Prompt], tokens: int = 20_000, precision: Precision = "float32", rows: int = MAX_ROWS, **options
 ) -> dict[tuple[int, int], Completion]:
     kv_bytes = tokens * kv_bytes_per_token(TINY, precision)
     engine = Engine(WEIGHTS[precision], TINY, eos_ids=(EOS,), kv_bytes=kv_bytes, **options)
+    engine.forward = Forward(WEIGHTS[precision], TINY, max(rows, engine.max_batch), engine.forward.max_logits)
     completions = {(c.row, c.sample): c for c in engine.generate(prompts)}
     assert engine.arena.free == [(0, engine.arena.n_tokens)]
     return completions
@@ -221,6 +223,31 @@ def test_seeds_beyond_32_bits_do_not_collide_and_those_below_stay_as_they_are():
     assert sample_seeds(large - 1, 7, 2) == (474547428913669383, 4010727976949326565)
 
 
+word = st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2**31, 2**32 - 1])
+keys = st.just(()) | st.tuples(word, word, word, word)
+place = st.tuples(st.integers(0, 2**63 - 1) | word, st.integers(0, 2**40), st.integers(0, 2**20), keys)
+
+
+def test_the_seeds_of_a_key_do_not_depend_on_the_row():
+    key = (1, 2, 3, 2**32 - 1)
+    assert sample_seeds(5, 7, 4, key=key) == sample_seeds(5, 2**40, 4, key=key)
+    assert sample_seeds(5, 7, 6, key=key)[2:] == sample_seeds(5, 7, 4, first=2, key=key)
+    assert sample_seeds(5, 7, 1, key=key) == (736276863265465892,)
+
+
+@given(place, place)
+def test_what_random_numbers_hang_on_is_never_mixed_as_something_else(a, b):
+    """SeedSequence fills up to 4 words with zeros, and mixes in every further one."""
+
+    def mixed(place):
+        words = _entropy(*place)
+        assert all(0 <= number < 2**32 for number in words)
+        return (*words, *[0] * (4 - len(words)))
+
+    what = [(seed, key or row, sample) for seed, row, sample, key in (a, b)]
+    assert (mixed(a) == mixed(b)) == (what[0] == what[1])
+
+
 def test_logprobs_are_those_of_the_model_and_end_with_the_completion():
     completion = run([prompt(0, [5, 6], max_tokens=6, temperature=0.5, logprobs=4)])[0, 0]
     ids = [5, 6]
@@ -342,3 +369,104 @@ def test_prompts_of_one_row_number_their_samples_consecutively():
     assert sorted(completions) == [(9, sample) for sample in range(6)]
     assert sample_seeds(3, 9, 6) == sample_seeds(3, 9, 2) + sample_seeds(3, 9, 4, first=2)
     assert len({c.token_ids for c in completions.values()}) == 6
+
+
+# ---- samples that an older run has begun
+
+
+def begun_with(completion: Completion, n: int) -> Begun:
+    """The sample from its first n tokens on."""
+    return Begun(completion.sample, completion.token_ids[:n])
+
+
+def most_begun(completion: Completion, max_tokens: int) -> int:
+    """A token that ends a sample is not in it, so all of the others may be begun with."""
+    n = len(completion.token_ids)
+    return n if completion.finish_reason == "stop" and n < max_tokens else n - 1
+
+
+def demanding_prompts(seed: int, n: int) -> list[Prompt]:
+    """mixed_prompts with bad words, loops, log-probabilities of prompts, and prompts that are only read."""
+    looping = {"ignore_eos": True, "stop_loops": True, "logit_bias": ((7, 60.0), (9, 60.0)), "min_tokens": 30}
+    prompts = [
+        *mixed_prompts(seed, n),
+        *(prompt(n + at, [1, 2, at], max_tokens=50, temperature=t, **looping) for at, t in enumerate((0, 0, 0.5))),
+        prompt(n + 3, [5, 6], max_tokens=0, prompt_logprobs=1, n=2),
+    ]
+    rng = random.Random(seed)
+    for at, p in enumerate(prompts):
+        scored = None if p.row % 4 and p.params.max_tokens else rng.choice([1, len(p.token_ids)])
+        params = replace(p.params, logprobs=rng.choice([None, 0, 3]), prompt_logprobs=rng.choice([0, 2]))
+        words = ((p.token_ids[0],), (5, 6)) if p.row % 5 == 1 else ()
+        prompts[at] = replace(p, params=params, scored=scored, bad_words=words)
+    return prompts
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 60),
+    st.booleans(),
+    st.sampled_from([320, 700, 20_000]),
+    st.sampled_from([7, 100, MAX_ROWS]),
+    st.randoms(),
+)
+def test_a_sample_goes_on_from_any_of_its_tokens_as_if_it_had_never_stopped(
+    precision, seed, batch, share, room, rows, rng
+):
+    """The same tokens, log-probabilities and ends, bit for bit; and of the samples that are not asked for, nothing."""
+    prompts = demanding_prompts(seed, n=18)
+    whole = run(prompts, precision=precision)
+    asked, expected = [], {}
+    for p in prompts:
+        keys = [(p.row, sample) for sample in range(p.params.n)]
+        chosen = rng.sample(keys, rng.randint(0, len(keys)))
+        most = {key: most_begun(whole[key], p.params.max_tokens) for key in chosen}
+        begun = [begun_with(whole[key], rng.choice([0, n, rng.randint(0, max(n, 0))])) for key, n in most.items()]
+        asked.append(replace(p, begun=tuple(begun)))
+        expected |= {key: whole[key] for key in chosen}
+    rng.shuffle(asked)
+    assert run(asked, room, precision, rows, max_batch=batch, share_prefixes=share) == expected
+
+
+def test_only_new_tokens_are_work():
+    """What is begun is read with the prompt, in one pass; the blocks in which samples begin alike, once."""
+    engine = Engine(WEIGHTS["float32"], TINY, eos_ids=(), kv_bytes=20_000 * PER_TOKEN)
+    one = prompt(0, list(range(70)), max_tokens=30, temperature=1.0, n=3)
+    whole = list(engine.generate([one]))
+    before = replace(engine.work)
+    begun = [begun_with(completion, n) for completion, n in zip(whole, (29, 20, 0), strict=True)]
+    list(engine.generate([replace(one, begun=tuple(begun))]))
+    assert engine.work.max_tokens - before.max_tokens == engine.work.generated - before.generated == 1 + 10 + 30
+    assert engine.work.finished_tokens == engine.work.generated
+    assert engine.work.read - before.read == BLOCK + 3 * (70 - BLOCK) + 29 + 20
+    assert engine.work.steps - before.steps == 30
+
+
+def test_equal_greedy_requests_are_one_only_if_they_are_equally_far():
+    engine = Engine(WEIGHTS["float32"], TINY, eos_ids=(), kv_bytes=900 * PER_TOKEN)
+    same = [prompt(row, [1, 2, 3], max_tokens=4, n=2) for row in range(3)]
+    ids = next(iter(engine.generate(same))).token_ids
+    far = [Begun(0, ids[:2]), Begun(1, ids[:1])]
+    asked = [replace(one, begun=(far[at == 2], replace(far[0], sample=1))) for at, one in enumerate(same)]
+    asked[2] = replace(asked[2], begun=(replace(far[1], sample=0), replace(far[0], sample=1)))
+    assert [len(sampled) for _, sampled in engine.steps(asked)] == [2, 2, 1]
+    assert {(c.row, c.sample, c.token_ids) for c in engine.generate(asked)} == {
+        (row, sample, ids) for row in range(3) for sample in range(2)
+    }
+
+
+@pytest.mark.parametrize(
+    ("begun", "words"),
+    [
+        (Begun(3, ()), r"row 7, sample 3: is none of its samples 1 to 2"),
+        (Begun(1, (1, 2, 3, 4)), "sample 1: begins with 4 tokens, and max_tokens 4 leaves none to generate"),
+        (Begun(1, (500,)), "token id 500 is outside the vocabulary of 500"),
+    ],
+)
+def test_what_no_sample_can_have_begun_with_is_refused(begun, words):
+    engine = Engine(WEIGHTS["float32"], TINY, eos_ids=(EOS,), kv_bytes=900 * PER_TOKEN)
+    one = replace(prompt(7, [1], max_tokens=4, n=2, logprobs=0), first_sample=1)
+    with pytest.raises(UsageError, match=words):
+        next(engine.steps([replace(one, begun=(begun,))]))

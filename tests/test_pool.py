@@ -19,10 +19,11 @@ import pytest
 
 from batchgen.errors import BatchgenError, OutputError
 from batchgen.input import prompts as prompts_module
+from batchgen.input import validation
 from batchgen.job import Job, ScoreInput
 from batchgen.output.ledger import Ledger, work_directory
 from batchgen.run import run_job
-from batchgen.types import SamplingParams
+from batchgen.types import Begun, SamplingParams
 from batchgen.workers import blame, pool
 from batchgen.workers.marker import read_sightings
 from batchgen.workers.supply import Deadline
@@ -123,6 +124,32 @@ def test_all_such_rows_of_a_chunk_are_found(job, folder, monkeypatch):
     assert {row["row"] for row in rows_of(this) if row["status"] == "failed"} == set(words)
     assert max(deaths(folder).values()) <= 2
     assert deaths(folder).total() <= 6  # in one trial: fewer than two each
+
+
+@pytest.mark.usefixtures("one_trial")
+def test_rows_that_an_older_run_has_begun_are_tried_as_others_are(job, monkeypatch):
+    """A row that ends its worker fails, and those that are tried with it become what they become without it."""
+    this = job({3: "kill-first", 17: "kill-first-once"}, jobs=1, token_ids=True)
+    with pytest.MonkeyPatch.context() as undisturbed:
+        undisturbed.setattr(pool, "run_chunk", pool_run_chunk)
+        run_job(this)
+    expected = rows_of(this)
+    n_begun = {row["row"]: max(row["completion_tokens"] - 1 - row["row"] % 3, 0) for row in expected}
+
+    def make_check(*args):
+        check = validation.make_check(*args)
+
+        def begin(request):
+            ids = tuple(expected[request.row]["completion_token_ids"])[: n_begun[request.row]]
+            return replace(check(request), begun=(Begun(0, ids),))
+
+        return begin
+
+    monkeypatch.setattr("batchgen.run.make_check", make_check)
+    assert run_job(this).failed == 1
+    rows = rows_of(this)
+    assert rows.pop(3)["status"] == "failed"
+    assert rows == expected[:3] + expected[4:]
 
 
 # ---- workers that die for another reason
@@ -246,6 +273,18 @@ def test_retry_failed_tries_only_the_failed_rows_and_changes_no_other(job, folde
     assert (summary.ok, summary.failed, summary.exit_code, summary.resumed) == (60, 0, 0, 57)
     assert (seen[-1].rows, seen[-1].rows_in_all) == (3, 3)
     assert os.listdir(this.output.path.parent) == ["out.parquet"]
+
+
+@pytest.mark.usefixtures("one_trial")
+def test_a_failed_row_is_copied_from_an_older_output_in_which_it_is_ok(job, monkeypatch):
+    this = job({17: "kill-first", 40: "raise-first"}, jobs=1)
+    run_job(this)
+    cure(monkeypatch)
+    older = change(this, out=this.output.path.with_name("older.parquet"))
+    run_job(older)
+    summary = run_job(change(this, retry_failed=True, reuse=(str(older.output.path),)))
+    assert (summary.reused, summary.reuses) == (2, False)  # the line about reuse counts all rows of a run
+    assert rows_of(this) == rows_of(older)
 
 
 @pytest.mark.usefixtures("one_trial")

@@ -1,8 +1,11 @@
 """validation.py: prompt_tokens + max_tokens <= n_ctx for every policy, and a remedy for every rejection."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -285,3 +288,41 @@ def test_a_prompt_that_the_vocabulary_cannot_spell_is_a_rejected_row() -> None:
             raise InputError("no token for q")
 
     assert rejected(validate(several("q"), NoQ(), N_CTX)).error == "b.jsonl:1: no token for q"
+
+
+# ---- what random numbers hang on
+
+
+def key_of(seed_by: str, prompts: Sequence[str | tuple[int, ...]], id_: str | None = "a", row: int = 0, **rules: Any):
+    one = Request(row, "p:1", id_, prompts[0], SamplingParams(max_tokens=4), tuple(prompts[1:]))
+    return accepted(make_check(Letters(), rules.pop("n_ctx", 99), Policy(**rules), None, seed_by)(one)).seed_key
+
+
+words = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3)
+
+
+@given(words, words, st.text(max_size=3), st.text(max_size=3))
+def test_rows_have_the_same_key_if_what_it_is_made_of_is_the_same(a, b, id_a, id_b) -> None:
+    assert (key_of("prompt", a, id_a) == key_of("prompt", b, id_b, row=7)) == (a == b)
+    assert (key_of("id", a, id_a) == key_of("id", b, id_b, row=7)) == (id_a == id_b)
+    assert key_of("row", a) == ()
+    keys = [key_of("id", a, id_a), key_of("prompt", a), key_of("id", a, a[0])]
+    assert all(len(key) == 4 and all(0 <= number < 2**32 for number in key) for key in keys)
+    assert keys[1] not in keys[::2]
+
+
+def test_a_key_is_made_of_the_tokens_that_the_model_reads() -> None:
+    cut = key_of("prompt", ["xxabc"], n_ctx=7, on_too_long="truncate-left")
+    same = [key_of("prompt", ["abc"]), key_of("prompt", [(97, 98, 99)]), key_of("prompt", ["abc  "], trim=True)]
+    assert same == [cut] * 3
+    digest = hashlib.blake2b(np.array([3, 97, 98, 99], "<u4").tobytes(), digest_size=16, person=b"batchgen prompt")
+    assert np.array(cut, "<u4").tobytes() == digest.digest()
+
+
+@pytest.mark.usefixtures("python_names")
+def test_a_row_without_an_id_has_no_random_numbers_by_it() -> None:
+    one = Request(3, "p:4", None, "fox", SamplingParams())
+    got = rejected(make_check(Letters(), 99, Policy(), None, "id")(one))
+    remedy = "give it one (id_column names the column), or pass seed_by='prompt'"
+    assert got.error == f"p:4: the row has no id, which seed_by='id' needs; {remedy}"
+    assert accepted(make_check(Letters(), 99, Policy(), None, "prompt")(one)).seed_key

@@ -105,7 +105,7 @@ class Engine:
         scheduler.finish(sequence)
         self.work.finished += 1
         self.work.stopped += reason != "length"
-        self.work.finished_tokens += len(sequence.token_ids) + has_stop_token
+        self.work.finished_tokens += len(sequence.token_ids) - sequence.n_begun + has_stop_token
         return sequence.completions(reason)
 
     def _append(
@@ -181,7 +181,7 @@ class Engine:
         """A scheduler of what is to read; also if the caller leaves early, nothing is left in the end."""
         scheduler = Scheduler([s for s in sequences if s.read], self.arena, self.max_batch, self.share_prefixes)
         self.work.sequences += len(sequences)
-        self.work.max_tokens += sum(sequence.params.max_tokens for sequence in sequences)
+        self.work.max_tokens += sum(sequence.n_left for sequence in sequences)
         self.work.prompt_tokens += scheduler.prompt_tokens
         try:
             yield scheduler

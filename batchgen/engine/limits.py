@@ -52,9 +52,27 @@ def layer_index(layer: int, config: GPT2Config) -> int:
     return layer % (n_layer + 1)
 
 
+def _check_begun(prompt: Prompt, config: GPT2Config) -> None:
+    """Raise UsageError for samples that a prompt does not have, and for first tokens that leave none to generate."""
+    p = prompt.params
+    samples = range(prompt.first_sample, prompt.first_sample + len(prompt.seeds))
+    for one in prompt.samples:
+        n = len(one.token_ids)
+        where = f"row {prompt.row}, sample {one.sample}"
+        if one.sample not in samples:
+            raise UsageError(f"{where}: is none of its samples {samples.start} to {samples.stop - 1}")
+        if n and n >= p.max_tokens:
+            raise UsageError(f"{where}: begins with {n} tokens, and max_tokens {p.max_tokens} leaves none to generate")
+        for token in one.token_ids:
+            if not 0 <= token < config.n_vocab:
+                raise UsageError(f"{where}: token id {token} is outside the vocabulary of {config.n_vocab}")
+
+
 def check_prompts(prompts: Seq[Prompt], config: GPT2Config, last_is_read: bool = False) -> None:
     """Raise UsageError for a prompt that does not fit the model's arrays; callers validate prompts before."""
     for prompt in prompts:
+        if prompt.begun is not None:
+            _check_begun(prompt, config)
         ids = np.asarray(prompt.token_ids)  # [n_prompt]
         p = prompt.params
         most = config.n_ctx + (not p.max_tokens and not last_is_read)

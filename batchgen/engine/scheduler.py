@@ -63,7 +63,7 @@ class PromptGroup:
     @property
     def longest(self) -> int:
         """Positions of its longest sequence."""
-        return len(self.token_ids) + max(sequence.params.max_tokens for sequence in self.sequences)
+        return len(self.token_ids) + max(sequence.n_left for sequence in self.sequences)
 
 
 def _block_at(group: PromptGroup, start: int) -> Tokens | None:
@@ -223,7 +223,7 @@ class Scheduler:
             new[prefix] = _PendingPrefill(prefix.segment, prefix.token_ids, prefix.start)
         else:
             shared, start = (group.shared.segment, group.shared.end) if group.shared else (None, 0)
-            n_own = len(group.token_ids) - start + sequence.params.max_tokens
+            n_own = len(group.token_ids) - start + sequence.n_left
             sequence.segment = self.arena.allocate(n_own, start, shared)
         if sequence.segment is None:
             for prefix in new:

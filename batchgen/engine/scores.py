@@ -1,13 +1,13 @@
-"""The scores of a prompt's tokens, from the states that the forward pass leaves at the positions before them."""
+"""The scores of tokens that are given: from the states that the forward pass leaves at the positions before them."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 
-from batchgen.engine.sampler import Top, score_tokens
+from batchgen.engine.sampler import Scores, score_tokens
 from batchgen.engine.scheduler import Piece
-from batchgen.engine.sequence import Sequence
 from batchgen.gpt2.forward import Forward
 from batchgen.gpt2.params import Array
 
@@ -15,19 +15,32 @@ from batchgen.gpt2.params import Array
 # rows two float32 workers, which wait for the same memory, are 13 % slower; with 512 they are 3 % faster.
 ROWS = 256
 
-Scored = tuple[Sequence, range, tuple[int, ...]]  # rows of states, and the token to score after each
+
+class Scored(NamedTuple):
+    """A token to score."""
+
+    row: int  # of the states: that of the position before it
+    token: int
+    n_top: int  # how many of the likeliest tokens are wanted beside it
+    scores: Scores  # where its own go, in order
 
 
 def _scored(pieces: Seq[Piece], row: int) -> Iterator[Scored]:
-    """What each sequence wants of each piece; the states of the first piece are from `row` on."""
+    """What the pieces' sequences want of their prompts, and of the tokens that they are begun with.
+
+    The states of the first piece are from `row` on.
+    """
     for piece in pieces:
         start = piece.end - piece.prefill.n_logits
-        for sequence in piece.sequences:
-            token_ids, scored = sequence.prompt.token_ids, sequence.prompt.scored
-            first = max((scored or len(token_ids)) - 1, start)
-            end = max(min(piece.end, len(token_ids) - 1), first)
-            if first < end:
-                yield sequence, range(row + first - start, row + end - start), token_ids[first + 1 : end + 1]
+        for one in (sequence for sequence in piece.sequences if sequence.scored):
+            token_ids, n_prompt = (*one.prompt.token_ids, *one.token_ids), len(one.prompt.token_ids)
+            of_prompt = (
+                one.params.prompt_logprobs or 0,
+                Scores(one.prompt_logprobs, one.prompt_ranks, one.prompt_top_logprobs),
+            )
+            of_begun = one.params.logprobs or 0, Scores(one.logprobs, [], one.top_logprobs)
+            for at in range(max(one.scored.start, start + 1), min(one.scored.stop, piece.end + 1)):
+                yield Scored(row + at - 1 - start, token_ids[at], *(of_prompt if at < n_prompt else of_begun))
         row += piece.prefill.n_logits
 
 
@@ -36,24 +49,15 @@ def score_prompts(forward: Forward, states: Array, pieces: Seq[Piece], row: int)
 
     Never more than ROWS rows of logits are in memory.
     """
-    scored = list(_scored(pieces, row))
-    rows = np.array([one for _, of_sequence, _ in scored for one in of_sequence], np.int64)
-    tokens = np.array([token for _, _, of_sequence in scored for token in of_sequence], np.int64)
-    n_tops = np.array([s.params.prompt_logprobs or 0 for s, of_sequence, _ in scored for _ in of_sequence], np.int64)
-    order = np.argsort(rows, kind="stable")
-    wanted, index = np.unique(rows[order], return_inverse=True)  # [n_wanted], [n_pair]
-    found: list[tuple[int, float, int, Top]] = []
+    scored = sorted(_scored(pieces, row), key=lambda one: one.row)
+    tokens = np.array([one.token for one in scored], np.int64)
+    wanted, index = np.unique(np.array([one.row for one in scored], np.int64), return_inverse=True)
     for first in range(0, len(wanted), ROWS):
         logits = forward.head(states[wanted[first : first + ROWS]])  # [up to ROWS, n_vocab]
-        pairs = slice(*np.searchsorted(index, (first, first + ROWS)))
-        of_slice = order[pairs]
-        scores = score_tokens(logits, index[pairs] - first, tokens[of_slice], n_tops[of_slice].tolist())
-        found += zip(of_slice.tolist(), *scores, strict=True)
-    found.sort(key=lambda one: one[0])
-    at = 0
-    for sequence, of_sequence, _ in scored:
-        _, logprobs, ranks, tops = zip(*found[at : at + len(of_sequence)], strict=True)
-        sequence.prompt_logprobs += logprobs
-        sequence.prompt_ranks += ranks
-        sequence.prompt_top_logprobs += tops
-        at += len(of_sequence)
+        begin, end = np.searchsorted(index, (first, first + ROWS))
+        n_tops = [one.n_top for one in scored[begin:end]]
+        found = score_tokens(logits, index[begin:end] - first, tokens[begin:end], n_tops)
+        for one, logprob, rank, top in zip(scored[begin:end], *found, strict=True):
+            one.scores.logprobs.append(logprob)
+            one.scores.ranks.append(rank)
+            one.scores.tops.append(top)

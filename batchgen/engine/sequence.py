@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchgen.gpt2.kv_cache import Segment
-from batchgen.types import FinishReason, SamplingParams
+from batchgen.types import Begun, FinishReason, SamplingParams
 
 LOOP_PERIOD = 64  # a loop is a block of up to this many tokens,
 LOOP_REPEATS = 3  # at least this many times in a row,
@@ -19,7 +19,7 @@ LOOP_TOKENS = 24  # and at least this many tokens in all
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt. A row with several prompts numbers their samples consecutively."""
+    """One prompt, and which of its samples to generate. A row with several prompts numbers theirs consecutively."""
 
     row: int  # the caller's key, returned with each completion
     token_ids: tuple[int, ...]
@@ -28,6 +28,14 @@ class Prompt:
     first_sample: int = 0  # the number of this prompt's first sample within the row
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that no generated token may complete
     scored: int | None = None  # log-probabilities are wanted of its tokens from this index on, 1 or more; None: of none
+    begun: tuple[Begun, ...] | None = None  # the samples to generate, some from their first tokens on; None: all n
+
+    @property
+    def samples(self) -> tuple[Begun, ...]:
+        """The samples to generate."""
+        if self.begun is not None:
+            return self.begun
+        return tuple(map(Begun, range(self.first_sample, self.first_sample + len(self.seeds))))
 
     @property
     def read(self) -> tuple[int, ...]:
@@ -52,19 +60,26 @@ class Completion:
     prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
 
-def sample_seeds(seed: int, row: int, n: int, first: int = 0) -> tuple[int, ...]:
-    """The seeds of n samples of a row, 63 bits each; a seed depends on (seed, row, sample) alone."""
+def sample_seeds(seed: int, row: int, n: int, first: int = 0, key: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """The seeds of n samples of a row, 63 bits each; a seed depends on (seed, row, sample) alone.
+
+    With a key, 4 words of 32 bits, on (seed, key, sample): the row may then stand anywhere.
+    """
     return tuple(
-        int(np.random.SeedSequence(_entropy(seed, row, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        int(np.random.SeedSequence(_entropy(seed, row, sample, key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
         for sample in range(first, first + n)
     )
 
 
-def _entropy(*numbers: int) -> tuple[int, ...]:
-    """What SeedSequence mixes: the numbers, or two words of each if one of them is 2**32 or more.
+def _entropy(seed: int, row: int, sample: int, key: tuple[int, ...]) -> tuple[int, ...]:
+    """What SeedSequence mixes: the three numbers, or two words of each if one of them is 2**32 or more.
 
     SeedSequence cuts a number into as many words of 32 bits as it needs: (2**32, 5, 0) and (0, 1, 5) would be the same.
+    With a key there are 7 words, which never equal 3 or 6: only up to 4 words does it fill up with zeros.
     """
+    if key:
+        return (seed % 2**32, seed >> 32, *key, sample)
+    numbers = (seed, row, sample)
     if max(numbers) < 2**32:
         return numbers
     return tuple(word for number in numbers for word in (number % 2**32, number >> 32))
@@ -80,8 +95,8 @@ class Work:
     """What an engine was given and what of it is done, in all its calls; equal greedy requests count once."""
 
     sequences: int = 0
-    max_tokens: int = 0  # summed over the sequences
-    prompt_tokens: int = 0  # to read; those of a shared prefix once
+    max_tokens: int = 0  # new ones, summed over the sequences
+    prompt_tokens: int = 0  # to read, with those that are begun with; those of a shared prefix once
     read: int = 0  # of the prompt tokens
     started: int = 0  # sequences whose prompt is read
     finished: int = 0  # of the started sequences
@@ -113,8 +128,9 @@ class Sequence:
     prompt: Prompt
     sample: int
     seed: int
-    read: tuple[int, ...] = ()  # tokens of the prompt
+    read: tuple[int, ...] = ()  # tokens of the prompt, and those that are begun with
     first_wanted: int = 0  # the first of these positions whose state is wanted; those of all after it are, too
+    scored: range = range(0)  # of the prompt's tokens and those that are begun with, the ones to score, by their index
     order: int = 0  # set by the scheduler; sequences that share a prefix are adjacent
     duplicates: list[tuple[int, int]] = field(default_factory=list)  # (row, sample) of equal greedy requests
     segment: Segment | None = None  # the last on the path of its keys and values
@@ -125,10 +141,16 @@ class Sequence:
     prompt_ranks: list[int] = field(default_factory=list)
     prompt_top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     random: npt.NDArray[np.float64] | None = None  # [max_tokens], made for the first draw: many sequences may wait
+    n_begun: int = 0  # of token_ids, those that are begun with
 
     @property
     def params(self) -> SamplingParams:
         return self.prompt.params
+
+    @property
+    def n_left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.params.max_tokens - len(self.token_ids)
 
     def next_random(self) -> float:
         """The number in [0, 1) that draws the next token."""
@@ -183,17 +205,27 @@ def expand(prompts: Seq[Prompt]) -> list[Sequence]:
     sequences: list[Sequence] = []
     greedy: dict[tuple[object, ...], Sequence] = {}
     for prompt in prompts:
-        read, draws = prompt.read, prompt.params.max_tokens > 0 and not prompt.params.greedy
-        first_wanted = min(prompt.scored or len(read), len(read)) - 1
-        for sample, seed in enumerate(prompt.seeds, start=prompt.first_sample):
-            key = (prompt.token_ids, prompt.params, prompt.bad_words, prompt.scored)
+        draws = prompt.params.max_tokens > 0 and not prompt.params.greedy
+        for one in prompt.samples:
+            key = (prompt.token_ids, prompt.params, prompt.bad_words, prompt.scored, one.token_ids)
             if not draws and key in greedy:
-                greedy[key].duplicates.append((prompt.row, sample))
+                greedy[key].duplicates.append((prompt.row, one.sample))
                 continue
-            sequences.append(Sequence(prompt, sample, seed, read, first_wanted))
+            sequences.append(_begin(prompt, one))
             if not draws:
                 greedy[key] = sequences[-1]
     return sequences
+
+
+def _begin(prompt: Prompt, one: Begun) -> Sequence:
+    """The sequence of one sample, as if it had generated its first tokens itself."""
+    read, seed = prompt.read + one.token_ids, prompt.seeds[one.sample - prompt.first_sample]
+    n_prompt, n_begun = len(prompt.token_ids), len(one.token_ids)
+    scored = range(prompt.scored or n_prompt, n_prompt if prompt.params.logprobs is None else n_prompt + n_begun)
+    first_wanted = (scored.start if scored else len(read)) - 1
+    return Sequence(
+        prompt, one.sample, seed, read, first_wanted, scored, token_ids=list(one.token_ids), n_begun=n_begun
+    )
 
 
 def expand_texts(prompts: Iterable[Prompt], pool: Literal["mean", "last"]) -> dict[Sequence, list[Prompt]]:

@@ -1,12 +1,15 @@
 """Validation: every request is tokenized and compared with the model's context before any is generated."""
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
-from batchgen.errors import UsageError
+import numpy as np
+
+from batchgen.errors import InputError, UsageError
 from batchgen.input.passages import Passages, Unfit, encode_text, find_passages
-from batchgen.job import OnTooLong, Policy, ScoreOptions, TaskOptions
+from batchgen.job import OnTooLong, Policy, ScoreOptions, SeedBy, TaskOptions
 from batchgen.options import say
 from batchgen.text.stopping import bad_word_ids
 from batchgen.text.tokenizer import Tokenizer
@@ -88,6 +91,40 @@ def _fit(prompt: str | Ids, max_tokens: int, tokenizer: Tokenizer, n_ctx: int, p
     return prompt if isinstance(prompt, str) else tokenizer.decode(ids), ids
 
 
+def _seed_key(request: Request, prompts: Iterable[Ids], seed_by: SeedBy) -> Ids:
+    """What the row's random numbers hang on instead of its number, in 4 words of 32 bits; () if it is the number.
+
+    prompts: the tokens of each, as the model reads them; their lengths are hashed too, so that [1, 2] [3] is not
+    [1] [2, 3].
+    """
+    if seed_by == "row":
+        return ()
+    if seed_by == "id":
+        if request.id is None:
+            remedy = f"give it one ({say('id_column')} names the column), or pass {say('seed_by', 'prompt')}"
+            raise Unfit(f"the row has no id, which {say('seed_by', 'id')} needs; {remedy}", None)
+        data = request.id.encode("utf-8", "surrogatepass")
+    else:
+        data = b"".join(np.array([len(ids), *ids], "<u4").tobytes() for ids in prompts)
+    digest = hashlib.blake2b(data, digest_size=16, person=f"batchgen {seed_by}".encode()).digest()
+    return tuple(np.frombuffer(digest, "<u4").tolist())
+
+
+def check_shots(text: str, tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> None:
+    """Raise InputError if the examples before every prompt fill the context: every row would be rejected."""
+    if policy.on_too_long == "truncate-left":
+        return
+    try:
+        is_long = len(text) > n_ctx * tokenizer.longest_token_bytes
+        tokens = n_ctx if is_long else len(encode_text(text, tokenizer, policy))
+    except Unfit as unfit:
+        raise InputError(f"{say('shots')}: {unfit.reason}") from unfit
+    if tokens >= n_ctx:
+        count = f"more than {n_ctx:,}" if is_long else f"{tokens:,}"
+        what = f"the examples have {count} tokens, and no prompt fits after them (n_ctx {n_ctx:,})"
+        raise InputError(f"{say('shots')}: {what}; draw fewer with {say('n_shots')}, or shorten them")
+
+
 def _trim(request: Request | Rejected) -> Request | Rejected:
     """The row without the spaces at the end of its prompts, whatever becomes of it."""
     if isinstance(request, Rejected):
@@ -105,7 +142,12 @@ def _has_special_text(request: Request, tokenizer: Tokenizer, policy: Policy) ->
 
 
 def validate(
-    request: Request | Rejected, tokenizer: Tokenizer, n_ctx: int, policy: Policy
+    request: Request | Rejected,
+    tokenizer: Tokenizer,
+    n_ctx: int,
+    policy: Policy,
+    seed_by: SeedBy = "row",
+    measured: tuple[str, ...] = (),
 ) -> TokenizedRequest | Rejected:
     """Tokenize one request; a TokenizedRequest has prompt_tokens + max_tokens <= n_ctx, and an exact fit is accepted.
 
@@ -113,14 +155,14 @@ def validate(
 
     n_ctx=1024, 1009 prompt tokens, max_tokens=40 -> 1009 + 15 (shorten), 984 + 40 (truncate-left)
     """
-    if policy.trim:
-        request = _trim(request)
+    request = _trim(request) if policy.trim else request
     if isinstance(request, Rejected):
         return request
     params, prompts = request.params, (request.prompt, *request.others)
     try:
         _check_parameters(params, tokenizer)
         fitted = [_fit(prompt, params.max_tokens, tokenizer, n_ctx, policy) for prompt in prompts]
+        key = _seed_key(request, (ids for _, ids in fitted), seed_by)
     except Unfit as unfit:
         return request.rejected(unfit.reason, unfit.prompt_tokens)
     (text, ids), *others = fitted
@@ -134,6 +176,8 @@ def validate(
         tuple(others),
         given_as_ids=not isinstance(request.prompt, str),
         has_special_text=_has_special_text(request, tokenizer, policy),
+        seed_key=key,
+        measured=measured,
     )
     room = n_ctx - max(len(ids) for _, ids in fitted)
     return fitting if room >= params.max_tokens else fitting.with_max_tokens(room)
@@ -180,13 +224,21 @@ def validate_reading(
     )
 
 
-def make_check(tokenizer: Tokenizer, n_ctx: int, policy: Policy, options: TaskOptions | None = None) -> Check:
+def make_check(
+    tokenizer: Tokenizer,
+    n_ctx: int,
+    policy: Policy,
+    options: TaskOptions | None = None,
+    seed_by: SeedBy = "row",
+    measured: tuple[str, ...] = (),
+) -> Check:
     """`validate` for one model and policy, or `validate_reading`; the options fit the model (`fit_task`).
 
-    UsageError for a policy that is about generated tokens alone.
+    measured: what is wanted of completions besides their text. UsageError for a policy that is about generated tokens
+    alone.
     """
     if options is None:
-        return lambda request: validate(request, tokenizer, n_ctx, policy)
+        return lambda request: validate(request, tokenizer, n_ctx, policy, seed_by, measured)
     if policy.on_too_long == "shorten":
         remedy = f"pass {say('on_too_long', 'truncate-left')} or leave it out"
         raise UsageError(f"{say('on_too_long', 'shorten')} lowers max_tokens, and nothing is generated here; {remedy}")

@@ -67,12 +67,19 @@ class StopStrings:
         if not params.stop:
             return None
         if sequence not in self._matchers:
-            self._matchers[sequence] = StopMatcher(_encode_stops(params.stop))
+            self._matchers[sequence] = self._matcher(sequence)
         data = self._tokenizer.decode_bytes(sequence.token_ids[-1:], skip_special=params.skip_special_tokens)
         has_stopped = self._matchers[sequence].push(data, can_stop=n > params.min_tokens)
         if has_stopped or n >= params.max_tokens:
             del self._matchers[sequence]
         return "stop" if has_stopped else None
+
+    def _matcher(self, sequence: Sequence) -> StopMatcher:
+        """That of a sequence which has its first new token: a stop string may begin in those before it."""
+        matcher, before = StopMatcher(_encode_stops(sequence.params.stop)), sequence.token_ids[:-1]
+        skip = sequence.params.skip_special_tokens
+        matcher.push(self._tokenizer.decode_bytes(before, skip_special=skip), can_stop=False)
+        return matcher
 
 
 def whole_characters(data: bytes) -> str:
@@ -83,15 +90,26 @@ def whole_characters(data: bytes) -> str:
     return text + rest if len(rest) > 1 else text  # the decoder also holds back half of a surrogate: it is invalid
 
 
+def _find_stop(
+    data: bytes, token_ids: Seq[int], params: SamplingParams, tokenizer: Tokenizer
+) -> tuple[int, int] | None:
+    """find_stop in data, the text of these tokens, after that of the first min_tokens."""
+    start = len(tokenizer.decode_bytes(token_ids[: params.min_tokens], skip_special=params.skip_special_tokens))
+    return find_stop(data, _encode_stops(params.stop), start)
+
+
+def has_stop(token_ids: Seq[int], params: SamplingParams, tokenizer: Tokenizer) -> bool:
+    """Whether a stop string ends a completion within these tokens."""
+    data = tokenizer.decode_bytes(token_ids, skip_special=params.skip_special_tokens)
+    return bool(params.stop) and _find_stop(data, token_ids, params, tokenizer) is not None
+
+
 def completed_text(token_ids: Seq[int], params: SamplingParams, tokenizer: Tokenizer) -> tuple[str, str | None]:
     """The text of a completion, and the stop string that ended it, if any; see whole_characters."""
-    skip = params.skip_special_tokens
-    data = tokenizer.decode_bytes(token_ids, skip_special=skip)
-    if params.stop:
-        start = len(tokenizer.decode_bytes(token_ids[: params.min_tokens], skip_special=skip))
-        if found := find_stop(data, _encode_stops(params.stop), start):
-            begin, end = found
-            return data[: end if params.include_stop else begin].decode("utf-8", "replace"), data[begin:end].decode()
+    data = tokenizer.decode_bytes(token_ids, skip_special=params.skip_special_tokens)
+    if params.stop and (found := _find_stop(data, token_ids, params, tokenizer)):
+        begin, end = found
+        return data[: end if params.include_stop else begin].decode("utf-8", "replace"), data[begin:end].decode()
     return whole_characters(data), None
 
 

@@ -1,6 +1,6 @@
 """Chunks into rows: an engine over a model's shards, and what it makes of a chunk's requests."""
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import numpy as np
 
 from batchgen.engine.limits import MAX_BATCH, check_prompts
-from batchgen.engine.sequence import Completion, Prompt, sample_seeds
+from batchgen.engine.sequence import Completion, Prompt, is_loop, sample_seeds
+from batchgen.errors import UsageError
+from batchgen.input.parameters import own_parameters
 from batchgen.models.model import Model
+from batchgen.options import say
 from batchgen.planning import default_kv_bytes
-from batchgen.text.stopping import StopStrings, bad_word_ids, completed_text
+from batchgen.text.stopping import StopStrings, bad_word_ids, completed_text, has_stop
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import (
+    Begun,
     Chunk,
     EmbeddingRow,
     OutputRow,
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", ScoreRow, EmbeddingRow)
 
+NGRAM = 4  # tokens
 # of each token, the likeliest ones in its place, with their log-probabilities
 Tops: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
 
@@ -59,17 +64,75 @@ def map_engine(
 
 
 def to_prompts(request: TokenizedRequest, tokenizer: Tokenizer) -> list[Prompt]:
-    """The row's prompts, most often one, in the engine's form."""
-    params = request.params
+    """The row's prompts, most often one, in the engine's form; none of those whose samples are all done."""
+    params, begun = asked_params(request), request.begun
+    for one in begun or ():
+        _check_begun(request, one, tokenizer)
     bad_words = bad_word_ids(params.bad_words, tokenizer)
     firsts = range(0, len(request.prompts) * params.n, params.n)
     scored = None if params.prompt_logprobs is None else 1  # nothing is before the first token
+    seeds = [sample_seeds(params.seed, request.row, params.n, first, request.seed_key) for first in firsts]
     return [
-        Prompt(
-            request.row, ids, params, sample_seeds(params.seed, request.row, params.n, first), first, bad_words, scored
-        )
-        for first, (_, ids) in zip(firsts, request.prompts, strict=True)
+        Prompt(request.row, ids, params, of_prompt, first, bad_words, scored, own)
+        for first, of_prompt, (_, ids) in zip(firsts, seeds, request.prompts, strict=True)
+        if (own := samples_of(begun, first, params.n)) != ()
     ]
+
+
+def asked_params(request: TokenizedRequest) -> SamplingParams:
+    """The row's parameters, with log-probabilities if their mean is wanted."""
+    params = request.params
+    return replace(params, logprobs=0) if "mean_logprob" in request.measured and params.logprobs is None else params
+
+
+def samples_of(begun: Sequence[Begun] | None, first: int, n: int) -> tuple[Begun, ...] | None:
+    """Of the samples that a row asks for, those of the prompt whose n samples are from `first` on; None: all."""
+    return None if begun is None else tuple(one for one in begun if first <= one.sample < first + n)
+
+
+def _check_begun(request: TokenizedRequest, one: Begun, tokenizer: Tokenizer) -> None:
+    """Raise UsageError for first tokens that a rule of the row has ended: those of an edited output."""
+    params, ids = request.params, [*one.token_ids]
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.special.end)}
+    is_over = not ends.isdisjoint(ids) or has_stop(ids, params, tokenizer)
+    if params.stop_loops:
+        is_over |= any(is_loop(ids[:n]) for n in range(max(params.min_tokens, 1), len(ids) + 1))
+    if is_over:
+        what = f"its first {len(ids)} tokens, taken from an older output, end it already, so they were changed there"
+        raise UsageError(f"row {request.row}, sample {one.sample}: {what}")
+
+
+# ---- what is measured of a completion
+
+
+def mean_logprob(logprobs: Sequence[float]) -> float | None:
+    """The mean of log-probabilities (natural logarithms): of their exact sum, so that it depends on no order."""
+    return math.fsum(logprobs) / len(logprobs) + 0.0 if logprobs else None  # -0.0 + 0.0 is 0.0
+
+
+def repetition(token_ids: Sequence[int]) -> float | None:
+    """The share of the 4-grams that occurred before: 1 - distinct / all, as Welleck et al. (2020).
+
+    It is their seq-rep-4 (https://arxiv.org/abs/1908.04319). Fewer than 4 tokens have no 4-gram, and so no share.
+
+    1 2 3 4 5 -> 0.0; 1 1 1 1 1 1 -> 2/3; 1 2 3 -> None
+    """
+    n = len(token_ids) - NGRAM + 1
+    if n < 1:
+        return None
+    return (n - len(set(zip(*(token_ids[first : first + n] for first in range(NGRAM)), strict=True)))) / n
+
+
+def words_of_odd(logprob: float) -> str:
+    """Why a row fails to which the model gives this log-probability, which is no number or infinite."""
+    what = f"the model gives a token the log-probability {logprob}, so its weights are damaged or overflow"
+    return f"{what}; use another model, or {say('precision', 'float32')}"
+
+
+def find_odd(request: TokenizedRequest, completion: Completion) -> float | None:
+    """A log-probability that is no finite number, of a row that wants their mean."""
+    logprobs = completion.logprobs or () if "mean_logprob" in request.measured else ()
+    return next((logprob for logprob in logprobs if not math.isfinite(logprob)), None)
 
 
 # ---- rows
@@ -112,6 +175,7 @@ def completed_row(
     prompt_index = completion.sample // params.n
     prompt, prompt_token_ids = request.prompts[prompt_index]
     text, stop_reason = completed_text(completion.token_ids, params, tokenizer)
+    measured = request.measured
     prompt_logprobs, prompt_tops = completion.prompt_logprobs, completion.prompt_top_logprobs
     return OutputRow(
         row=request.row,
@@ -126,7 +190,7 @@ def completed_row(
         error=None,
         seed=None if params.greedy else seed,
         completion_token_ids=completion.token_ids,
-        logprobs=completion.logprobs,
+        logprobs=None if params.logprobs is None else completion.logprobs,
         top_logprobs=_with_texts(completion.top_logprobs, tokenizer) if params.logprobs else None,
         stop_reason=stop_reason,
         prompt_index=prompt_index,
@@ -134,17 +198,9 @@ def completed_row(
         prompt_token_ids=None if prompt_logprobs is None else prompt_token_ids,
         prompt_logprobs=None if prompt_logprobs is None else (None, *prompt_logprobs),
         prompt_top_logprobs=(None, *_with_texts(prompt_tops, tokenizer)) if params.prompt_logprobs else None,
+        mean_logprob=mean_logprob(completion.logprobs or ()) if "mean_logprob" in measured else None,
+        repetition=repetition(completion.token_ids) if "repetition" in measured else None,
     )
-
-
-def own_parameters(
-    params: SamplingParams, run_params: SamplingParams, prompt_token_ids: Sequence[int] | None = None
-) -> str | None:
-    """JSON of the row's parameters that differ from the run's, and of prompt_token_ids; None if there are none."""
-    own = {name: value for name, value in params.as_dict().items() if value != getattr(run_params, name)}
-    if prompt_token_ids is not None:
-        own["prompt_token_ids"] = prompt_token_ids
-    return json.dumps(own, sort_keys=True) if own else None
 
 
 def _with_texts(tops: Tops | None, tokenizer: Tokenizer) -> tuple[tuple[tuple[int, str, float], ...], ...]:
@@ -177,16 +233,21 @@ def begin_chunk(
 def complete_chunk(
     chunk: Chunk, params: SamplingParams, engine: "Engine", tokenizer: Tokenizer, marker: Marker | None = None
 ) -> list[OutputRow]:
-    """The chunk's output rows in order: every sample of every request, and a row for each rejected one."""
+    """The chunk's output rows in order: every sample that its requests ask for, and a row for each rejected one."""
     marker = marker or Marker(np.zeros(1, RECORD))
     rows = {(item.row, 0): unfinished_row(item) for item in chunk.items if isinstance(item, Rejected)}
+    odd_rows: dict[int, OutputRow] = {}
     requests, prompts = begin_chunk(chunk, lambda request: to_prompts(request, tokenizer), engine, marker)
     seeds = {(p.row, sample): seed for p in prompts for sample, seed in enumerate(p.seeds, p.first_sample)}
     stop_strings = StopStrings(tokenizer) if any(prompt.params.stop for prompt in prompts) else None
     for completion in engine.generate(prompts, marker.on_step, stop_strings):
         marker.set_in_flight([completion.row])
-        key = completion.row, completion.sample
-        rows[key] = completed_row(requests[completion.row], completion, tokenizer, seeds[key], params)
-        marker.add(int(completion.sample == 0), rows[key].prompt_tokens or 0)
+        key, request = (completion.row, completion.sample), requests[completion.row]
+        rows[key] = completed_row(request, completion, tokenizer, seeds[key], params)
+        if (odd := find_odd(request, completion)) is not None:
+            odd_rows[request.row] = unfinished_row(request.failed(words_of_odd(odd)))
+        marker.add(int(completion.sample == request.first_sample), rows[key].prompt_tokens or 0)
     marker.finish(Phase.WRITING)
+    rows = {key: row for key, row in rows.items() if row.row not in odd_rows}  # a row fails as a whole
+    rows |= {(number, 0): row for number, row in odd_rows.items()}
     return [rows[key] for key in sorted(rows)]

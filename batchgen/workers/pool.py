@@ -304,8 +304,8 @@ class Pool:
     def _try(self, items: Sequence[TokenizedRequest], chunk: Chunk, trial: Trial) -> Loss | None:
         """Complete rows of a chunk one by one in a worker of their own; None if it lives."""
         most = 1 if trial.is_first_step else MAX_INT
-        tried = tuple(item.with_max_tokens(min(item.params.max_tokens, most)) for item in items)
-        part = replace(chunk, items=tried, kept=None)
+        tried = tuple(item.with_new_tokens(most) for item in items)
+        part = replace(chunk, items=tried, kept=None, reused=None)
         executor = take_executor(1)
         try:
             future = self._submit_to(executor, part, replace(self.setup, max_batch=1, share_prefixes=False))

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from batchgen.engine.sequence import Completion, Prompt
 from batchgen.job import FirstToken, ScoreOptions
-from batchgen.options import say
 from batchgen.progress import perplexity
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, Floats, Ids, Kind, Rejected, ScoreRow, TokenizedRequest
-from batchgen.workers.complete import begin_chunk, unread_row
+from batchgen.workers.complete import begin_chunk, unread_row, words_of_odd
 from batchgen.workers.marker import Marker, Phase
 
 if TYPE_CHECKING:
@@ -120,9 +119,7 @@ def scored_row(
     ]
     odd = next((logprob for one in read for logprob in one.logprobs if not math.isfinite(logprob)), None)
     if odd is not None:
-        what = f"the model gives a token the log-probability {odd}, so its weights are damaged or overflow"
-        remedy = f"use another model, or {say('precision', 'float32')}"
-        return unscored_row(request.failed(f"{what}; {remedy}"), task.kind)
+        return unscored_row(request.failed(words_of_odd(odd)), task.kind)
     n_read = len(request.prompt_token_ids)
     row = ScoreRow(row=request.row, id=request.id, prompt=request.prompt, status="ok", prompt_tokens=n_read)
     if task.kind == "text":
