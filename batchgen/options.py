@@ -6,18 +6,25 @@ A record is a frozen dataclass whose fields are made by `option`. jobs/flatten.p
 
 import dataclasses
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from batchgen.errors import UsageError
 
 T = TypeVar("T")
+Shard: TypeAlias = tuple[int, int]  # the k-th of n, k from 1 on
+
+MAX_SHARDS = 1_000_000
+OF_SLURM = "auto"
+SLURM_ARRAY = tuple(f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "COUNT"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +43,7 @@ class Option:
     parse: Callable[[str], Any] | None = None  # the text of the command line; ValueError says what is wrong with it
     show: Callable[[Any], str | None] = str  # the reverse; None: not given
     argument: bool = False  # given by its position
+    escaped: bool = False  # a text in which a command line may write escapes such as \n; see parse_escapes
 
 
 def option(default: Any, help: str, panel: str = "", **declared: Any) -> Any:
@@ -84,7 +92,8 @@ def words_of(name: str, declared: Option, value: Any) -> Iterator[str]:
         return
     for item in value if isinstance(value, tuple) and declared.parse is None else (value,):
         if item is not None:
-            yield from with_value(flag, str(declared.show(item)))
+            text = str(declared.show(item))
+            yield from with_value(flag, show_escapes(text) if declared.escaped else text)
 
 
 def with_value(flag: str, text: str) -> Iterator[str]:
@@ -243,6 +252,44 @@ def find_escape(text: str) -> str | None:
 
 # ---- how values are written on a command line
 
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+_HEX = r"x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}"
+_PAIR = r"u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # the two halves of one character, as JSON has them
+_ESCAPE = re.compile(rf"\\(?:([ntr\\])|({_PAIR})|({_HEX}))")
+
+
+def parse_escapes(text: str) -> str:
+    r"""A text of a command line with its escapes as characters; a backslash before anything else is itself.
+
+    `a\nb` -> a, a line feed, b; `\\n` -> a backslash and an n; `\d` -> itself; `\xe9`, `\u00e9`, `\U000000e9` -> é
+    Raises ValueError for the code of what is no character.
+    """
+    return _ESCAPE.sub(_unescape, text) if "\\" in text else text
+
+
+def _unescape(found: re.Match[str]) -> str:
+    plain, pair, code = found.groups()
+    if plain:
+        return _ESCAPES[plain]
+    if pair:
+        return bytes.fromhex(pair[1:5] + pair[7:]).decode("utf-16-be")
+    number = int(code[1:], 16)
+    if number > sys.maxunicode or 0xD800 <= number < 0xE000:
+        raise ValueError(f"{found[0]} is the code of no character; correct it, or write \\\\ for a backslash")
+    return chr(number)
+
+
+def show_escapes(text: str) -> str:
+    """The reverse: one line, of printable characters and of halves of surrogate pairs, which no escape can make."""
+    return "".join(map(_escape, text))
+
+
+def _escape(character: str) -> str:
+    if character == "\\" or not (character.isprintable() or 0xD800 <= ord(character) < 0xE000):
+        return character.encode("unicode_escape").decode()
+    return character
+
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -262,6 +309,18 @@ def parse_count(text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
         raise ValueError(f"{text!r}: must be a whole number from 1 on, or auto")
     return int(text)
+
+
+def parse_rows(text: str) -> int:
+    """A number of rows, from 1."""
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
+        raise ValueError(f"{text!r}: must be a whole number from 1 on; leave it out for all rows")
+    return int(text)
+
+
+def show_rows(value: int | None) -> str | None:
+    """The reverse; None is all of them."""
+    return None if value is None else str(value)
 
 
 def parse_size(text: str) -> int:
@@ -335,6 +394,11 @@ def count(help: str, panel: str, **declared: Any) -> Any:
     return option(None, help, panel, parse=parse_auto(parse_count), show=show_auto, **declared)
 
 
+def rows(help: str, panel: str) -> Any:
+    """A field for a number of rows; None: all of them."""
+    return option(None, help, panel, metavar="N", parse=parse_rows, show=show_rows)
+
+
 def size(help: str, panel: str, **declared: Any) -> Any:
     """A field for a number of bytes."""
     return option(None, help, panel, parse=parse_auto(parse_size), show=show_auto, **declared)
@@ -343,3 +407,49 @@ def size(help: str, panel: str, **declared: Any) -> Any:
 def duration(help: str, panel: str, **declared: Any) -> Any:
     """A field for seconds; None: no limit."""
     return option(None, help, panel, metavar="TIME", parse=parse_duration, show=show_duration, **declared)
+
+
+# ---- shards of an input
+
+
+def parse_shard(text: str) -> Shard:
+    """`3/8` -> (3, 8); `auto`: the task of a Slurm array that this process is."""
+    if text == OF_SLURM:
+        return _slurm_shard()
+    match = re.fullmatch(r"\s*(\d{1,7})\s*/\s*(\d{1,7})\s*", text)
+    if not match:
+        raise ValueError(f"{text!r}: not a part of a whole; write 3/8 for the third of eight, or auto in a Slurm array")
+    k, n = int(match[1]), int(match[2])
+    if not 1 <= k <= n <= MAX_SHARDS:
+        n = min(max(n, 1), MAX_SHARDS)
+        raise ValueError(f"{text!r} is out of range (1/{n} to {n}/{n})")
+    return k, n
+
+
+def show_shard(shard: Shard | None) -> str | None:
+    """(3, 8) -> `3/8`"""
+    return None if shard is None else "/".join(map(str, shard))  # whatever a caller in Python has given
+
+
+def _slurm_shard() -> Shard:
+    """The place of this task in its array, whose ids may begin anywhere and have steps: --array=0-7, --array=1-15:2"""
+    try:
+        task, first, last, count = (int(os.environ[name]) for name in SLURM_ARRAY)
+        step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+    except KeyError as error:
+        raise ValueError(f"'auto': this is no task of a Slurm array ({error.args[0]} is not set); write 3/8") from error
+    except ValueError as error:
+        raise ValueError(f"'auto': the variables of the Slurm array are no numbers ({error}); write 3/8") from error
+    k, rest = divmod(task - first, max(step, 1))
+    if rest or not 0 <= k < count or last - first != (count - 1) * step:
+        ids = f"task {task} of {count} from {first} to {last}"
+        what = f"{ids} has no place in a row of tasks with steps of {step}"
+        raise ValueError(f"'auto': {what}; write --array=1-{count}, or its own shard, such as 3/8")
+    return k + 1, count
+
+
+def check_shard(shard: object) -> None:
+    """Raise UsageError for what is no shard; a text is parsed before."""
+    good = isinstance(shard, tuple) and len(shard) == 2 and all(type(part) is int for part in shard)
+    if shard is not None and not (good and 1 <= shard[0] <= shard[1] <= MAX_SHARDS):  # type: ignore[index]
+        raise UsageError(f"shard {shard!r} is out of range ((1, 8) to (8, 8), or '3/8')")

@@ -18,12 +18,14 @@ from batchgen.options import (
     parse_biases,
     parse_count,
     parse_duration,
+    parse_escapes,
     parse_size,
     parse_token_ids,
     say,
     show_auto,
     show_biases,
     show_duration,
+    show_escapes,
     show_token_ids,
     use_flags,
 )
@@ -68,6 +70,46 @@ def test_a_record_is_written_as_the_words_of_a_command_line():
         "--no-share-prefixes",
         *("--time-limit", "5400s"),
     ]
+
+
+# ---- escapes
+
+any_text = st.text(st.characters() | st.sampled_from("\\nrtxuU0dDfF\ud83d\ude00"))
+
+
+@given(any_text)
+def test_escapes_that_are_written_are_read_as_the_text_that_they_were(text):
+    written = show_escapes(text)
+    assert parse_escapes(written) == text
+    assert all(character.isprintable() or "\ud800" <= character <= "\udfff" for character in written)
+
+
+@given(any_text.map(lambda text: text.replace("\\", "")))
+def test_a_text_without_a_backslash_is_itself(text):
+    assert parse_escapes(text) == text
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (r"a\nb\tc\r", "a\nb\tc\r"),
+        (r"\\n", r"\n"),
+        (r"\\\n", "\\\n"),
+        (r"\d \x4 \u00e \N{DASH} \'", r"\d \x4 \u00e \N{DASH} \'"),
+        (r"\xe9 \u00e9 \U000000E9", "é é é"),
+        (r"\ud83d\ude00", "\U0001f600"),
+        ("\\", "\\"),
+        ("a\nb", "a\nb"),
+    ],
+)
+def test_an_escape_is_one_character_and_any_other_backslash_itself(written, read):
+    assert parse_escapes(written) == read
+
+
+@pytest.mark.parametrize("code", [r"\ud83d", r"\ude00\ud83d", r"\uD83Dx", r"\U00110000", r"\Uffffffff"])
+def test_the_code_of_no_character_is_refused(code):
+    with pytest.raises(ValueError, match="is the code of no character; correct it, or write .* for a backslash"):
+        parse_escapes(code)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.errors import InputError
+from batchgen.errors import InputError, StoppedError, UsageError
 from batchgen.job import WorkOptions
 from batchgen.models.model import Model
 from batchgen.output.schema import Columns
@@ -14,7 +14,7 @@ from batchgen.plan import Plan
 from batchgen.planning import default_kv_bytes, fitting_jobs
 from batchgen.types import Chunk, Rejected, SamplingParams, TokenizedRequest
 from batchgen.workers import pool
-from batchgen.workers.supply import Deadline, Supply
+from batchgen.workers.supply import END_OF_ALLOCATION, MARGIN_SECONDS, Deadline, Supply
 from batchgen.workers.worker import WorkerSetup
 from batchgen.workers.workers import open_workers, worker_setup
 from tests.support.models import write_byte_model
@@ -132,3 +132,59 @@ def test_chunks_are_given_out_while_two_of_the_longest_fit(monkeypatch):
     assert next(chunks).index == 1
     longest = 3.1
     assert list(chunks) == []
+
+
+# ---- the end of an allocation
+
+NOW = 1_764_302_400  # 2025-11-28 04:00:00 UTC
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """Sets when the Slurm job of this process ends, in seconds from NOW or as a text."""
+    monkeypatch.setattr(time, "time", lambda: float(NOW))
+
+    def set_end(value) -> None:
+        monkeypatch.setenv(END_OF_ALLOCATION, value if isinstance(value, str) else str(NOW + value))
+
+    return set_end
+
+
+def test_without_a_time_limit_a_run_stops_a_minute_before_its_allocation_ends(ends, caplog):
+    ends(3600)
+    assert Deadline.find(None).seconds == 3600 - MARGIN_SECONDS
+    assert [record.getMessage() for record in caplog.records] == [
+        "note: the allocation ends at 2025-11-28 05:00:00 UTC; the run stops 60 s before; --time-limit overrides it"
+    ]
+
+
+def test_a_time_limit_that_was_given_holds_and_outside_of_slurm_there_is_none(ends, monkeypatch, caplog):
+    ends(3600)
+    assert Deadline.find(7200.0).seconds == 7200
+    ends("")
+    assert Deadline.find(None).seconds is None
+    monkeypatch.delenv(END_OF_ALLOCATION)
+    assert Deadline.find(None).seconds is None
+    assert not caplog.records
+
+
+def test_every_end_that_slurm_can_name_is_a_time_limit_that_a_job_can_have(ends):
+    ends("253402300799")  # in the year 9999
+    assert WorkOptions(time_limit=Deadline.find(None).seconds)
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "1e9", "1.5", "999999999999", "9" * 400, "1 2"])
+def test_an_end_that_is_no_time_is_refused(ends, text):
+    ends(text)
+    with pytest.raises(UsageError, match="^SLURM_JOB_END_TIME=.* is no time in seconds since 1970; unset it, or give"):
+        Deadline.find(None)
+    assert Deadline.find(5.0).seconds == 5
+
+
+def test_an_end_that_is_past_or_too_near_is_refused(ends):
+    ends(0)
+    with pytest.raises(UsageError, match=f"={NOW} is past .the allocation ends at 2025-11-28 04:00:00 UTC.; unset it"):
+        Deadline.find(None)
+    ends(60)
+    with pytest.raises(StoppedError, match="a run stops 60 s before it; nothing was done: run the same command in"):
+        Deadline.find(None)

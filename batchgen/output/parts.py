@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -15,13 +16,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchgen.errors import OutputError
+from batchgen.errors import BatchgenError, OutputError
 from batchgen.files import PART, sha256_of
 from batchgen.input.kept import take_rows
 from batchgen.limits import reached_limit, reason_of
 from batchgen.options import say
 from batchgen.output.place import KEPT, output_errors
 from batchgen.output.schema import rows_to_table
+from batchgen.selection import Selection
 from batchgen.types import TOTALS, EmbeddingRow, Reason, Receipt, Row, ScoreRow
 
 GROUP_ROWS = 65_536  # of a row group at most
@@ -32,9 +34,11 @@ MAX_ROW = 2**63 - 1
 RECEIPT_KEY = "batchgen_receipt"
 MADE_AGAIN = "the same command makes it again"
 METADATA_KEY = "batchgen"  # in the metadata of a file of all rows: the plan
+LEFT_OUT_KEY = "batchgen_left_out"  # and what --no-rejects leaves out of it
 FEW_VALUES = ["finish_reason", "status", "error", "parameters"]  # worth a dictionary; other columns rarely repeat
 
-KeptOf: TypeAlias = Callable[[Sequence[Row]], pa.Table | None]  # the input's columns of these rows
+Numbers: TypeAlias = npt.NDArray[np.int64]
+KeptOf: TypeAlias = Callable[[Numbers], pa.Table | None]  # the input's columns of these rows
 PARQUET_OPTIONS: dict[str, object] = {
     "compression": "zstd",
     "use_dictionary": FEW_VALUES,
@@ -86,13 +90,44 @@ def _groups(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         yield rows[begin:]
 
 
-def write_part(rows: Sequence[Row], path: Path, schema: pa.Schema, keep: KeptOf = lambda _: None) -> str:
-    """Write one chunk's rows to a new file, on disk when this returns its SHA-256; equal rows give equal bytes."""
+def _tables(rows: Sequence[Row], schema: pa.Schema, keep: KeptOf) -> Iterator[pa.Table]:
+    """The rows as tables of bounded size, with the kept columns beside them."""
+    for group in _groups(rows):
+        yield rows_to_table(group, schema, keep(np.array([row.row for row in group], np.int64)))
+
+
+def _merged_tables(rows: Sequence[Row], copied: pa.Table, schema: pa.Schema, keep: KeptOf) -> Iterator[pa.Table]:
+    """The same with rows that are copied: all in the order of the input, and of a row's samples."""
+    own = pa.schema([schema.field(name) for name in copied.schema.names])
+    table = pa.concat_tables([copied.cast(own), rows_to_table(rows, own)]) if rows else copied.cast(own)
+    numbers, samples = table["row"].to_numpy(), table["sample"].to_numpy()
+    order = np.lexsort((samples, numbers))
+    if not np.array_equal(order, np.arange(len(order))):
+        table, numbers = table.take(order), numbers[order]
+    step = max(GROUP_BYTES * len(order) // max(table.nbytes, 1), 1)
+    for begin in range(0, len(order), step):
+        group, kept = table[begin : begin + step], keep(numbers[begin : begin + step])
+        columns = [*group.columns, *(kept.columns if kept else ())]
+        yield pa.Table.from_arrays(columns, schema=schema)
+
+
+def write_part(
+    rows: Sequence[Row],
+    path: Path,
+    schema: pa.Schema,
+    keep: KeptOf = lambda _: None,
+    copied: pa.Table | None = None,
+) -> str:
+    """Write one chunk's rows to a new file, on disk when this returns its SHA-256; equal rows give equal bytes.
+
+    copied: rows that are written with them, by all columns but the kept ones.
+    """
+    tables = _tables(rows, schema, keep) if copied is None else _merged_tables(rows, copied, schema, keep)
     with output_errors(path, KEPT):
         with open(path, "xb") as file:
             with open_writer(file, schema) as writer:
-                for group in _groups(rows):
-                    writer.write_table(rows_to_table(group, schema, keep(group)), row_group_size=GROUP_ROWS)
+                for table in tables:
+                    writer.write_table(table, row_group_size=GROUP_ROWS)
             file.flush()
             os.fsync(file.fileno())
         return sha256_of(path)
@@ -141,22 +176,22 @@ def read_parts(parts: Iterable[Path], schema: pa.Schema) -> Iterator[pa.RecordBa
     return merge_rows(_read_part(part, schema) for part in parts)
 
 
-@dataclass(slots=True)
 class _Open:
-    """A stream of record batches that is read up to somewhere: the rows of `batch` are next."""
+    """A stream of record batches that is read up to somewhere: the rows of `batch`, with these numbers, are next."""
 
-    batch: pa.RecordBatch
-    rest: Iterator[pa.RecordBatch]
+    def __init__(self, batch: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> None:
+        self.rest = rest
+        self._begin(batch)
 
-    @property
-    def numbers(self) -> npt.NDArray[np.int64]:
-        numbers: npt.NDArray[np.int64] = self.batch["row"].to_numpy()
-        return numbers
+    def _begin(self, batch: pa.RecordBatch) -> None:
+        self.batch = batch
+        self.numbers: Numbers = batch["row"].to_numpy()
 
     def take(self, last: int) -> pa.RecordBatch:
         """Remove and return the rows up to this input row."""
         n = int(np.searchsorted(self.numbers, last, side="right"))
-        taken, self.batch = self.batch[:n], self.batch[n:]
+        taken = self.batch[:n]
+        self._begin(self.batch[n:])
         return taken
 
     def is_over(self) -> bool:
@@ -164,7 +199,7 @@ class _Open:
             following = next(self.rest, None)
             if following is None:
                 return True
-            self.batch = following
+            self._begin(following)
         return False
 
 
@@ -182,7 +217,7 @@ def merge_rows(streams: Iterable[Iterator[pa.RecordBatch]]) -> Iterator[pa.Recor
             streams_now.append(coming)
             last = min(last, int(coming.numbers[-1]))
             coming = next(opened, None)
-        yield from _sorted([batch for one in streams_now if len(batch := one.take(last))])
+        yield from _sorted([one.take(last) for one in streams_now if one.numbers[0] <= last])
         streams_now = [one for one in streams_now if not one.is_over()]
 
 
@@ -203,20 +238,41 @@ def read_numbers(parts: Iterable[Path]) -> Iterator[pa.RecordBatch]:
             yield from group_batches(file, ["row", "sample"])
 
 
-def in_order(batches: Iterable[pa.RecordBatch], rows: int, where: Path | str, remedy: str) -> Iterator[pa.RecordBatch]:
-    """Yield the batches; OutputError unless they hold the samples of each of so many input rows, in order."""
-    last = -1
+def in_order(
+    batches: Iterable[pa.RecordBatch],
+    rows: Selection,
+    where: Path | str,
+    remedy: str,
+    left_out: Counter[str] | None = None,
+    error: type[BatchgenError] = OutputError,
+) -> Iterator[pa.RecordBatch]:
+    """Yield the batches; an error unless they hold samples, in order, of each of these input rows.
+
+    left_out: what --no-rejects has left out, if it has; then as many rows as it says may be missing, and first samples.
+    """
+    done, n_out = 0, left_out["rows"] if left_out else 0  # input rows that have begun, and that are missing
+    last, sample, is_whole = -1, -1, not left_out  # row and sample before
     for batch in batches:
-        numbers, is_first = batch["row"].to_numpy(), batch["sample"].to_numpy() == 0
-        if not np.array_equal(np.diff(numbers, prepend=last), is_first):
+        numbers, samples = batch["row"].to_numpy(), batch["sample"].to_numpy()
+        steps = np.diff(numbers, prepend=last)
+        begins, n = steps != 0, int(np.count_nonzero(steps))
+        good = np.where(begins, samples == 0 if is_whole else True, np.diff(samples, prepend=sample) > 0)
+        if is_whole:
+            expected = np.append(last, rows.between(done, done + n))
+            good &= numbers == np.append(expected, np.full(n + 1 - len(expected), -1))[np.cumsum(begins)]
+        else:
+            good &= rows.holds(numbers) & (steps >= 0)
+        if not good.all():
+            what = f": row {numbers[good.argmin()]} is out of order, or the rows before it are missing"
             break
-        last = int(numbers[-1]) if len(numbers) else last
+        last, sample, done = (int(numbers[-1]), int(samples[-1]), done + n) if len(batch) else (last, sample, done)
         yield batch
     else:
-        if last == rows - 1:
+        if done == len(rows) - n_out:
             return
-    what = f"does not hold each of its {rows:,} input rows in its place; something is wrong after row {last}"
-    raise OutputError(f"{where}: {what}; {remedy}")
+        what = f": it holds {done:,}"
+    wanted = f"{len(rows) - n_out:,}" if n_out else "each"
+    raise error(f"{where}: does not hold {wanted} of its {len(rows):,} input rows in order{what}; {remedy}")
 
 
 def count_part(part: Path) -> tuple[int, str]:
