@@ -1,5 +1,6 @@
 """batchgen complete: one prompt, its completion streamed to the terminal (picoGPT's main)."""
 
+import logging
 import sys
 from typing import Annotated
 
@@ -8,8 +9,23 @@ import typer
 from batchgen.generator import Generator
 from batchgen.job import DEFAULT_MODEL, Policy
 from batchgen.jobs import options, report
-from batchgen.jobs.flatten import flatten, note_escapes
+from batchgen.jobs.flatten import flatten
+from batchgen.options import find_escape
 from batchgen.types import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_ESCAPED = {"n": "line feed", "t": "tab", "r": "carriage return", "x": "byte", "u": "character"}
+
+
+def note_escapes(what: str, text: str) -> None:
+    r"""Say that a `\n` is a backslash and an n: a prompt is read with all its backslashes, unlike an option."""
+    if escape := find_escape(text):
+        name = _ESCAPED[escape[1]]
+        quoted = text.replace("'", "\\'") if text.isprintable() and len(text) <= 60 else "..."
+        logger.warning(
+            "note: %s: %s is a backslash and a letter; for a %s write %s $'%s'", what, escape, name, what, quoted
+        )
 
 
 @flatten("n", "logprobs", "prompt_logprobs")

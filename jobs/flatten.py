@@ -9,7 +9,6 @@ also be declared as Typer has it: `quiet: Annotated[bool, typer.Option(...)] = F
 
 import dataclasses
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
@@ -20,14 +19,10 @@ import typer
 from batchgen.errors import UsageError
 from batchgen.job import GROUPS
 from batchgen.jobs.panels import HELP_ALL
-from batchgen.options import Option, find_escape, flag_of, off_flag_of
-
-logger = logging.getLogger(__name__)
+from batchgen.options import Option, flag_of, off_flag_of, parse_escapes, show_escapes
 
 Command = Callable[..., None]
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
-
-_ESCAPED = {"n": "line feed", "t": "tab", "r": "carriage return", "x": "byte", "u": "character"}
 
 
 def flatten(*leave_out: str) -> Callable[[Command], Command]:
@@ -105,6 +100,8 @@ def _kind(kind: Any, declared: Option) -> Any:
 def _default(default: Any, declared: Option) -> Any:
     if declared.parse is not None:
         return declared.show(default)
+    if declared.escaped and isinstance(default, str):
+        return show_escapes(default)
     return None if default == () else default
 
 
@@ -122,29 +119,26 @@ def _build(record: Any, values: dict[str, Any], leave_out: frozenset[str], inste
     given = {field.name: values.pop(field.name) for field, _ in _typer_fields(record)}
     for field, declared, name in _fields(record, leave_out):
         value = values.pop(name)
+        flag = flag_of(field.name, declared)
         if declared.parse is not None:
-            value = _parse(flag_of(field.name, declared), declared, value)
+            value = _parse(flag, declared.parse, value)
+        elif declared.escaped:
+            value = _parse_texts(flag, value)
         if value is None and field.default is dataclasses.MISSING:
             value = getattr(instead, field.name)
-        for text in value if isinstance(value, list) else ():
-            note_escapes(flag_of(field.name, declared), text)
         given[field.name] = () if value is None and field.default == () else value
     return record(**given)
 
 
-def note_escapes(what: str, text: str) -> None:
-    r"""Say that `--stop '\n'` is a backslash and an n: a shell leaves them as they are, and so does batchgen."""
-    if escape := find_escape(text):
-        name = _ESCAPED[escape[1]]
-        quoted = text.replace("'", "\\'") if text.isprintable() and len(text) <= 60 else "..."
-        logger.warning(
-            "note: %s: %s is a backslash and a letter; for a %s write %s $'%s'", what, escape, name, what, quoted
-        )
+def _parse_texts(flag: str, value: object) -> object:
+    """A text, or each of several, with its escapes as characters."""
+    if isinstance(value, list):
+        return [_parse(flag, parse_escapes, text) for text in value]
+    return value if value is None else _parse(flag, parse_escapes, str(value))
 
 
-def _parse(flag: str, declared: Option, text: str | None) -> Any:
-    assert declared.parse is not None
+def _parse(flag: str, parse: Callable[[str], Any], text: str | None) -> Any:
     try:
-        return declared.parse(text) if text is not None else None
+        return parse(text) if text is not None else None
     except ValueError as error:
         raise UsageError(f"{flag} {error}") from error

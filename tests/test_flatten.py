@@ -2,6 +2,8 @@
 
 import pytest
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -9,8 +11,10 @@ from batchgen.errors import UsageError
 from batchgen.job import InputOptions, Policy, WorkOptions
 from batchgen.jobs.cli import app
 from batchgen.jobs.flatten import flatten
-from batchgen.options import flag_of, options_of
+from batchgen.options import arguments, flag_of, options_of
 from batchgen.types import SamplingParams
+
+texts = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\\nxu0-"), min_size=1, max_size=12)
 
 
 def run(*words: str, leave_out: tuple[str, ...] = ()):
@@ -52,12 +56,42 @@ def test_options_become_the_fields_of_their_records():
     assert called["more"] == 7
 
 
+def test_texts_of_the_command_line_have_escapes_and_those_of_python_none():
+    words = [
+        "--stop",
+        r"\n",
+        "--stop",
+        "$\n",
+        "--bad-words",
+        r"\\n",
+        "--template",
+        r"{q}\n",
+        "--shots",
+        "s",
+        "--shots-end",
+        r"\t",
+    ]
+    called = run("p.jsonl", *words)
+    assert called["sampling"] == SamplingParams(stop=("\n", "$\n"), bad_words=(r"\n",))
+    assert called["input"] == InputOptions("p.jsonl", template="{q}\n", shots="s", shots_end="\t")
+    assert SamplingParams(stop=r"\n").stop == (r"\n",)
+    assert InputOptions("p.jsonl", template=r"{q}\n").template == r"{q}\n"
+
+
+@given(st.lists(texts, min_size=1, max_size=4), texts, texts)
+def test_the_words_of_a_record_give_the_record(stop, template, end):
+    sampling, input = SamplingParams(stop=stop), InputOptions("p.jsonl", template=template, shots="s", shots_end=end)
+    called = run("p.jsonl", *arguments(sampling), *arguments(input))
+    assert (called["sampling"], called["input"]) == (sampling, input)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--kv-memory", "lots"], "--kv-memory 'lots': not a size"),
         (["--jobs", "0"], "--jobs '0': must be a whole number"),
         (["--max-tokens", "0"], "max_tokens 0 is out of range"),
+        (["--stop", "a", "--stop", r"\ud800"], r"--stop \\ud800 is the code of no character"),
     ],
 )
 def test_a_text_that_is_no_value_is_named_with_its_flag(words, message):

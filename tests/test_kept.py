@@ -9,6 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,7 +31,7 @@ from batchgen.review.replay import replay
 from batchgen.review.report.compare import compare_rows
 from batchgen.review.report.counts import count_output
 from batchgen.run import run_job
-from batchgen.types import OutputRow, Receipt, Rejected, SamplingParams
+from batchgen.types import Receipt, Rejected, SamplingParams
 from tests.support.inputs import chunks, open_prompts
 from tests.support.jobs import change, make_job
 from tests.support.models import write_byte_model
@@ -37,8 +39,8 @@ from tests.support.models import write_byte_model
 PARAMS = SamplingParams(max_tokens=3)
 
 
-def output_rows(rows: Any) -> list[OutputRow]:
-    return [OutputRow(row, 0, None, None, None, None, None, None, "ok", None, None) for row in rows]
+def row_numbers(rows: Any) -> npt.NDArray[np.int64]:
+    return np.array(rows)
 
 
 def kept(files: Any, *columns: str) -> pa.Table:
@@ -47,7 +49,7 @@ def kept(files: Any, *columns: str) -> pa.Table:
     facts = prompts.scan()
     assert facts.rows == sum(1 for _ in prompts.requests(PARAMS))
     (chunk,) = chunks(prompts)
-    table = kept_columns(chunk, output_rows(range(facts.rows)))
+    table = kept_columns(chunk, row_numbers(range(facts.rows)))
     assert table.schema == facts.kept
     return table
 
@@ -343,7 +345,7 @@ def test_only_a_row_with_text_that_json_cannot_hold_is_rejected_before_it_is_gen
     prompts = open_prompts(source, keep=("k",))
     (carried,) = chunks(prompts)
     assert not any(isinstance(item, Rejected) for item in carried.items)
-    assert kept_columns(carried, output_rows(range(3))).column("k").combine_chunks().equals(array)
+    assert kept_columns(carried, row_numbers(range(3))).column("k").combine_chunks().equals(array)
     (checked,) = chunks(prompts, as_json=True)
     both = [source, jsonl(tmp_path / "p.jsonl", 1)]
     for chunk in (checked, *chunks(open_prompts(both, keep=("k",)))):
@@ -354,7 +356,7 @@ def test_only_a_row_with_text_that_json_cannot_hold_is_rejected_before_it_is_gen
         assert bad.error == (
             "p.parquet:row 1: the kept 'k' is not UTF-8, and JSON is to hold it; write it as UTF-8, or as binary"
         )
-        assert kept_columns(chunk, output_rows([0, 1]))["k"].is_valid().to_pylist() == [True, False]
+        assert kept_columns(chunk, row_numbers([0, 1]))["k"].is_valid().to_pylist() == [True, False]
 
 
 def test_text_that_is_not_utf8_is_kept_in_parquet_and_rejects_its_row_in_json(tmp_path: Path, model: Path) -> None:
@@ -543,7 +545,7 @@ def test_each_chunk_gets_the_values_of_its_rows(tmp_path: Path, rows: list[bool]
         assert [item.row for chunk in found for item in chunk.items] == wanted
         for chunk in found:
             numbers = [item.row for item in chunk.items for _ in range(2)]
-            table = kept_columns(chunk, output_rows(numbers))
+            table = kept_columns(chunk, row_numbers(numbers))
             assert table["k"].to_pylist() == [100 + row for row in numbers]
             assert table.schema.equals(prompts.scan().kept)
 

@@ -28,6 +28,7 @@ from batchgen.input.formats import (
 from batchgen.input.parameters import LOGPROBS, find_results, is_object, mentioned, override_params, parse_text
 from batchgen.input.sources import BUFFER_BYTES, UNPACKING_ERRORS, Source, open_bytes, read_error
 from batchgen.input.targets import labels_column, prompt_option, prompt_word, target_columns, with_targets
+from batchgen.input.templates import prompt_columns
 from batchgen.job import InputOptions
 from batchgen.options import say, shown
 from batchgen.types import Rejected, Request
@@ -82,10 +83,11 @@ def _find_dialect(header: str, source: Source, options: InputOptions) -> _Dialec
     usual = "\t" if source.format == "tsv" else ","
     tried = {"auto": (usual, *DELIMITERS), "tab": ("\t",)}.get(options.delimiter, (options.delimiter,))
     names = {mark: _names(header, _Dialect(mark, options.quotes != "no")) for mark in tried}
-    with_prompt = [mark for mark, found in names.items() if options.prompt_column in found]
+    wanted = prompt_columns(options).keys()
+    with_prompt = [mark for mark, found in names.items() if wanted <= {*found}]
     if not with_prompt and options.delimiter != "auto":
         other = _find_dialect(header, source, replace(options, delimiter="auto"))
-        if options.prompt_column in _names(header, other):
+        if wanted <= {*_names(header, other)}:
             what = f"the header has {shown(other.delimiter)} between its names"
             raise InputError(f"{source.where}: {what}; leave {say('delimiter', options.delimiter)} out")
     delimiter = (with_prompt or [mark for mark, found in names.items() if len(found) > 1] or tried)[0]
@@ -252,9 +254,10 @@ def check(source: Source, options: InputOptions) -> Found:
         check_first_bytes(file, source)
         header, _records = read_csv(file, source, options)
     words = re.findall(r"\w+", header[0]) if len(header) == 1 else []
-    if len(words) > 1 and options.prompt_column in words and options.prompt_column != header[0]:
+    if len(words) > 1 and {*words} >= prompt_columns(options).keys() != {*header}:
         what = f"the header is a single name, {shown(header[0])}; separate its columns by commas, name the character"
-        remedy = f"between them with {say('delimiter')}, or pass {say(prompt_option(options))} if it is one"
+        remedy = f"between them with {say('delimiter')}"
+        remedy += f", or pass {say(prompt_option(options))} if it is one" if options.template is None else ""
         raise InputError(f"{source.where}: {what} {remedy}")
     if header:
         find_columns(header, source, options)
@@ -281,10 +284,20 @@ def read(source: Source, reading: Reading, first_row: int) -> Iterator[Rows]:
         yield from batch_rows(rows, [name for name in reading.kept.names if name in header], source, reading.kept)
 
 
+def _make_prompt(fields: Mapping[str, str], reading: Reading) -> str:
+    """The prompt of a row; UsageError with the reason if a part of it is missing."""
+    for name, option in prompt_columns(reading.options).items():
+        if fields[name] == NULL:
+            what = shown(name) if option == "template" else prompt_word(reading.options)
+            raise UsageError(f"{what} is {NULL}, as databases write a missing value; leave the row out")
+    made = reading.template.fill(fields) if reading.template else fields[reading.options.prompt_column]
+    return reading.before + made
+
+
 def _read_rows(
     header: list[str], records: Iterator[tuple[int, Record]], source: Source, reading: Reading, first_row: int
 ) -> Iterator[tuple[Request | Rejected, Mapping[str, str], int]]:
-    prompt_column, id_column = reading.options.prompt_column, reading.options.id_column
+    id_column = reading.options.id_column
     columns = find_columns(header, source, reading.options) if header else []
     parameters = [name for name in columns if name not in request_columns(reading.options)]
     targets, labels = target_columns(reading.options), labels_column(reading.options)
@@ -294,14 +307,11 @@ def _read_rows(
             yield Rejected(row, place, None, None, f"{place}: {record}"), {}, 0
             continue
         fields, size = dict(zip(header, record, strict=True)), sum(map(len, record))
-        id_, prompt = fields.get(id_column), fields[prompt_column]
+        id_, prompt = fields.get(id_column), None
         id_ = None if id_ in ("", NULL) else id_  # in CSV, an empty id is no id
         item: Request | Rejected
-        if prompt == NULL:
-            reason = f"{prompt_word(reading.options)} is {NULL}, as databases write a missing value; leave the row out"
-            yield Rejected(row, place, id_, None, f"{place}: {reason}"), fields, size
-            continue
         try:
+            prompt = _make_prompt(fields, reading)
             own = {name: parse_text(name, fields[name]) for name in parameters}
             item = Request(row, place, id_, prompt, override_params(own, reading.params, reading.found))
             if targets:

@@ -12,11 +12,12 @@ from batchgen.input.kept import Column, kept_batch, take_rows, text_array, witho
 from batchgen.input.parameters import parameter_names, parse_text
 from batchgen.input.sources import UNPACKING_ERRORS, Source, needs_long_window, read_error
 from batchgen.input.targets import labels_column, prompt_option, target_columns
+from batchgen.input.templates import Template, prompt_columns, template_of
 from batchgen.input.words import describe_missing, find_value
 from batchgen.job import DEFAULT_ID_COLUMN, InputOptions
 from batchgen.limits import reason_of
 from batchgen.options import say, shown
-from batchgen.types import Rejected, Request, RowParameters, SamplingParams
+from batchgen.types import Rejected, Request, RowParameters, SamplingParams, TokenizedRequest
 
 BATCH_ROWS = 1_024  # rows of a text format that are in memory at a time, or fewer if they are large:
 BATCH_BYTES = 16 * 2**20
@@ -65,6 +66,8 @@ class Reading:
     openai: bool
     as_json: bool = False  # kept values are written as JSON lines
     found: RowParameters = field(default_factory=RowParameters)
+    template: Template | None = None  # what prompts are made of; None: they are a column
+    before: str = ""  # stands before every prompt
     custom_ids: dict[str, str] = field(default_factory=dict)  # of OpenAI's batch files so far, each with its place
 
 
@@ -72,14 +75,16 @@ class Reading:
 class Rows:
     """Rows of an input, and what the output carries of each."""
 
-    items: Sequence[Request | Rejected]
+    items: Sequence[Request | TokenizedRequest | Rejected]  # tokenized: those that are checked already
     kept: pa.Table | None  # a row for each item; None: nothing is kept
     sizes: Sequence[int]  # bytes of each row in the input, unpacked; they depend on nothing but the row
+    older: Sequence[int] = ()  # of each, the row of an older output to copy, -1 for none; empty: none of any
 
     def take(self, indices: Sequence[int]) -> "Rows":
         """The rows at these indices, which hold nothing of the others."""
         kept = None if self.kept is None else without_others(take_rows(self.kept, indices))
-        return Rows([self.items[index] for index in indices], kept, [self.sizes[index] for index in indices])
+        older = [self.older[index] for index in indices] if self.older else ()
+        return Rows([self.items[index] for index in indices], kept, [self.sizes[index] for index in indices], older)
 
 
 class Format(Protocol):
@@ -125,31 +130,44 @@ def check_first_bytes(file: BufferedReader, source: Source) -> None:
             raise InputError(f"{source.where}: this is {what}, not {wanted}; {remedy}")
 
 
-def needed_columns(options: InputOptions) -> dict[str, str]:
-    """The columns that an input must have, by option; only the default id column may be absent."""
-    columns = {prompt_option(options): options.prompt_column, **target_columns(options)}
+def needed_columns(options: InputOptions) -> list[tuple[str, str]]:
+    """The columns that an input must have, each after the option that names it; the default id column may be absent."""
+    columns = [(option, column) for column, option in prompt_columns(options).items()]
+    columns += target_columns(options).items()
     if options.id_column != DEFAULT_ID_COLUMN:
-        columns["id_column"] = options.id_column
+        columns.append(("id_column", options.id_column))
     return columns
+
+
+def text_columns(options: InputOptions) -> list[tuple[str, str]]:
+    """Those of the needed columns that are texts, or choices: a template takes any value."""
+    columns = [] if template_of(options) else [(prompt_option(options), options.prompt_column)]
+    return [*columns, *target_columns(options).items()]
 
 
 def request_columns(options: InputOptions) -> tuple[str, ...]:
     """The columns that make a request; some may be absent. The others are parameters, or the user's own."""
     labels = labels_column(options)
-    columns = (options.prompt_column, options.id_column, *target_columns(options).values())
+    columns = (*prompt_columns(options), options.id_column, *target_columns(options).values())
     return (*dict.fromkeys(columns), *((labels,) if labels else ()))
+
+
+def not_parameters(options: InputOptions) -> tuple[str, ...]:
+    """The columns that are no parameters, whatever their names."""
+    template = template_of(options)
+    return (*request_columns(options), *(template.roots if template else ()))
 
 
 def find_columns(names: Sequence[str], source: Source, options: InputOptions) -> list[str]:
     """The columns to read of a file with a header: prompt, id and parameters."""
-    for option, column in needed_columns(options).items():
+    for option, column in needed_columns(options):
         if column not in names:
             raise InputError(f"{source.where}: {describe_missing(column, option, names, 'column')}")
     request = request_columns(options)
     columns = [name for name in request if name in names]
     if options.row_params:
         try:
-            columns += parameter_names(dict.fromkeys(names), request)
+            columns += parameter_names(dict.fromkeys(names), not_parameters(options))
         except UsageError as error:
             raise InputError(f"{source.where}: column {error}, or pass {say('row_params', False)}") from error
     for name in (*columns, *options.keep):
@@ -162,7 +180,7 @@ def folder_parameters(source: Source, options: InputOptions) -> dict[str, object
     """The parameters in the names of a file's folders: temperature=0.5/a.parquet -> {"temperature": 0.5}"""
     values = {name: value for name, value in source.partition if value is not None and options.row_params}
     try:
-        names = parameter_names(values, (options.prompt_column, options.id_column))
+        names = parameter_names(values, not_parameters(options))
         return {name: parse_text(name, values[name]) for name in names}
     except UsageError as error:
         raise InputError(f"{source.where}: folder {error}, or pass {say('row_params', False)}") from error

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from batchgen.errors import InputError
 from batchgen.input.sources import Source
+from batchgen.input.templates import prompt_columns
 from batchgen.job import InputOptions
 
 _CODE = "import json, sys; t = json.load(sys.stdin); [print(json.dumps(row)) for row in {rows}]"
@@ -13,7 +14,7 @@ _UNPACK = {"": "cat", "gzip": "zcat", "zstd": "zstdcat"}
 
 def refuse_columns(fields: Mapping[str, object], source: Source, options: InputOptions) -> None:
     """Raise InputError if the only object of a file is not a row but a table."""
-    for what, rows in _find_rows(fields, options.prompt_column.partition(".")[0]):
+    for what, rows in _find_rows(fields, next(iter(prompt_columns(options))).partition(".")[0]):
         file = "prompts.json" if source.where == "-" or "://" in source.where else shlex.quote(source.where)
         command = f"{_UNPACK[source.packing]} {file} | python -c {shlex.quote(_CODE.format(rows=rows))} > rows.jsonl"
         raise InputError(f"{source.where}: this is one JSON object, {what}; write its rows, one a line: {command}")

@@ -68,7 +68,9 @@ def read_lines(
     read = iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
     try:
         for number, line in enumerate(chain([head] if head else [], read), first):
-            text = _without_mark(line.rstrip(blanks))
+            text = line.rstrip(blanks)
+            if text[:1] == BYTE_ORDER_MARK[:1]:
+                text = _without_mark(text)
             if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                 if not _skip_line(file) or text:
                     yield number, TOO_LONG

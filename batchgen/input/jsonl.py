@@ -9,7 +9,17 @@ from typing import Any
 from batchgen.errors import InputError, UsageError
 from batchgen.files import unique_keys
 from batchgen.input import openai
-from batchgen.input.formats import BadRow, Found, Reading, Rows, Scanned, batch_rows, check_first_bytes, needed_columns
+from batchgen.input.formats import (
+    BadRow,
+    Found,
+    Reading,
+    Rows,
+    Scanned,
+    batch_rows,
+    check_first_bytes,
+    needed_columns,
+    text_columns,
+)
 from batchgen.input.json_columns import refuse_columns
 from batchgen.input.json_text import decode_line, read_rows
 from batchgen.input.kept import EXACT, MIXED, Kind, kind_of, merge_kinds
@@ -17,7 +27,8 @@ from batchgen.input.openai import Fields, Prompt
 from batchgen.input.parameters import asked_in, override_params, parameter_names
 from batchgen.input.sources import Source, open_bytes
 from batchgen.input.targets import labels_column, prompt_option, target_columns, with_targets
-from batchgen.input.words import ABSENT, describe_missing, find_surrogate, find_value
+from batchgen.input.templates import Template, prompt_columns, template_of
+from batchgen.input.words import ABSENT, describe_missing, find_surrogate, find_value, list_names
 from batchgen.job import InputOptions
 from batchgen.options import say, shown
 from batchgen.types import Rejected, Request, SamplingParams
@@ -50,11 +61,34 @@ def _is_too_deep(value: object) -> bool:
 
 _TOO_DEEP = f"the JSON is nested too deeply (over {MAX_NESTING} levels); flatten it"
 _DECODER = json.JSONDecoder(object_pairs_hook=_refuse_duplicates)
+_PLAIN = json.JSONDecoder()
+
+
+def _decode_plain(line: bytes, text: str) -> Fields | None:
+    """The object of a line if it holds no other, no list and no escape, and each key once; None if that is not sure."""
+    if b"\\" in line:
+        return None
+    try:
+        value, end = _PLAIN.raw_decode(text)
+    except (ValueError, RecursionError):  # decode says what is wrong
+        return None
+    if type(value) is not dict or end != len(text):
+        return None
+    n_text = 0
+    for item in value.values():
+        if type(item) is str:
+            n_text += 1
+        elif isinstance(item, dict | list):
+            return None
+    # quotes are around keys and texts alone; a key that appears twice has more
+    return value if line.count(b'"') == 2 * (len(value) + n_text) else None
 
 
 def decode(line: bytes) -> Fields:
     """The JSON object of one line; BadRow for any other bytes."""
     text = decode_line(line)
+    if (found := _decode_plain(line, text)) is not None:
+        return found
     try:
         start = 0 if text[0] == "{" else len(text) - len(text.lstrip(BLANK))
         value, end = _DECODER.raw_decode(text, start)
@@ -86,33 +120,54 @@ def _read_fields(
     fields: Fields, line: bytes, _place: str, reading: Reading
 ) -> tuple[str | None, tuple[Prompt, ...], SamplingParams]:
     """The id, the prompt and the parameters of a row; BadRow carries the id or prompt that could be read."""
-    prompt_column, id_column = reading.options.prompt_column, reading.options.id_column
+    prompt_column, id_column, template = reading.options.prompt_column, reading.options.id_column, reading.template
     prompt, id_ = find_value(fields, prompt_column, ABSENT), find_value(fields, id_column)
     # the bytes are UTF-8, so only an escape can make a surrogate; one byte is found faster than two
     if b"\\" in line and b"\\u" in line:
-        _check_surrogates(fields, {prompt_column: prompt, id_column: id_})
-    text = prompt if isinstance(prompt, str) else None
-    if isinstance(id_, float) and id_.is_integer() and abs(id_) < EXACT:
-        id_ = int(id_)  # pandas writes 7.0 if a column has nulls
-    if id_ is not None and not isinstance(id_, str):
-        if not isinstance(id_, int) or isinstance(id_, bool):
-            reason = f"{shown(id_column)} is {_describe(id_)}; make it a string or a whole number"
-            raise BadRow(reason, prompt=text)
-        id_ = str(id_)
-    if text is None:
-        if prompt is ABSENT:
-            raise BadRow(describe_missing(prompt_column, prompt_option(reading.options), list(fields), "key"), id_)
+        _check_surrogates(fields, {id_column: id_} if template else {prompt_column: prompt, id_column: id_})
+    id_ = _read_id(id_column, id_, prompt if isinstance(prompt, str) and not template else None)
+    if template:
+        text = _fill(template, fields, id_)
+    elif isinstance(prompt, str):
+        text = prompt
+    elif prompt is ABSENT:
+        raise BadRow(describe_missing(prompt_column, prompt_option(reading.options), list(fields), "key"), id_)
+    else:
         remedy = _mend_object(prompt_column, prompt_option(reading.options), prompt) or "make it a string"
         raise BadRow(f"{shown(prompt_column)} is {_describe(prompt)}; {remedy}", id_)
-    params = reading.params
+    text, params = reading.before + text, reading.params
     if reading.options.row_params:
         try:
-            names = parameter_names(fields, (prompt_column, id_column))
+            names = parameter_names(fields, (*(template.roots if template else (prompt_column,)), id_column))
             if names:
                 params = override_params({name: fields[name] for name in names}, params, reading.found)
         except UsageError as error:
             raise BadRow(str(error), id_, text) from error
     return id_, (text,), params
+
+
+def _read_id(column: str, id_: object, prompt: str | None) -> str | None:
+    if isinstance(id_, float) and id_.is_integer() and abs(id_) < EXACT:
+        id_ = int(id_)  # pandas writes 7.0 if a column has nulls
+    if id_ is None or isinstance(id_, str):
+        return id_
+    if not isinstance(id_, int) or isinstance(id_, bool):
+        reason = f"{shown(column)} is {_describe(id_)}; make it a string or a whole number"
+        raise BadRow(reason, prompt=prompt)
+    return str(id_)
+
+
+def _fill(template: Template, fields: Fields, id_: str | None) -> str:
+    """The prompt that the template makes of a row."""
+    values = {column: find_value(fields, column, ABSENT) for column in template.columns}
+    for field in template.fields:
+        if values[field.column] is ABSENT:
+            what = f"no key {shown(field.column)}, which its prompt needs; the keys are {list_names(list(fields))}"
+            raise BadRow(f"{what}; write one, or leave the row out", id_)
+    try:
+        return template.fill(values)
+    except UsageError as error:
+        raise BadRow(str(error), id_) from error
 
 
 def _mend_object(column: str, option: str, value: object) -> str:
@@ -192,8 +247,8 @@ def _add_kinds(kinds: dict[str, Kind], line: bytes) -> None:
 
 def check(source: Source, options: InputOptions) -> Found:
     """Read the first rows: a key that all of them lack is an error of the job, a key that some lack rejects rows."""
-    needed = needed_columns(options)
-    wanted = {*needed.values(), *options.keep}
+    texts = [column for _, column in text_columns(options)]
+    wanted = {*(column for _, column in needed_columns(options)), *options.keep}
     keys: dict[str, None] = {}
     found: dict[str, object] = {}  # the wanted ones, with a value
     problem, rows = None, 0
@@ -213,27 +268,35 @@ def check(source: Source, options: InputOptions) -> Found:
             keys |= dict.fromkeys(fields)
             values = {name: find_value(fields, name, ABSENT) for name in wanted}
             found |= {name: value for name, value in values.items() if value is not ABSENT}
-            if found.keys() >= wanted and not any(isinstance(found[name], dict) for name in needed.values()):
+            if found.keys() >= wanted and not any(isinstance(found[name], dict) for name in texts if name in found):
                 break
         is_only = rows == 1 and next(lines, None) is None
     if rows and not keys:
         problem = problem or f"write {EXAMPLE}"
         problem += f", or pass {say('input_format')} for CSV or text" if source.where == "-" else ""
         raise InputError(f"{source.where}: none of the first {rows} rows is a JSON object with a key; {problem}")
-    if is_only and not isinstance(found.get(options.prompt_column), str):
+    if is_only and _may_be_table(fields, found, options):
         refuse_columns(fields, source, options)
     _check_found(source, rows, list(keys), found, options)
     return Found([*keys, *(found.keys() - keys.keys())], openai=False if rows else None)
 
 
+def _may_be_table(fields: Fields, found: Fields, options: InputOptions) -> bool:
+    """Whether an object that is alone in its file may be a whole table: no column of the prompt has a text in it."""
+    values = [found.get(name) for name in prompt_columns(options)]
+    if template_of(options) is None:
+        return not isinstance(values[0], str)
+    return None in values or (len(fields) > 1 and all(isinstance(value, dict | list) for value in values))
+
+
 def _check_found(source: Source, rows: int, keys: list[str], found: Fields, options: InputOptions) -> None:
     """InputError if no row has a column that is needed, or if one of them is an object in the last one."""
-    for option, column in needed_columns(options).items():
+    for option, column in needed_columns(options):
         if rows and column not in found:
             what = describe_missing(column, option, keys, "key")
             raise InputError(f"{source.where}: in the first {rows} rows {what}")
-    for option, column in needed_columns(options).items():
-        if option != "id_column" and isinstance(value := found.get(column), dict):
+    for option, column in text_columns(options):
+        if isinstance(value := found.get(column), dict):
             what = "a list of strings" if option == "choices_column" else "a string"
             remedy = _mend_object(column, option, value) or f"make it {what}"
             raise InputError(f"{source.where}: in the first {rows} rows {shown(column)} is an object; {remedy}")

@@ -13,6 +13,8 @@ from io import BytesIO
 from itertools import islice
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,7 +24,7 @@ from batchgen.input.sources import Source
 from batchgen.input.words import find_surrogate
 from batchgen.limits import reason_of
 from batchgen.options import say, shown
-from batchgen.types import Chunk, Row
+from batchgen.types import Chunk
 
 ROW = "row"  # beside the kept columns of a chunk: their row numbers; no kept column may have this name
 JSON_TEXT = {"batchgen": "JSON text"}  # in the metadata of a field whose values are JSON text
@@ -327,16 +329,16 @@ def converted(array: pa.Array, own: pa.Field, field: pa.Field, as_json: bool) ->
         places = [None if row in bad else row for row in range(len(array))]
         array = take_rows(pa.table([array], ["k"]), places)["k"].combine_chunks()
     if is_text:
-        return pa.array([_kept_text(_shared_spelling(value)) for value in json_values(array)], field.type), bad
+        return pa.array([_kept_text(shared_spelling(value)) for value in json_values(array)], field.type), bad
     return (array if is_same else array.cast(field.type)), bad
 
 
-def _shared_spelling(value: object) -> object:
+def shared_spelling(value: object) -> object:
     """A number as files of all types spell it: 7.0 -> 7"""
     if isinstance(value, dict):
-        return {key: _shared_spelling(item) for key, item in value.items()}
+        return {key: shared_spelling(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_shared_spelling(item) for item in value]
+        return [shared_spelling(item) for item in value]
     if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT and str(value) != "-0.0":
         return int(value)
     return value
@@ -391,13 +393,16 @@ def pack_kept(tables: Sequence[pa.Table], rows: Sequence[int]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def kept_columns(chunk: Chunk, rows: Sequence[Row]) -> pa.Table:
-    """The kept columns beside these output rows of a chunk; a table without columns if nothing is kept."""
+def kept_columns(chunk: Chunk, numbers: npt.NDArray[np.int64]) -> pa.Table:
+    """The kept columns beside output rows of a chunk, whose input rows have these numbers.
+
+    A table without columns if nothing is kept.
+    """
     if chunk.kept is None:
         return pa.table({})
     table = pa.ipc.open_stream(chunk.kept).read_all()
-    place = {row: index for index, row in enumerate(table.column(ROW).to_pylist())}
-    return take_rows(table.drop_columns([ROW]), [place[row.row] for row in rows])
+    rows = table[ROW].to_numpy()  # ascending
+    return take_rows(table.drop_columns([ROW]), np.searchsorted(rows, numbers))
 
 
 def take_rows(table: pa.Table, indices: Sequence[int] | pa.Array) -> pa.Table:

@@ -14,7 +14,7 @@ import json
 import re
 import tokenize
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -147,9 +147,13 @@ def _keys(text: bytes) -> frozenset[str]:
     return frozenset(_SOUGHT[name] for name in _KEY.findall(text))
 
 
-def parameter_names(names: Iterable[str], not_parameters: Container[str] = ()) -> tuple[str, ...]:
+def parameter_names(names: Iterable[str], not_parameters: Iterable[str] = ()) -> tuple[str, ...]:
     """The columns that are parameters, or may be objects of them; UsageError for one that is misspelled."""
-    names = list(names)
+    return _parameter_names(tuple(names), tuple(not_parameters))
+
+
+@lru_cache(maxsize=16)  # the rows of an input have few sets of names, and a name may be long
+def _parameter_names(names: tuple[str, ...], not_parameters: tuple[str, ...]) -> tuple[str, ...]:
     found = []
     results = find_results(names)
     for name in names:
@@ -305,6 +309,16 @@ def _check_neutral(name: str, value: object, where: str, params: SamplingParams)
     neutral = {"best_of": (1, params.n), "do_sample": (True, False)}.get(name) or (NEUTRAL | NEUTRAL_MEMBERS)[name]
     if value not in neutral:
         raise UsageError(f"{where} {shown(value)} is not supported; leave it out")
+
+
+def own_parameters(
+    params: SamplingParams, run_params: SamplingParams, prompt_token_ids: Sequence[int] | None = None
+) -> str | None:
+    """JSON of the row's parameters that differ from the run's, and of prompt_token_ids; None if there are none."""
+    own = {name: value for name, value in params.as_dict().items() if value != getattr(run_params, name)}
+    if prompt_token_ids is not None:
+        own["prompt_token_ids"] = prompt_token_ids
+    return json.dumps(own, sort_keys=True) if own else None
 
 
 # ---- how JSON, Parquet and CSV write the values of a type

@@ -13,11 +13,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError, UsageError
-from batchgen.input.formats import BATCH_BYTES, BadRow, Found, Reading, Rows, Scanned, find_columns, request_columns
-from batchgen.input.kept import EXACT, converted, kept_batch, parquet_field, texts_of
+from batchgen.input.formats import (
+    BATCH_BYTES,
+    BadRow,
+    Found,
+    Reading,
+    Rows,
+    Scanned,
+    find_columns,
+    request_columns,
+    text_columns,
+)
+from batchgen.input.kept import EXACT, converted, find_not_utf8, json_values, kept_batch, parquet_field, texts_of
 from batchgen.input.parameters import LOGPROBS, find_results, is_object, mentioned, override_params
 from batchgen.input.sources import Source, open_parquet
-from batchgen.input.targets import labels_column, prompt_option, prompt_word, target_columns, with_targets
+from batchgen.input.targets import labels_column, prompt_word, target_columns, with_targets
+from batchgen.input.templates import Template
 from batchgen.job import InputOptions
 from batchgen.limits import reason_of
 from batchgen.options import say, shown
@@ -63,7 +74,7 @@ def _check_columns(schema: pa.Schema, source: Source, options: InputOptions) -> 
     asked = dict.fromkeys((*request_columns(options), *options.keep))
     nested = [name for name in asked if name not in schema.names for _ in _find_fields(schema, name)]
     columns = find_columns([*schema.names, *nested], source, options)
-    for option, name in {prompt_option(options): options.prompt_column, **target_columns(options)}.items():
+    for option, name in text_columns(options):
         fits = _may_be_choices if option == "choices_column" else _is_text
         kind = _find_fields(schema, name)[0].type  # find_columns has seen it
         if option != "answer_column" and not fits(kind):
@@ -178,14 +189,50 @@ def _make_request(
         except UsageError as error:
             reason = str(error)
     elif isinstance(prompt, _Unreadable):
-        reason = f"{prompt_word(reading.options)} {prompt.reason}"
-    elif prompt is None:
-        reason = f"{prompt_word(reading.options)} is null; make it a string"
+        reason = prompt.reason
     else:
         assert isinstance(id_, _Unreadable)
         reason = f"the id {id_.reason}"
     good = [None if isinstance(value, _Unreadable) else value for value in (id_, prompt)]
     return BadRow(reason, *good).reject(row, place)
+
+
+def _read_prompts(batch: pa.RecordBatch, reading: Reading) -> list[_Text]:
+    """The prompt of each row, or the reason why it has none."""
+    if reading.template:
+        columns = {name: _read_any(_find_array(batch, name)) for name in reading.template.columns}
+        prompts = [
+            _fill(reading.template, dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
+        ]
+    else:
+        word, texts = prompt_word(reading.options), _read_texts(_find_array(batch, reading.options.prompt_column))
+        null = _Unreadable("is null; make it a string")
+        found = (null if text is None else text for text in texts)
+        prompts = [text if isinstance(text, str) else _Unreadable(f"{word} {text.reason}") for text in found]
+    return [reading.before + text if isinstance(text, str) else text for text in prompts]
+
+
+def _fill(template: Template, values: dict[str, object]) -> str | _Unreadable:
+    try:
+        return template.fill(values)
+    except UsageError as error:
+        return _Unreadable(str(error))
+
+
+def _read_any(array: pa.Array) -> list[object]:
+    """The values of a column of any type, as JSON has them; bytes for what is not UTF-8."""
+    kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+    if _is_text(kind) or isinstance(kind, pa.UuidType):
+        return [b"" if isinstance(text, _Unreadable) else text for text in _read_texts(array)]
+    if pa.types.is_float16(kind) or pa.types.is_float32(kind):  # 0.1, not the 0.10000000149 that it is as a float64
+        values = array.cast(pa.float32()).to_pylist()
+        return [None if value is None else float(str(np.float32(value))) for value in values]
+    bad = find_not_utf8(array)
+    return (
+        [b"" if row in bad else json_values(array.slice(row, 1))[0] for row in range(len(array))]
+        if bad
+        else json_values(array)
+    )
 
 
 def _reject_kept(item: Request | Rejected, name: str) -> Rejected:
@@ -253,7 +300,7 @@ def _read_requests(
     ids: list[_Text] = [None] * len(batch)
     if options.id_column in columns:
         ids = _read_texts(_find_array(batch, options.id_column))
-    prompts = _read_texts(_find_array(batch, options.prompt_column))
+    prompts = _read_prompts(batch, reading)
     values = _read_values(batch, [name for name in columns if name not in found])
     targets = _read_targets(batch, columns, options)
     for place, id_, prompt, own, target in zip(places, ids, prompts, values, targets, strict=True):

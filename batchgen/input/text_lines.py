@@ -68,6 +68,9 @@ def _read_rows(
     for row, (number, line) in enumerate(_read_prompts(file, source), first_row):
         place = f"{source.name}:{number}"
         try:
-            yield Request(row, place, None, decode_line(line), reading.params), {}, len(line)
+            text = decode_line(line)
+            if reading.template:
+                text = reading.template.fill(dict.fromkeys(reading.template.columns, text))
+            yield Request(row, place, None, reading.before + text, reading.params), {}, len(line)
         except BadRow as bad:
             yield bad.reject(row, place), {}, len(line)

@@ -39,6 +39,8 @@ def describe_missing(column: str, option: str, names: Sequence[str], kind: str) 
         return f"no {kind} {shown(column)}; there are no {kind}s at all"
     near, named = find_nearest(column, names), say(option)
     remedy = f"did you mean {shown(near)}? pass it as {named}" if near else f"name the right one with {named}"
+    if option == "template":
+        remedy = f"did you mean {{{near}}}? correct the template" if near else f"write {{{names[0]}}} in the template"
     if option == "text_column":
         remedy += f"; score also takes a prompt with {say('completion_column')} or {say('choices_column')}"
     return f"no {kind} {shown(column)}; the {kind}s are {list_names(names)}; {remedy}"
