@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+JsonObject: TypeAlias = dict[str, Any]
 Stamp: TypeAlias = tuple[int, int, int, int]  # of a file on this machine; see stamp_of
 
 SUCCESS = "_SUCCESS"  # in a dataset's folder: it is complete; readers of Parquet skip names that begin with _
 WORK_SUFFIX = ".batchgen"  # of a run's work directory; see output/ledger.py
 STATUS_SUFFIX = ".status.json"  # of a run's status file; see progress.py
 PLAN_SUFFIX = ".plan.json"  # of the plan of JSON lines; see output/beside.py
+CARD = "README.md"  # of a dataset card; see review/card.py
+CARD_MARK = b"<!-- batchgen card, SHA-256 of what is above: "
 SIZE = -1  # in place of a block's number: how long the file is
 TEMPORARY_SUFFIX = ".batchgen-tmp"  # of a file that is being written
 PART = re.compile(r"(\d{8,})-([0-9a-f]{16})\.parquet")  # the chunk's number and the start of the part's SHA-256
@@ -70,6 +73,24 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---- dataset cards
+
+
+def seal_card(text: str) -> bytes:
+    """A card with a last line that shows whether anyone has edited it since."""
+    data = text.encode()
+    return data + CARD_MARK + hashlib.sha256(data).hexdigest().encode() + b" -->\n"
+
+
+def is_sealed_card(path: Path) -> bool:
+    """Whether a file is a card as batchgen wrote it: nothing of anyone else's is lost with it."""
+    try:
+        text, mark, _ = (data := path.read_bytes() if path.is_file() else b"").rpartition(CARD_MARK)
+    except OSError:
+        return False
+    return bool(mark) and data == seal_card(text.decode("utf-8", "replace"))
 
 
 # ---- hashing, locking
@@ -199,7 +220,7 @@ def parse_json(data: str | bytes) -> Any:
     return json.loads(data, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
 
 
-def read_object(data: bytes | None) -> dict[str, Any]:
+def read_object(data: bytes | None) -> JsonObject:
     """A JSON object, or an empty one if the data is not one."""
     try:
         value = parse_json(data or b"{}")
@@ -208,7 +229,7 @@ def read_object(data: bytes | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
     """[("id", 1), ("prompt", "a")] -> {"id": 1, "prompt": "a"}; ValueError if a key appears twice."""
     values = dict(pairs)
     if len(values) != len(pairs):

@@ -8,18 +8,35 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, get_args
 
 from batchgen.errors import UsageError
 from batchgen.options import (
+    Shard,
     check_ranges,
+    check_shard,
     count,
     duration,
     flags_of,
     known_keywords,
     option,
+    parse_shard,
+    rows,
     say,
+    show_shard,
     shown,
     size,
     split_keywords,
 )
-from batchgen.types import ENDS, IO, MAX_INT, READING, SAMPLING, Kind, Precision, ReadSpecial, SamplingParams, Task
+from batchgen.types import (
+    ENDS,
+    IO,
+    MAX_INT,
+    MEASURED,
+    READING,
+    SAMPLING,
+    Kind,
+    Precision,
+    ReadSpecial,
+    SamplingParams,
+    Task,
+)
 
 InputFormat = Literal["auto", "jsonl", "csv", "tsv", "parquet", "txt"]
 Quotes = Literal["auto", "yes", "no"]
@@ -29,10 +46,14 @@ OutputFormat = Literal["file", "dataset"]
 Backend = Literal["loky", "dask", "ray"]
 FirstToken = Literal["endoftext", "given"]
 Pool = Literal["mean", "last"]
+SeedBy = Literal["row", "id", "prompt"]
+Duplicates = Literal["prompt", "completion", "both"]
 Files: TypeAlias = str | Path | Sequence[str | Path]
 
 DEFAULT_MODEL = "tales"
 DEFAULT_PROMPT_COLUMN = "prompt"
+DEFAULT_TEXT_COLUMN = "text"  # of what is scored or embedded without a prompt
+DEFAULT_SHOTS_COLUMN, DEFAULT_SHOTS_END = "completion", "\n\n"
 DEFAULT_ID_COLUMN = "id"  # may be absent; an id column that was asked for by name may not
 
 SCORES, PROMPTS, WORK, CLUSTER, RUN = "Scores", "Prompts", "Work", "Cluster", "Run"
@@ -55,6 +76,18 @@ _FIRST_TOKEN = "Score a text's first token after <|endoftext|>, or begin with th
 _STRIDE = "Of a text longer than n_ctx: tokens that each window scores; default: n_ctx."
 _PER_TOKEN = "Add columns of each scored token: id, log-probability, rank."
 _LAYER = "As in transformers' hidden_states: 0 is before the first block, -1 after ln_f."
+_LIMIT = "Only the first N rows, after those that are skipped; default: all."
+_SAMPLE = "Only N of these rows, drawn by --seed, in their order; default: all."
+_SHARD = "This part of the rows: 3/8 is the third of eight; auto: this task of a Slurm array."
+_SEED_BY = "What a row's random numbers depend on besides the seed: its number, its id, or its prompt's tokens."
+_TEMPLATE = "Make the prompt from columns: 'Q: {question}\\nA:'; {a.b} is a key of an object, {{ is a brace."
+_SHOTS = "Examples to put in front of every prompt: a file of the template's columns and a completion."
+_SHOTS_COLUMN = "The column of --shots that holds an example's completion."
+_SHOTS_END = "The text after each example; default: an empty line."
+_DROP = "Of rows with the same prompt, or samples with the same completion, keep the first; others have status dropped."
+_REUSE = "Copy rows from this older output if they would be the same; can be given again."
+_LINEAGE = "Append the run's events to this file as OpenLineage JSON."
+_METRICS = "Keep this file, such as status.prom, up to date for node_exporter's textfile collector."
 _TIME_LIMIT = "Stop in time, exit code 75: 50m, 7h30m; the same command resumes."
 
 
@@ -73,6 +106,17 @@ class InputOptions:
     row_params: bool = option(True, "Use the parameters that rows have: max_tokens, seed and so on.", SAMPLING)
     delimiter: str = option("auto", _DELIMITER, IO, metavar="CHAR")
     quotes: Quotes = option("auto", _QUOTES, IO, choices=get_args(Quotes))
+    skip_rows: int = option(0, "Leave out the first N rows.", IO, metavar="N", within=(0, 10**18, "0 or more"))
+    limit: int | None = rows(_LIMIT, IO)
+    sample: int | None = rows(_SAMPLE, IO)
+    shard: Shard | None = option(None, _SHARD, IO, metavar="K/N", parse=parse_shard, show=show_shard)
+    seed_by: SeedBy = option("row", _SEED_BY, SAMPLING, choices=get_args(SeedBy))
+    template: str | None = option(None, _TEMPLATE, PROMPTS, metavar="TEXT", escaped=True)
+    template_file: Path | None = option(None, "The same, read from a file, without escapes.", PROMPTS, metavar="FILE")
+    shots: str | None = option(None, _SHOTS, PROMPTS, metavar="FILE")
+    n_shots: int | None = rows("Only N examples of --shots, drawn by --seed; default: all.", PROMPTS)
+    shots_column: str = option(DEFAULT_SHOTS_COLUMN, _SHOTS_COLUMN, PROMPTS, metavar="COL")
+    shots_end: str = option(DEFAULT_SHOTS_END, _SHOTS_END, PROMPTS, metavar="TEXT", escaped=True)
 
     def __post_init__(self) -> None:
         for name in ("files", "keep"):
@@ -85,11 +129,35 @@ class InputOptions:
         if not one and self.delimiter not in ("auto", "tab"):
             raise UsageError(f"delimiter {shown(self.delimiter)} is out of range (auto, tab, or a character such as ;)")
         check_ranges(self)
+        check_shard(self.shard)
+        _check_prompts(self)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The files as they were named."""
         return (str(self.files),) if isinstance(self.files, str | Path) else tuple(map(str, self.files))
+
+
+def _check_prompts(options: InputOptions) -> None:
+    """Raise UsageError if the options about what prompts are made of contradict, or if one has no effect."""
+    template: object = options.template
+    if template is not None and not isinstance(template, str):
+        raise UsageError(f"template {shown(template)} is not a string; write 'Q: {{question}}'")
+    if template is not None and options.template_file is not None:
+        raise UsageError(f"{say('template')} and {say('template_file')} were given; leave one out")
+    made = "template_file" if template is None else "template"
+    is_named = options.prompt_column not in (DEFAULT_PROMPT_COLUMN, getattr(options, "text_column", None))
+    if is_named and getattr(options, made) is not None:
+        remedy = f"write {{{options.prompt_column}}} in the template, and leave it out"
+        raise UsageError(f"{say(made)} makes the prompt, and {say('prompt_column')} names one; {remedy}")
+    shots: object = options.shots
+    if isinstance(shots, PathLike):
+        object.__setattr__(options, "shots", str(shots))
+    elif shots is not None and (not isinstance(shots, str) or shots in ("", "-")):
+        raise UsageError(f"{say('shots')} {shown(shots)} is no file of examples; name one")
+    for name, default in (("n_shots", None), ("shots_column", DEFAULT_SHOTS_COLUMN), ("shots_end", DEFAULT_SHOTS_END)):
+        if shots is None and getattr(options, name) != default:
+            raise UsageError(f"{say(name)} is about examples, and there are none; add {say('shots')}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +243,15 @@ class ScoreInput(InputOptions):
         if not targets and self.prompt_column not in (DEFAULT_PROMPT_COLUMN, self.text_column):
             remedy = f"add {say('completion_column')} or {say('choices_column')}, or name {say('text_column')} instead"
             raise UsageError(f"{say('prompt_column')} names what is before a completion or choices; {remedy}")
+        is_made = self.template is not None or self.template_file is not None
+        if is_made and self.text_column not in (None, DEFAULT_TEXT_COLUMN):
+            remedy = f"write {{{self.text_column}}} in it, and leave {say('text_column')} out"
+            raise UsageError(f"{say('template')} makes the text, and {say('text_column')} names one; {remedy}")
+        if self.shots is not None and not targets:
+            remedy = f"add {say('completion_column')} or {say('choices_column')}, or leave it out"
+            raise UsageError(f"{say('shots')} puts examples before a prompt, and a text has none; {remedy}")
         if not targets:
-            object.__setattr__(self, "text_column", self.text_column or "text")
+            object.__setattr__(self, "text_column", self.text_column or DEFAULT_TEXT_COLUMN)
             object.__setattr__(self, "prompt_column", self.text_column)
         object.__setattr__(self, "task", _fit_kind(self.task, self.kind))
 
@@ -219,10 +294,16 @@ class OutputOptions:
         choices=get_args(OutputFormat),
     )
     token_ids: bool = option(False, "Add a column of the completion's token ids.", IO, flag="--output-token-ids")
+    mean_logprob: bool = option(False, "Add a column: the mean log-probability of the tokens.", IO, off=None)
+    repetition: bool = option(False, "Add a column: the share of 4-grams that occurred before.", IO, off=None)
+    drop_duplicates: Duplicates | None = option(None, _DROP, IO, choices=get_args(Duplicates))
+    rejects: bool = option(True, "Give rejected and dropped rows an output row too.", IO)
     work_dir: Path | None = option(None, _WORK_DIR, IO, metavar="DIR")
     retry_failed: bool = option(False, "Generate the failed rows of a finished output again.", RUN, off=None)
     overwrite: bool = option(False, "Replace what is there, whatever made it.", RUN, off=None)
     status: bool = option(True, "Keep OUTPUT.status.json up to date, for machines.", RUN)
+    lineage: Path | None = option(None, _LINEAGE, RUN, metavar="FILE")
+    metrics: Path | None = option(None, _METRICS, RUN, metavar="FILE")
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -239,6 +320,7 @@ class WorkOptions:
     kv_bytes: int | None = size("Memory for the keys and values in a worker, such as 2G.", WORK, flag="--kv-memory")
     share_prefixes: bool = option(True, "Read prefixes that prompts share only once.", WORK)
     precision: Precision | None = option(None, PRECISION_HELP, IO, choices=get_args(Precision))
+    reuse: tuple[str, ...] = option((), _REUSE, WORK, metavar="OLD")
     backend: Backend = option("loky", _BACKEND, CLUSTER, choices=get_args(Backend))
     scheduler: str | None = option(None, _SCHEDULER, CLUSTER, metavar="ADDRESS")
     address: str | None = option(None, _ADDRESS, CLUSTER, metavar="ADDRESS")
@@ -309,6 +391,8 @@ class Job:
                 if getattr(getattr(self, name), field_name) == value:
                     what = say(field_name, value)
                     raise UsageError(f"{what} is about completions that are generated; leave it out")
+            if self.work.reuse:
+                raise UsageError(f"{say('reuse')} copies completions that are generated; leave it out")
 
     @property
     def task(self) -> TaskOptions | None:
@@ -321,7 +405,11 @@ class Job:
 
 
 # options that mean nothing to some tasks: the record of a job, the field, the value
-_OF_GENERATION = (("policy", "on_too_long", "shorten"), ("output", "token_ids", True))
+_OF_GENERATION = (
+    ("policy", "on_too_long", "shorten"),
+    *(("output", name, True) for name in ("token_ids", *MEASURED)),
+    *(("output", "drop_duplicates", value) for value in get_args(Duplicates)),
+)
 _NOT_OF = {
     "embed": _OF_GENERATION,
     "score": (*_OF_GENERATION, ("policy", "empty_prompt", "unconditional"), ("policy", "trim", True)),

@@ -7,22 +7,29 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from batchgen.files import parse_json
 from batchgen.job import (
     DEFAULT_PROMPT_COLUMN,
+    DEFAULT_SHOTS_COLUMN,
+    DEFAULT_SHOTS_END,
     EmbedOptions,
     InputOptions,
     OutputOptions,
     Policy,
     ScoreInput,
     ScoreOptions,
+    SeedBy,
     TaskOptions,
     WorkOptions,
     kind_of,
 )
-from batchgen.options import arguments, flag_of, options_of, with_value, words_of
-from batchgen.types import Kind, Precision, SamplingParams, Task
+from batchgen.options import arguments, flag_of, options_of, parse_shard, with_value, words_of
+from batchgen.types import MEASURED, Ids, Kind, Precision, SamplingParams, Task
+
+if TYPE_CHECKING:
+    from batchgen.selection import Selection
 
 _LATER = {"regex"}  # fields that older plans lack: they are empty then, and agree with anything
 _OLDER = {"blas", "numpy_kernels"}  # fields that older plans have: what decided how a sum was rounded
@@ -69,6 +76,22 @@ class Plan:
     per_token: bool = False
     layer: int | None = None  # these two: see EmbedOptions
     pool: str | None = None
+    skip_rows: int = 0  # these four: see selection.py
+    limit: int | None = None
+    sample: int | None = None
+    shard: str | None = None  # 3/8
+    seed_by: SeedBy = "row"
+    template: str | None = None
+    shots: str | None = None  # 16 digits of the SHA-256 of what stands before every prompt
+    n_shots: int | None = dataclasses.field(default=None, compare=False)  # these three are in `shots`
+    shots_column: str = dataclasses.field(default=DEFAULT_SHOTS_COLUMN, compare=False)
+    shots_end: str = dataclasses.field(default=DEFAULT_SHOTS_END, compare=False)
+    mean_logprob: bool = False  # these four: see OutputOptions
+    repetition: bool = False
+    drop_duplicates: str | None = None
+    rejects: bool = True
+    # 16 digits of the SHA-256 of each older output that rows may be copied from, which changes chunks and no row
+    reuse: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     portable: bool = dataclasses.field(default=False, compare=False)  # equal bits on any processor: since 0.3.0
     numpy: str = dataclasses.field(default="", compare=False)  # versions that change no row
     python: str = dataclasses.field(default="", compare=False)
@@ -130,6 +153,9 @@ class Plan:
         if "input_formats" in differing and len(self.input_formats) + len(other.input_formats) > 2:
             parts.append(_changed_formats(self, other))
             pairs = [pair for pair in pairs if pair[0] != "input_formats"]
+        if "shots" in differing:
+            parts.append(_changed_shots(self, other))
+            pairs = [pair for pair in pairs if pair[0] != "shots"]
         if pairs:
             had, has = (", ".join(_named(pair[0], pair[i]) for pair in pairs) for i in (1, 2))
             parts.append(f"it had {had}, and this has {has}")
@@ -138,7 +164,7 @@ class Plan:
     # ---- the command
 
     def command_line(self, output: str | None = None) -> str:
-        """The command that makes the output of INPUT again, quoted for a shell; parsed, it gives an equal plan."""
+        """The command that makes the output of INPUT and SHOTS, quoted for a shell; parsed, it gives an equal plan."""
         output = output or ("completions" if self.format == "dataset" else f"completions.{self.format}")
         words = ["batchgen", self.task, "INPUT", *with_value("-o", output), *with_value("--model", self.model)]
         words += arguments(self._input(), ("prompt_column",) if self.text_column else ())  # it is that column
@@ -154,11 +180,55 @@ class Plan:
             "format": next(iter(formats)) if len(formats) == 1 else "auto",
             "delimiter": self.delimiter,
             "quotes": self.quotes if formats & {"csv", "tsv"} else "auto",
+            **{name: getattr(self, name) for name in ("skip_rows", "limit", "sample", "seed_by", "template")},
+            "shard": parse_shard(self.shard) if self.shard else None,
         }
+        if self.shots:
+            options |= {"shots": "SHOTS", **{name: getattr(self, name) for name in _OF_SHOTS}}
         if self.task == "generate":
             return InputOptions((), self.prompt_column, row_params=self.row_params, **options)
         columns = {name: getattr(self, name) for name in _SCORE_COLUMNS}
         return ScoreInput((), DEFAULT_PROMPT_COLUMN if self.text_column else self.prompt_column, **columns, **options)
+
+    @property
+    def selection(self) -> "Selection":
+        """The rows of the input that the output holds."""
+        from batchgen.selection import select_rows  # with NumPy, which a command's options do not need
+
+        shard = parse_shard(self.shard) if self.shard else None
+        seed = self.parameters.seed
+        return select_rows(self.rows, self.skip_rows, self.limit, self.sample, seed=seed, shard=shard)
+
+    def read_own(self, text: str | None) -> tuple[SamplingParams, Ids]:
+        """A row's parameters, and the ids that it was given as, of its column `parameters`.
+
+        ValueError, TypeError, RecursionError or UsageError says what is wrong there.
+        """
+        values = {} if text is None else parse_json(text)
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+        ids = values.pop("prompt_token_ids", None)
+        if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
+            raise ValueError("prompt_token_ids are not token ids")
+        return read_parameters(self.parameters.as_dict() | values) if values else self.parameters, tuple(ids or ())
+
+    def drops(self, what: str) -> bool:
+        """Whether rows that repeat a prompt, or a completion, are dropped."""
+        return self.drop_duplicates in (what, "both")
+
+    def rules(self) -> tuple[Policy, TaskOptions | None, SeedBy, tuple[str, ...]]:
+        """How requests become tokenized ones: the arguments of make_check after those of the model."""
+        return self.policy(), self.options(), self.seed_by, self.measured
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Of MEASURED, what was asked for."""
+        return tuple(name for name in MEASURED if getattr(self, name))
+
+    @property
+    def is_part(self) -> bool:
+        """Whether some rows of the input may be left to others."""
+        return bool(self.skip_rows) or (self.limit, self.sample, self.shard) != (None, None, None)
 
     @property
     def kind(self) -> Kind:
@@ -180,6 +250,7 @@ class Plan:
             MISSING,  # type: ignore[arg-type]
             format="dataset" if self.format == "dataset" else "file",
             token_ids=self.token_ids,
+            **{name: getattr(self, name) for name in _OF_OUTPUT},
             retry_failed=self.retry,
         )
 
@@ -193,6 +264,8 @@ class Plan:
         )
 
 
+_OF_SHOTS = ("n_shots", "shots_column", "shots_end")
+_OF_OUTPUT = ("mean_logprob", "repetition", "drop_duplicates", "rejects")
 _SCORE_COLUMNS = ("text_column", "completion_column", "choices_column", "answer_column")
 
 
@@ -222,10 +295,11 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
 # what differs because something else does
 _IMPLIED: dict[str, tuple[str, ...]] = {
     "task": (
-        *("prompt_column", "row_params", "parameters", "token_ids", "empty_prompt", "trim", *_SCORE_COLUMNS),
+        *("prompt_column", "row_params", "parameters", "token_ids", "empty_prompt", "trim", "seed_by", *_SCORE_COLUMNS),
         *(*options_of(ScoreOptions), *options_of(EmbedOptions)),
     ),
     "text_column": ("prompt_column",),
+    "template": ("shots",),  # whose prompts it makes too
     "input": ("rows", "files", "input_formats"),
     "model": ("model_hash",),
     **dict.fromkeys(("input_formats", "delimiter", "quotes"), ("rows",)),
@@ -262,6 +336,17 @@ def _changed_input(old: Plan, new: Plan) -> str:
     return f"{what} ({'; '.join(values) or f'SHA-256 {old.input[:8]} then, {new.input[:8]} now'})"
 
 
+def _changed_shots(old: Plan, new: Plan) -> str:
+    """`the examples of --shots are not what they were (--n-shots 5 then, --n-shots 3 now)`"""
+    if old.shots is None or new.shots is None:
+        had, has = ("no examples" if plan.shots is None else "examples of --shots" for plan in (old, new))
+        return f"it had {had} before its prompts, and this has {has}"
+    values = [(name, getattr(old, name), getattr(new, name)) for name in _OF_SHOTS]
+    changed = [f"{_named(name, then)} then, {_named(name, now)} now" for name, then, now in values if then != now]
+    changed = changed or [f"SHA-256 {old.shots[:8]} then, {new.shots[:8]} now"]
+    return f"the examples of --shots are not what they were ({'; '.join(changed)})"
+
+
 def _changed_formats(old: Plan, new: Plan) -> str:
     """`b.tsv was read as csv, and is read as tsv now`, of the first such file; older plans have no format of each."""
     then, now = (one.input_formats * (len(one.files) if len(one.input_formats) == 1 else 1) for one in (old, new))
@@ -280,6 +365,8 @@ def _named(name: str, value: Any) -> str:
         text = value[0] if name == "input_formats" else value
         return shlex.join(with_value(flag, "file" if name == "format" and value != "dataset" else text))
     declared = _OPTIONS.get(name)
+    if name == "shard" and value:  # a plan has it as a command line does
+        return f"--shard {value}"
     if declared is None:
         return f"{name} {value[:12]!r}" if name == "model_hash" else f"{name} {value!r}"
     return shlex.join(words_of(name, declared, value)) or f"no {flag_of(name, declared)}"

@@ -1,5 +1,7 @@
 """Makes a plan: rows per chunk, workers that fit into memory, precision."""
 
+import hashlib
+import logging
 import os
 import platform
 from collections.abc import Iterable, Iterator
@@ -18,10 +20,12 @@ from batchgen.gpt2.config import GPT2Config
 from batchgen.input.grouping import share_out
 from batchgen.input.parameters import ASKING, LOGPROBS
 from batchgen.input.prompts import Facts
-from batchgen.job import EmbedOptions, Job, ScoreOptions, TaskOptions
+from batchgen.input.validation import check_shots
+from batchgen.job import EmbedOptions, InputOptions, Job, ScoreOptions, TaskOptions
 from batchgen.models.model import Model
-from batchgen.options import say
+from batchgen.options import say, show_shard
 from batchgen.plan import Plan, task_fields
+from batchgen.selection import Selection, select_rows
 from batchgen.types import MAX_LOGPROBS, Chunk, Precision, Rejected, SamplingParams, TokenizedRequest
 
 MIN_CHUNK_ROWS = 16  # starting a process costs more than generating so few rows
@@ -37,6 +41,8 @@ NOMINAL_JOBS = 4  # of a cluster that has no workers yet
 KV_BYTES = 768 * 2**20  # with twice as much, float32 is 1 % faster
 WORKER_BYTES = 400 * 2**20  # a worker's interpreter, libraries and work buffers
 UNKNOWN_MEMORY = 2**40  # on a system that does not report its memory, the number of workers is not limited by it
+
+logger = logging.getLogger(__name__)
 
 Row = TypeVar("Row")
 
@@ -197,9 +203,22 @@ def fit_task(task: TaskOptions | None, config: GPT2Config) -> TaskOptions | None
     return task
 
 
+def select(job: Job, facts: Facts) -> Selection:
+    """The rows of the input that the job does; a warning if there are none."""
+    input = job.input
+    seed, shard = job.sampling.seed, input.shard
+    found = select_rows(facts.rows, input.skip_rows, input.limit, input.sample, seed=seed, shard=shard)
+    if facts.rows and not len(found):
+        asked = (("skip_rows", input.skip_rows or None), ("shard", show_shard(shard)))
+        words = " and ".join(say(name, value) for name, value in asked if value is not None)
+        logger.warning("note: of the input's %s rows, none is left by %s", f"{facts.rows:,}", words)
+    return found
+
+
 def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[Plan, frozenset[str]]:
     """The plan of a job, and the names of its fields that nobody asked for."""
-    work = job.work
+    if facts.before:
+        check_shots(facts.before, model.load_tokenizer(), model.config.n_ctx, job.policy)
     chunk_rows, batch_size, kv_bytes = _sizes(job, facts, model, setting)
     by_fields = not {"csv", "tsv"}.isdisjoint(facts.formats)  # other inputs do not depend on how fields are written
     plan = Plan(
@@ -228,12 +247,25 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
         **task_fields(job.input, fit_task(job.task, model.config)),
         format=setting.format,
         token_ids=job.output.token_ids,
-        share_prefixes=work.share_prefixes,
+        **{name: getattr(job.output, name) for name in ("mean_logprob", "repetition", "drop_duplicates", "rejects")},
+        **_rows_and_prompts(job.input, facts),  # type: ignore[arg-type]
+        share_prefixes=job.work.share_prefixes,
         chunk_rows=chunk_rows,
         batch_size=batch_size,
         kv_bytes=kv_bytes,
     )
-    return plan, frozenset(name for name in ("chunk_rows", "batch_size", "kv_bytes") if getattr(work, name) is None)
+    return plan, frozenset(name for name in ("chunk_rows", "batch_size", "kv_bytes") if getattr(job.work, name) is None)
+
+
+def _rows_and_prompts(input: InputOptions, facts: Facts) -> dict[str, object]:
+    """The fields of a plan that say which rows are done, and what their prompts are made of."""
+    names = ("skip_rows", "limit", "sample", "seed_by", "n_shots", "shots_column", "shots_end")
+    return {
+        **{name: getattr(input, name) for name in names},
+        "shard": show_shard(input.shard),
+        "template": facts.template,
+        "shots": hashlib.sha256(facts.before.encode()).hexdigest()[:16] if facts.before else None,
+    }
 
 
 def _sizes(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from batchgen.errors import UsageError
 from batchgen.options import (
@@ -28,7 +28,8 @@ Ids: TypeAlias = tuple[int, ...]
 Floats: TypeAlias = tuple[float, ...]
 FinishReason = Literal["stop", "length", "repetition"]
 Precision = Literal["float32", "int8"]  # of the products with weights
-Status = Literal["ok", "rejected", "failed"]
+Status = Literal["ok", "rejected", "failed", "dropped"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 Task = Literal["generate", "score", "embed"]  # what a run does with each row
 Kind = Literal["generate", "text", "completion", "choices", "embed"]  # the same; of scores, what each row has
 ReadSpecial = Literal["auto", "parse", "text"]  # of special tokens in prompts; auto: as the model's tokenizer does
@@ -45,6 +46,8 @@ MAX_BIASES = 1024
 MAX_REASONS = 32  # kinds of reasons that are counted apart
 MAX_REASON = 300  # characters of one
 
+MEASURED = ("mean_logprob", "repetition")  # columns of what is measured of each completion, if asked for
+
 SAMPLING, ENDS, IO = "Sampling", "Where a completion ends", "Input, model, output"  # groups of options in --help
 
 _TOP_K = "Draw from the K most likely tokens; 0 is off."
@@ -57,7 +60,7 @@ _LOGIT_BIAS = "Add to the logits of tokens, -100 to 100: 198=-100,464=2.5."
 _SEED = "Draws the same samples again; used if temperature is above 0."
 _LOGPROBS = "Add columns of log-probabilities: each token's, and the K highest."
 _PROMPT_LOGPROBS = "The same for the tokens of the prompt."
-_STOP = f"End before this text; again for more, up to {MAX_STOPS}."
+_STOP = f"End before this text, \\n is a line feed; again for more, up to {MAX_STOPS}."
 _SKIP_SPECIAL = "Leave special tokens out of the completion's text; token ids keep them."
 _PENALTY = (-100.0, 100.0, "-100 to 100, 0 is off")
 
@@ -98,10 +101,10 @@ class SamplingParams:
     prompt_logprobs: int | None = option(
         None, _PROMPT_LOGPROBS, IO, metavar="K", within=(0, MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
     )
-    stop: tuple[str, ...] = option((), _STOP, ENDS, metavar="TEXT")
+    stop: tuple[str, ...] = option((), _STOP, ENDS, metavar="TEXT", escaped=True)
     include_stop: bool = option(False, "Keep the stop string in the completion.", ENDS, off=None)
     bad_words: tuple[str, ...] = option(
-        (), "Never generate the tokens of this text; again for more.", SAMPLING, metavar="TEXT"
+        (), "Never generate the tokens of this text; again for more.", SAMPLING, metavar="TEXT", escaped=True
     )
     echo: bool = option(False, "Begin the completion with the prompt.", ENDS, off=None)
     stop_loops: bool = option(False, "End a completion that repeats itself.", ENDS, off=None)
@@ -227,7 +230,7 @@ class Rejected:
     prompt: str | None
     error: str
     prompt_tokens: int | None = None
-    status: Status = "rejected"  # or failed: it was tried, and killed its worker
+    status: Status = "rejected"  # or failed: it was tried, and killed its worker; or dropped: it repeats another
     targets: tuple[str, ...] = ()  # of a row to score, if they could be read
 
 
@@ -244,6 +247,18 @@ class Passage:
     @property
     def scored_ids(self) -> Ids:
         return self.token_ids[self.scored :]
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A sample to generate, and its first tokens, if an older run has generated them: the next one is drawn first.
+
+    None of them ends the sample by the rules of the row. So of a sample that an older max_tokens has ended, the last
+    token is left out and drawn again: then every rule looks at it.
+    """
+
+    sample: int
+    token_ids: Ids = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +280,9 @@ class TokenizedRequest:
     targets: tuple[str, ...] = ()
     answer: int | None = None
     passages: tuple[Passage, ...] = ()
+    seed_key: Ids = ()  # what its random numbers hang on besides the seed, in words of 32 bits; none: the row's number
+    begun: tuple[Begun, ...] | None = None  # the samples to generate, if some are done already; None: all n
+    measured: tuple[str, ...] = ()  # of MEASURED
 
     @property
     def prompts(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -272,10 +290,22 @@ class TokenizedRequest:
         return ((self.prompt, self.prompt_token_ids), *self.others)
 
     def failed(self, reason: str) -> Rejected:
-        """The row set aside."""
+        return self.set_aside(reason, "failed")
+
+    def set_aside(self, reason: str, status: Status) -> Rejected:
         error = f"{self.place}: {reason}"
         tokens = len(self.prompt_token_ids)
-        return Rejected(self.row, self.place, self.id, self.prompt, error, tokens, "failed", self.targets)
+        return Rejected(self.row, self.place, self.id, self.prompt, error, tokens, status, self.targets)
+
+    @property
+    def first_sample(self) -> int:
+        """The first of the samples to generate."""
+        return 0 if self.begun is None else min((one.sample for one in self.begun), default=0)
+
+    def with_new_tokens(self, most: int) -> "TokenizedRequest":
+        """The request with at most so many new tokens of the sample that has most already, and more of the others."""
+        n_begun = max((len(one.token_ids) for one in self.begun or ()), default=0)
+        return self.with_max_tokens(min(self.params.max_tokens, n_begun + most))
 
     def with_max_tokens(self, max_tokens: int) -> "TokenizedRequest":
         params = replace(self.params, max_tokens=max_tokens, min_tokens=min(self.params.min_tokens, max_tokens))
@@ -283,23 +313,48 @@ class TokenizedRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Reused:
+    """Output rows that are copied from an older output; see output/reused.py."""
+
+    stream: bytes  # of Arrow
+    samples: int  # in it
+    rows: int = 0  # input rows of which all samples are in it, which are in no Chunk.items
+    first: int = 0  # of these input rows, the first and the last
+    last: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
-    """Input rows, in order, done by one worker call and written as one part; see input/grouping.py."""
+    """Input rows, in order, done by one worker call and written as one part; see input/grouping.py.
+
+    Rows of which an older output has all samples are in `reused` alone; of the others, those samples that it has.
+    """
 
     index: int
     items: tuple[TokenizedRequest | Rejected, ...]
     kept: bytes | None = None  # what the output carries from the input of these rows; see input/kept.py
+    reused: Reused | None = None  # output rows that are copied
+
+    @property
+    def n_rows(self) -> int:
+        """Of the input."""
+        return len(self.items) + (self.reused.rows if self.reused else 0)
 
     @property
     def first_row(self) -> int:
-        return self.items[0].row
+        return min(self._ends())
 
     @property
     def words(self) -> str:
         """Its rows for people: `input rows 3 to 9`, or, if others are between them, `7 of the input rows 3 to 20`."""
-        last = self.items[-1].row
-        has_all = last - self.first_row + 1 == len(self.items)
-        return f"{'' if has_all else f'{len(self.items)} of the '}input rows {self.first_row} to {last}"
+        first, last = min(self._ends()), max(self._ends())
+        has_all = last - first + 1 == self.n_rows
+        return f"{'' if has_all else f'{self.n_rows} of the '}input rows {first} to {last}"
+
+    def _ends(self) -> list[int]:
+        """The first and the last row of the items, and of the rows that are copied."""
+        copied = [self.reused.first, self.reused.last] if self.reused and self.reused.rows else []
+        return [*copied, *(item.row for item in (*self.items[:1], *self.items[-1:]))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +381,8 @@ class OutputRow:
     prompt_token_ids: tuple[int, ...] | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None  # of each prompt token; None for the first
     prompt_top_logprobs: tuple[tuple[tuple[int, str, float], ...] | None, ...] | None = None
+    mean_logprob: float | None = None  # of its tokens; these two only if they are asked for
+    repetition: float | None = None  # the share of its 4-grams of tokens that occurred before in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -406,9 +463,9 @@ class Reason:
         return _SEVERAL.sub("...", _VALUE.sub("...", self.text))
 
 
-# a string as repr writes it, a list, an object, a number; several of them between commas
+# a string as repr writes it (one at the begin is a name: of a column), a list, an object, a number; several of them
 _VALUE = re.compile(
-    r"""(?<!\w)b?'(?:[^'\\]|\\.)*'|(?<!\w)b?"(?:[^"\\]|\\.)*"|\[.*\]|\{.*\}|-?\b(?:\d[\d.e+-]*|nan\b|inf\b)""",
+    r"""(?!\A['"])(?:(?<!\w)b?'(?:[^'\\]|\\.)*'|(?<!\w)b?"(?:[^"\\]|\\.)*"|\[.*\]|\{.*\}|-?\b(?:\d[\d.e+-]*|nan\b|inf\b))""",
     re.DOTALL,
 )
 _SEVERAL = re.compile(r"\.\.\.(?:, \.\.\.)+")
@@ -436,7 +493,7 @@ class Receipt:
     path: str
     sha256: str
     input_rows: int
-    rows: int  # of the output: ok + rejected + failed
+    rows: int  # of the output: ok + rejected + failed + dropped
     ok: int
     rejected: int
     failed: int
@@ -454,6 +511,9 @@ class Receipt:
     right: int = 0
     right_by_token: int = 0
     right_by_byte: int = 0
+    dropped: int = 0
+    reused: int = 0  # input rows of which all samples are copied from an older output
+    extended: int = 0  # and of which some are, or were continued
 
     def finished(self, sha256: str, seconds: float) -> "Receipt":
         return replace(self, sha256=sha256, seconds=seconds)

@@ -38,7 +38,7 @@ from batchgen.workers.worker import WorkerSetup
 from batchgen.workers.workers import open_workers
 from tests.support.clusters import ROOT, Cluster, DaskCluster, MissingError, RayCluster, free_port, kill, wait_for
 from tests.support.command import batchgen
-from tests.support.jobs import make_job
+from tests.support.jobs import change_job, make_job
 from tests.support.models import write_byte_model
 from tests.support.plans import plan_for
 
@@ -178,6 +178,18 @@ def test_a_cluster_writes_what_one_machine_writes(cluster, prepared, tmp_path):
     assert (tmp_path / "out.parquet").read_bytes() == prepared[2]
     assert os.listdir(tmp_path) == ["out.parquet"]
     assert wait_for(lambda: not cluster.nodes() and not cluster.generating())  # they end with the run
+
+
+def test_a_cluster_is_sent_rows_of_an_older_output_to_copy_and_to_continue(cluster, prepared, tmp_path):
+    half, older = prepared[1].with_name("half.jsonl"), prepared[1].with_name("out.parquet")
+    half.write_text("".join(prepared[1].read_text().splitlines(keepends=True)[: ROWS // 2]) + '{"prompt": "new"}\n')
+    more = {"input": [half], "sampling": replace(PARAMS, n=2)}
+    run_job(change_job(plain_job(prepared, tmp_path / "full.parquet"), **more))
+    job = job_on(cluster, prepared, tmp_path / "out.parquet", reuse=(str(older),))
+    summary = run_job(change_job(job, **more))
+    assert (summary.reused, summary.extended) == (0, ROWS // 2)
+    assert pq.read_table(tmp_path / "out.parquet").equals(pq.read_table(tmp_path / "full.parquet"))
+    assert run_job(job).reused == ROWS
 
 
 @on_dask

@@ -30,6 +30,7 @@ from batchgen.output.schema import Columns, rows_to_table
 from batchgen.output.store import parse_address
 from batchgen.output.upload import check_address
 from batchgen.plan import Plan
+from batchgen.selection import Selection
 from batchgen.types import OutputRow, Receipt
 from tests.support.models import write_byte_model
 from tests.support.plans import plan_of
@@ -85,7 +86,7 @@ def commit(ledger: Ledger, rows: list[OutputRow], schema: pa.Schema, missing: se
 def run(output: Output, rows: list[OutputRow]) -> None:
     """A whole run, from the facts to the output."""
     with open_ledger(output.path, output.where) as ledger:
-        todo = output.rows_to_do(FACTS)
+        todo = output.rows_to_do(Selection(range(FACTS.rows)))
         schema = output.columns(FACTS, plan_of()).schema()
         plan = output.claim(ledger, plan_of(format=output.format, rows=6), frozenset(), False)
         commit(ledger, [row for row in rows if todo.numbers is None or row.row in todo.numbers], schema)
@@ -267,8 +268,9 @@ def test_the_same_parts_give_the_same_rows_in_a_store(tmp_path: Path, model: Mod
 
 @pytest.mark.parametrize("name", [*LOCAL, *REMOTE])
 def test_all_rows_are_to_do(tmp_path: Path, model: Model, store: Any, name: str) -> None:
-    rows = opened(name, tmp_path, model).rows_to_do(FACTS)
-    assert (rows.count, rows.numbers, rows.staying.total()) == (6, None, 0)
+    rows = opened(name, tmp_path, model).rows_to_do(Selection(range(FACTS.rows)))
+    assert (rows.count, rows.in_all, rows.staying.total()) == (6, 6, 0)
+    assert all(row in rows.numbers for row in range(6))
 
 
 @pytest.mark.parametrize("name", [*LOCAL, *REMOTE])
@@ -648,7 +650,7 @@ def finished(tmp_path: Path, model: Model) -> Path:
 
 
 def test_the_failed_rows_of_a_finished_file_are_to_do(finished: Path, model: Model) -> None:
-    rows = opened("out.parquet", finished.parent, model, retry_failed=True).rows_to_do(FACTS)
+    rows = opened("out.parquet", finished.parent, model, retry_failed=True).rows_to_do(Selection(range(FACTS.rows)))
     assert (rows.count, rows.numbers) == (2, {1, 4})
     assert rows.staying == {"ok": 6, "rejected": 1}
     (rejected,) = (row for row in ROWS if row.status == "rejected")
@@ -691,7 +693,7 @@ def test_a_retry_never_puts_a_row_in_the_place_of_another(finished: Path, model:
     before = finished.read_bytes()
     output = opened("out.parquet", finished.parent, model, retry_failed=True)
     with open_ledger(output.path) as ledger:
-        todo = output.rows_to_do(FACTS)
+        todo = output.rows_to_do(Selection(range(FACTS.rows)))
         plan = output.claim(ledger, read_plan(finished), frozenset(), False)
         for chunk, row in enumerate(made):
             rows = [replace(one, row=row) for one in ROWS[:2]]
@@ -705,8 +707,8 @@ def test_a_retry_never_puts_a_row_in_the_place_of_another(finished: Path, model:
 
 def test_a_finished_file_in_another_order_is_not_retried(finished: Path, model: Model) -> None:
     pq.write_table(pq.read_table(finished).sort_by([("status", "ascending")]), finished)
-    with pytest.raises(OutputError, match=r"after row .*; it was changed: take the file as batchgen wrote it"):
-        opened("out.parquet", finished.parent, model, retry_failed=True).rows_to_do(FACTS)
+    with pytest.raises(OutputError, match=r"out of order, or .*; it was changed: take the file as"):
+        opened("out.parquet", finished.parent, model, retry_failed=True).rows_to_do(Selection(range(FACTS.rows)))
 
 
 def test_a_retry_adopts_a_plan_of_its_own_and_only_for_the_options_of_the_file(finished: Path, model: Model) -> None:
@@ -741,7 +743,7 @@ def test_a_retry_refuses_an_edited_file_before_its_rows(finished: Path, model: M
     output = opened("out.parquet", finished.parent, model, retry_failed=True)
 
     def begin() -> None:
-        output.rows_to_do(FACTS)
+        output.rows_to_do(Selection(range(FACTS.rows)))
         output.columns(FACTS, plan_of())
 
     with pytest.raises(BatchgenError, match=says):

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -73,11 +73,15 @@ plans = st.builds(
     batch_size=st.integers(1, 4096),
     kv_bytes=st.integers(2**28, 2**45),
     share_prefixes=st.booleans(),
+    template=st.none() | text,
     files=st.lists(st.text("0123456789abcdef", min_size=16, max_size=16), max_size=3).map(tuple),
-)
+    seed_by=st.sampled_from(["row", "id", "prompt"]),
+).map(lambda plan: replace(plan, prompt_column="prompt") if plan.template else plan)
 
 
-OPTIONAL = {"files", "regex", "precision", "portable", "batch_invariant"}  # older plans lack them
+OPTIONAL = {one.name for one in fields(Plan) if one.default is not MISSING} | {
+    "batch_invariant"
+}  # older plans lack them
 
 
 class Stopped(Exception):
@@ -101,7 +105,7 @@ def parse(command: str, monkeypatch):
 def planned(job, plan):
     """The plan of a job, of the input and the model of another plan, and its automatic fields."""
     facts = {"sha256": plan.input, "formats": plan.input_formats, "rows": plan.rows, "files": plan.files}
-    facts |= {"names": (), "bytes": 0, "asks": frozenset()}
+    facts |= {"names": (), "bytes": 0, "asks": frozenset(), "template": job.input.template, "before": ""}
     model = SimpleNamespace(name=plan.model, hash=plan.model_hash, config=BYTES, precision=job.work.precision)
     return make_plan(job, SimpleNamespace(**facts), model, Setting(plan.rows, 3, plan.format))
 
@@ -143,7 +147,8 @@ tasks = st.one_of(
 def test_the_command_line_of_a_plan_of_scores_gives_the_plan(plan, found):
     names, task = found
     given = ScoreInput((), id_column=plan.id_column, keep=plan.keep, **names)
-    own = {"row_params": False, "trim": False, "empty_prompt": "reject", "token_ids": False}
+    own = {"template": None, "row_params": False, "trim": False, "empty_prompt": "reject", "token_ids": False}
+    own |= {"seed_by": "row"}
     own |= {"parameters": READING, "prompt_column": given.prompt_column}
     own |= {"on_too_long": "reject" if plan.on_too_long == "shorten" else plan.on_too_long}
     plan = replace(plan, **own | task_fields(given, task))
@@ -169,6 +174,10 @@ def test_plans_of_scores_differ_in_the_words_of_the_command_line():
     changed = scores().conflict(scores(text_column="body"))
     assert changed == "it had --text-column text, and this has --text-column body"
     assert plan_of().conflict(scores()) == "it had the command generate, and this has the command score"
+
+
+def test_plans_of_other_seed_keys_differ_in_the_words_of_the_command_line():
+    assert plan_of().conflict(plan_of(seed_by="id")) == "it had --seed-by row, and this has --seed-by id"
 
 
 @given(plans)

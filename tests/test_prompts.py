@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +26,7 @@ from batchgen.input.formats import Found, Rows, Scanned
 from batchgen.input.kept import kept_columns
 from batchgen.input.parameters import LOGPROBS
 from batchgen.input.prompts import FORMATS, Cut, asked_logprobs
-from batchgen.types import Chunk, OutputRow, Rejected, Request, SamplingParams
+from batchgen.types import Chunk, Rejected, Request, SamplingParams
 from tests.support.inputs import PARAMS, chunks, facts, open_prompts, parquet, read, refusal, scan, unchecked
 from tests.support.stand_ins import Prompts as StandIn
 
@@ -240,12 +242,12 @@ def test_each_chunk_has_its_rows_and_their_kept_columns(
     assert [chunk.index for chunk in found] == list(range(-(-120 // chunk_rows)))
     assert [item for chunk in found for item in chunk.items] == list(prompts.requests(PARAMS))
     assert {len(chunk.items) for chunk in found[:-1]} <= {chunk_rows}
-    kept = [row for chunk in found for row in kept_columns(chunk, output_rows(chunk)).to_pylist()]
+    kept = [row for chunk in found for row in kept_columns(chunk, row_numbers(chunk)).to_pylist()]
     assert kept == [{"k": record["k"], "id": record["id"]} for record in RECORDS] * 4
 
 
-def output_rows(chunk: Chunk) -> list[OutputRow]:
-    return [OutputRow(item.row, 0, None, None, None, None, None, None, "ok", None, None) for item in chunk.items]
+def row_numbers(chunk: Chunk) -> npt.NDArray[np.int64]:
+    return np.array([item.row for item in chunk.items])
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4, 1000])
@@ -262,7 +264,7 @@ def test_a_chunk_ends_with_the_row_that_fills_it_in_bytes_however_the_file_is_re
         found = list(prompts.chunks(prompts.scan(), PARAMS, lambda item: item, cut))  # type: ignore[arg-type, return-value]
         cuts = [(chunk.first_row, len(chunk.items)) for chunk in found]
         assert cuts == [(0, 6), (6, 8), (14, 7), (21, 8), (29, 1)]  # long are rows 0, 5, 10 ...
-        kept = [row for chunk in found for row in kept_columns(chunk, output_rows(chunk))["k"].to_pylist()]
+        kept = [row for chunk in found for row in kept_columns(chunk, row_numbers(chunk))["k"].to_pylist()]
         assert kept == [record["k"] for record in records]
 
 
@@ -287,7 +289,7 @@ def test_the_chunks_that_a_resumed_run_does_are_those_of_the_first_run(
 
 
 def kept_texts(chunk: Chunk) -> list[str]:
-    texts: list[str] = kept_columns(chunk, output_rows(chunk))["k"].to_pylist()
+    texts: list[str] = kept_columns(chunk, row_numbers(chunk))["k"].to_pylist()
     return texts
 
 
@@ -302,7 +304,7 @@ def test_a_chunk_that_is_done_is_counted_and_not_checked(tmp_path: Path) -> None
     found = list(prompts.chunks(prompts.scan(), PARAMS, check, Cut(10, skip={0, 2})))
     assert [(chunk.index, chunk.first_row) for chunk in found] == [(1, 10)]
     assert checked == list(range(10, 20))
-    assert kept_columns(found[0], output_rows(found[0]))["k"].to_pylist() == [f"k{row}" for row in range(10, 20)]
+    assert kept_columns(found[0], row_numbers(found[0]))["k"].to_pylist() == [f"k{row}" for row in range(10, 20)]
 
 
 def test_rows_to_retry_make_chunks_of_their_own(tmp_path: Path) -> None:
@@ -310,7 +312,7 @@ def test_rows_to_retry_make_chunks_of_their_own(tmp_path: Path) -> None:
     found = chunks(prompts, 3, rows={29, 2, 3, 17})
     assert [[item.row for item in chunk.items] for chunk in found] == [[2, 3, 17], [29]]
     assert [item.id for chunk in found for item in chunk.items] == ["2", "3", "17", "29"]
-    assert kept_columns(found[1], output_rows(found[1]))["k"].to_pylist() == ["k29"]
+    assert kept_columns(found[1], row_numbers(found[1]))["k"].to_pylist() == ["k29"]
     assert chunks(prompts, 3, rows=set()) == []
 
 

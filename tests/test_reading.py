@@ -1,6 +1,7 @@
 """reading.py: an output is read as it was written, and an error names a file that is not one."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,7 +63,7 @@ def test_rows_are_found_with_all_their_samples(output):
         ({"batchgen": "[1]"}, "is not a plan of this version .it is not an object"),
         (
             {"batchgen": "{}"},
-            "is not a plan of this version .*missing.; it was changed, or another version of batchgen",
+            "is not a plan of this version .*missing.; it was changed, or another version of batchgen wrote it",
         ),
     ],
 )
@@ -104,6 +105,12 @@ def test_what_is_no_parquet_file_is_named(tmp_path, content, line):
         (tmp_path / "x.parquet").write_bytes(content)
     with pytest.raises(InputError, match=f"x.parquet: {line}"):
         read_plan(tmp_path / "x.parquet")
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.parquet")
+    with pytest.raises(InputError, match="p.parquet: not a regular file"):
+        read_plan(tmp_path / "p.parquet")
 
 
 def test_a_folder_and_json_lines_are_named(tmp_path):

@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from batchgen.output.schema import Columns
 from batchgen.progress import Progress, status_path
 from batchgen.run import run_job
 from batchgen.text.stopping import whole_characters
-from batchgen.types import Rejected, SamplingParams
+from batchgen.types import STATUSES, Rejected, SamplingParams
 from batchgen.workers import pool
 from batchgen.workers.supply import Deadline
 from batchgen.workers.worker import WorkerSetup
@@ -729,6 +730,19 @@ def test_a_run_that_is_in_time_ends_well(job, undisturbed):
     assert job.output.path.read_bytes() == undisturbed
 
 
+def test_before_the_end_of_a_slurm_job_a_run_stops_with_75_and_the_next_resumes(job, undisturbed, monkeypatch):
+    is_late = iter([False] * 3 + [True] * 100)
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 10_000))
+        patch.setattr(Deadline, "is_over", lambda self, margin: next(is_late))
+        words = r"^the allocation ends at .* UTC: \d+ of 260 rows are done; run the same command again to resume"
+        with pytest.raises(StoppedError, match=words) as error:
+            run_job(job)
+    assert error.value.exit_code == 75
+    assert run_job(job).resumed
+    assert job.output.path.read_bytes() == undisturbed
+
+
 # ---- the status file
 
 
@@ -737,7 +751,7 @@ def test_the_status_says_at_the_end_what_the_summary_says(job):
     summary = run_job(this)
     status = json.loads(status_path(this.output.path).read_text())
     assert (status["state"], status["exit_code"], status["error"]) == ("finished", 3, None)
-    assert {key: status[key] for key in ("ok", "rejected", "failed")} == summary.statuses
+    assert {key: status[key] for key in STATUSES} == summary.statuses
     assert status["rows_done"] == status["rows"] == 260
     assert status["completion_tokens"] == summary.completion_tokens
 

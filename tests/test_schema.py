@@ -13,11 +13,11 @@ from batchgen.errors import UsageError
 from batchgen.input.parameters import LOGPROBS
 from batchgen.job import InputOptions
 from batchgen.output.schema import Columns, check_keep, choose_columns, rows_to_table
-from batchgen.types import Kind, OutputRow, SamplingParams, ScoreRow
+from batchgen.types import MEASURED, Kind, OutputRow, SamplingParams, ScoreRow
 from tests.support.plans import plan_of
 from tests.support.stand_ins import Facts, Prompts
 
-ASKED = ("token_ids", "logprobs", "prompt_logprobs", "prompt_index")
+ASKED = ("token_ids", "logprobs", "prompt_logprobs", "prompt_index", *MEASURED)
 ALL = Columns(**dict.fromkeys(ASKED, True))  # type: ignore[arg-type]
 
 ROWS = [
@@ -51,6 +51,7 @@ def test_asked_for_columns_come_last(asked: tuple[bool, ...]) -> None:
         ["logprobs", "top_logprobs"],
         ["prompt_token_ids", "prompt_logprobs", "prompt_top_logprobs"],
         ["prompt_index"],
+        *([name] for name in MEASURED),
     ]
     wanted = [column for columns, is_asked in zip(own, asked, strict=True) if is_asked for column in columns]
     columns = Columns(**dict(zip(ASKED, asked, strict=True)))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.dataset as ds
 import pytest
 
-from batchgen.errors import BatchgenError, BusyError, OutputError, UsageError
+from batchgen.errors import BatchgenError, BusyError, InputError, OutputError, UsageError
 from batchgen.job import Job
 from batchgen.jobs import cli
 from batchgen.output import store as object_store
@@ -94,6 +94,10 @@ def command(job: Job) -> subprocess.Popen[str]:
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def die() -> None:
+    raise KeyboardInterrupt
+
+
 def held_at(store: Proxy, number: int, ending: str = ".parquet") -> threading.Event:
     """Hold up the put of this number and all later ones; the event is set when that put arrives."""
     reached = threading.Event()
@@ -130,7 +134,7 @@ def test_a_dataset_is_that_of_a_local_run_and_its_success_file_lists_it(job: Job
     ]
     assert all(part["sha256"].startswith(part["name"][9:25]) for part in success["parts"])
     assert store.puts("")[-1] == "_SUCCESS"
-    assert success["statuses"] == {"ok": summary.ok, "rejected": summary.rejected, "failed": 0}
+    assert success["statuses"] == {"ok": summary.ok, "rejected": summary.rejected, "failed": 0, "dropped": 0}
     assert sorted(os.listdir(tmp_path)) == ["local"]
 
 
@@ -315,6 +319,36 @@ def test_parts_of_a_discarded_run_are_not_in_the_dataset(
     after = store.objects("april/")
     assert len(after) == N // 4 + 1
     assert len(before.keys() & after.keys()) <= 1  # at most the part that holds nothing drawn
+
+
+@pytest.mark.parametrize("name", ["april/", "april.parquet"])
+def test_rows_are_copied_from_a_store_also_to_replace_what_they_come_from(
+    job: Job, store: Proxy, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    params = replace(job.sampling, n=2)
+    local = locally(change(job, params=params), f"local{Path(name).suffix}")
+    first = change(job, out=f"s3://out/{name}")
+    again = change(first, params=params, reuse=(f"s3://out/{name}",))
+    run_job(first)
+    with monkeypatch.context() as patch:  # it dies between the first new part and the end
+        patch.setattr(object_store.Store, "create", lambda self, name, data: die() if name == "_SUCCESS" else data)
+        patch.setattr(upload, "write_note", lambda stored: die())
+        with pytest.raises(KeyboardInterrupt):
+            run_job(again)
+    summary = run_job(again)
+    assert (summary.resumed, summary.reused + summary.extended) == (summary.rows, N - 1)
+    assert ds.dataset(f"s3://out/{name}").to_table().sort_by("row").equals(ds.dataset(local).to_table().sort_by("row"))
+
+
+@pytest.mark.parametrize("status", [0, 403])
+def test_an_older_output_that_a_store_does_not_give_is_not_called_damaged(
+    job: Job, store: Proxy, tmp_path: Path, status: int
+) -> None:
+    run_job(job)
+    part = store.puts()[-1]
+    store.rule = lambda method, path: status if method == "GET" and part in path else None
+    with pytest.raises(InputError, match=f"^s3://out/april/{part}: cannot be copied to .*: AWS Error "):
+        run_job(change(job, out=tmp_path / "new.parquet", work_dir=None, reuse=("s3://out/april/",)))
 
 
 def test_work_for_one_address_is_not_resumed_for_another(job: Job, store: Proxy, monkeypatch: Any) -> None:

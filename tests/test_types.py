@@ -13,10 +13,12 @@ from batchgen import errors, run, types
 from batchgen.errors import BatchgenError, UsageError
 from batchgen.options import shown
 from batchgen.types import (
+    MAX_INT,
     MAX_LOGPROBS,
     MAX_N,
     MAX_REASONS,
     MAX_SEED,
+    Begun,
     Chunk,
     EmbeddingRow,
     OutputRow,
@@ -25,6 +27,7 @@ from batchgen.types import (
     Receipt,
     Rejected,
     Request,
+    Reused,
     RowParameters,
     SamplingParams,
     ScoreRow,
@@ -78,6 +81,8 @@ RECORDS = [
     Reason(3, 7, "p.jsonl:8", "not JSON"),
     RowParameters(Counter(seed=3), results=("parameters",)),
     Passage((1, 2, 3), 1),
+    Begun(1, (5, 6)),
+    Reused(b"", 2, 1, 7, 7),
     ScoreRow(row=0, id=None, prompt="a", status="ok", tokens=1, logprob=-0.5),
     EmbeddingRow(row=0, id=None, prompt="a", status="ok", embedding=(0.5, 1.0)),
 ]
@@ -158,6 +163,11 @@ def test_what_a_reason_quotes_is_no_part_of_its_kind(value):
     assert Reason(1, 0, "p:1", text).kind == "stop ... is out of range (write it as"
 
 
+def test_columns_that_are_null_are_reasons_of_their_own():
+    kinds = [Reason(1, 0, "p:1", f"{name!r} is null, and 'x' is 7").kind for name in ("a", "b c")]
+    assert kinds == ["'a' is null, and ... is ...", "'b c' is null, and ... is ..."]
+
+
 def test_reasons_beyond_the_limit_are_counted_in_one():
     reasons: dict[str, Reason] = {}
     add_reasons(reasons, [Reason(1, row, f"p:{row}", chr(97 + row % 26) * (1 + row)) for row in range(100)])
@@ -175,6 +185,14 @@ def test_fewer_max_tokens_take_min_tokens_along():
     shorter = TOKENIZED.with_max_tokens(7)
     assert (shorter.params.max_tokens, shorter.params.min_tokens) == (7, 7)
     assert shorter == replace(TOKENIZED, params=shorter.params)
+
+
+def test_fewer_new_tokens_are_counted_from_those_that_are_begun_with():
+    assert TOKENIZED.with_new_tokens(1) == TOKENIZED.with_max_tokens(1)
+    assert TOKENIZED.with_new_tokens(MAX_INT) == TOKENIZED
+    begun = replace(TOKENIZED, begun=(Begun(1, (5, 6)), Begun(3)))
+    assert begun.with_new_tokens(1) == begun.with_max_tokens(3)
+    assert begun.first_sample == 1
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)

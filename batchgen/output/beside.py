@@ -13,7 +13,7 @@ from typing import BinaryIO
 from batchgen.errors import InputError
 from batchgen.files import PLAN_SUFFIX, parse_json, replace_file, sha256_of
 from batchgen.output.ledger import parse_plan
-from batchgen.output.rows import Stored
+from batchgen.output.rows import Stored, read_counts
 
 MAX_NOTE = 1_900  # S3 takes 2,048 bytes of metadata
 
@@ -23,15 +23,17 @@ def path_beside(out: Path) -> Path:
 
 
 def _to_json(stored: Stored, sha256: str) -> bytes:
-    values = {"sha256": sha256, "statuses": stored.statuses, "plan": stored.plan.to_json()}
+    left_out = {"left_out": stored.left_out} if stored.left_out else {}
+    values = {"sha256": sha256, "statuses": stored.statuses, **left_out, "plan": stored.plan.to_json()}
     return json.dumps(values, indent=1).encode()
 
 
 def _parse(data: bytes) -> tuple[Stored, str]:
     """The reverse; ValueError, TypeError or KeyError if it is something else."""
     values = parse_json(data)
-    stored = Stored(parse_plan(json.dumps(values["plan"])), Counter(values["statuses"]))
-    return stored, values["sha256"]
+    plan = parse_plan(json.dumps(values["plan"]))
+    left_out = read_counts(values.get("left_out", {}))
+    return Stored(plan, Counter(values["statuses"]), left_out), values["sha256"]
 
 
 def write_beside(out: Path, made: BinaryIO, stored: Stored) -> None:
@@ -40,18 +42,27 @@ def write_beside(out: Path, made: BinaryIO, stored: Stored) -> None:
     replace_file(path_beside(out), _to_json(stored, sha256_of(Path(made.name))))
 
 
+def find_beside(out: Path) -> Stored:
+    """What is known of JSON lines, unless they were changed: their hash is not compared."""
+    return _read(out)[0]
+
+
 def read_beside(out: Path) -> Stored:
     """What is known of JSON lines; InputError unless the plan beside them made just these lines."""
+    stored, sha256 = _read(out)
+    if sha256_of(out) != sha256:
+        raise InputError(f"{out}: it is not the file that {path_beside(out).name} was written for")
+    return stored
+
+
+def _read(out: Path) -> tuple[Stored, str]:
     beside = path_beside(out)
     try:
-        stored, sha256 = _parse(beside.read_bytes())
+        return _parse(beside.read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{out}: {beside.name}, which would say how it was made, is not beside it") from error
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{out}: {beside.name} beside it is not a plan of this version ({error})") from error
-    if sha256_of(out) != sha256:
-        raise InputError(f"{out}: it is not the file that {beside.name} was written for")
-    return stored
 
 
 def write_note(stored: Stored) -> str:

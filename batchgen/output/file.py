@@ -9,10 +9,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchgen.errors import OutputError, UsageError
 from batchgen.files import replacing
@@ -20,17 +20,27 @@ from batchgen.input.kept import json_text, json_values
 from batchgen.input.prompts import Facts
 from batchgen.options import say
 from batchgen.output.beside import read_beside, write_beside
+from batchgen.output.duplicates import drop_repeated
 from batchgen.output.ledger import Ledger
-from batchgen.output.parts import GROUP_BYTES, GROUP_ROWS, METADATA_KEY, check_count, in_order, open_writer, read_parts
+from batchgen.output.parts import (
+    GROUP_BYTES,
+    GROUP_ROWS,
+    LEFT_OUT_KEY,
+    METADATA_KEY,
+    check_count,
+    in_order,
+    open_writer,
+    read_parts,
+)
 from batchgen.output.place import KEPT, SUFFIXES, check_folder, is_json_lines, output_errors, refuse_input, refuse_link
-from batchgen.output.reading import read_stored
-from batchgen.output.rows import LocalOutput, Stored
+from batchgen.output.reading import count_begun, read_stored
+from batchgen.output.rows import LeftOut, LocalOutput, Stored, statuses_of
 from batchgen.output.schema import Columns, choose_columns
 from batchgen.plan import Plan
 
 GROUP_BATCHES = 512
 
-WriteRows: TypeAlias = Callable[[Iterable[pa.RecordBatch], BinaryIO, pa.Schema, Plan], None]
+WriteRows: TypeAlias = Callable[[Iterable[pa.RecordBatch], BinaryIO, pa.Schema, Plan, LeftOut], None]
 
 
 def _groups(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
@@ -50,16 +60,26 @@ def _groups(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]
         yield group
 
 
-def write_groups(batches: Iterable[pa.RecordBatch], file: BinaryIO, schema: pa.Schema) -> None:
+def write_groups(
+    batches: Iterable[pa.RecordBatch], file: BinaryIO, schema: pa.Schema, left_out: LeftOut | None = None
+) -> None:
     with open_writer(file, schema) as writer:
         for group in _groups(batches):
             writer.write_table(pa.Table.from_batches(group, schema), row_group_size=GROUP_ROWS)
+        if left_out:  # known after the last row
+            writer.add_key_value_metadata({LEFT_OUT_KEY: json.dumps(left_out, sort_keys=True)})
 
 
-def write_parquet(batches: Iterable[pa.RecordBatch], file: BinaryIO, schema: pa.Schema, plan: Plan) -> None:
+def write_parquet(
+    batches: Iterable[pa.RecordBatch],
+    file: BinaryIO,
+    schema: pa.Schema,
+    plan: Plan,
+    left_out: LeftOut | None = None,
+) -> None:
     """Row groups of bounded size, with the plan in the file's own metadata; reading.read_plan reads it."""
     metadata = {METADATA_KEY: json.dumps(plan.to_json(), sort_keys=True)}
-    write_groups(batches, file, schema.with_metadata(metadata))
+    write_groups(batches, file, schema.with_metadata(metadata), left_out)
 
 
 def write_json_lines(batches: Iterable[pa.RecordBatch], file: BinaryIO, *_: object) -> None:
@@ -70,14 +90,35 @@ def write_json_lines(batches: Iterable[pa.RecordBatch], file: BinaryIO, *_: obje
         file.write("".join(json_text(row) + "\n" for row in rows).encode())
 
 
-def count_rows(
-    batches: Iterable[pa.RecordBatch], expected: int, path: Path, statuses: Counter[str]
+def decide_rows(
+    batches: Iterable[pa.RecordBatch], plan: Plan, statuses: Counter[str], left_out: LeftOut
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the batches and count their rows; OutputError after the last unless they held the expected number."""
+    """Yield what an output has of all rows of its plan; counts them by status, and what is left out."""
+    if plan.drops("completion"):
+        batches = drop_repeated(batches)
+    batches = _count(batches, statuses)
+    return batches if plan.rejects else _leave_out(batches, len(plan.selection), left_out)
+
+
+def _count(batches: Iterable[pa.RecordBatch], statuses: Counter[str]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
-        statuses.update(batch["status"].to_pylist())
+        for found in pc.value_counts(batch["status"]).to_pylist():
+            statuses[found["values"]] += found["counts"]
         yield batch
-    check_count(path, statuses.total(), expected)
+
+
+def _leave_out(batches: Iterable[pa.RecordBatch], rows: int, left_out: LeftOut) -> Iterator[pa.RecordBatch]:
+    """Yield the batches, of so many input rows, without what is rejected or dropped, and count that."""
+    last, begun = -1, 0
+    for batch in batches:
+        is_out = pc.is_in(batch["status"], pa.array(["rejected", "dropped"]))
+        left_out.update(batch["status"].filter(is_out).to_pylist())
+        kept = batch.filter(pc.invert(is_out))
+        new, last = count_begun(kept, last)
+        begun += new
+        if len(kept):
+            yield kept
+    left_out["rows"] = rows - begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +159,10 @@ class FileOutput(LocalOutput):
             return replace(columns, token_ids=True)
         return columns
 
+    def left_out(self) -> LeftOut:
+        """What the file has left out already, if it is the file of which some rows are done again."""
+        return Counter()
+
     def publish(self, ledger: Ledger, plan: Plan, schema: pa.Schema, rows: int) -> None:
         """Merge the parts; memory is one row group, whatever their number."""
         self.replace_rows(ledger, read_parts(ledger.parts(), schema), plan, schema, rows)
@@ -126,11 +171,15 @@ class FileOutput(LocalOutput):
         self, ledger: Ledger, batches: Iterable[pa.RecordBatch], plan: Plan, schema: pa.Schema, rows: int
     ) -> None:
         """Make these batches the file; OutputError unless they are those of the plan's rows, `rows` in all."""
-        statuses: Counter[str] = Counter()
+        left_out = self.left_out()
+        statuses = statuses_of(left_out)
         with output_errors(self.path, KEPT), replacing(self.path) as file:
-            counted = count_rows(batches, rows, self.path, statuses)
-            again = f"run again with {say('restart', True)}"
-            self.write(in_order(counted, plan.rows, self.path, again), file, schema, plan)
+            remedy = f"run again with {say('restart', True)}"
+            batches = in_order(batches, plan.selection, self.path, remedy, left_out)
+            self.write(decide_rows(batches, plan, statuses, left_out), file, schema, plan, left_out)
+            check_count(self.path, statuses.total(), rows)
             if is_json_lines(self.path):
-                write_beside(self.path, file, Stored(plan, statuses))
+                write_beside(self.path, file, Stored(plan, statuses, left_out))
+            ledger.merged.clear()
+            ledger.merged.update(statuses)
             ledger.made = os.fstat(file.fileno())

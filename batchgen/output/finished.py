@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from batchgen.errors import BatchgenError, BusyError, InputError, OutputError
 from batchgen.job import Job
 from batchgen.options import say
 from batchgen.output.ledger import Ledger, is_held, refuse_conflict
+from batchgen.output.metrics import write_metrics
 from batchgen.output.outputs import Output, local_path
 from batchgen.output.store import is_address
 from batchgen.plan import Plan
@@ -60,35 +62,37 @@ def find_finished(
 
 def summarise_finished(job: Job, output: Output, rows: int, statuses: Counter[str]) -> Summary:
     """The summary of a complete output; its status says `finished` too, if a run was killed before it could."""
-    summary = Summary.of_complete(output.where, rows, statuses)
+    summary = replace(Summary.of_complete(output.where, rows, statuses), has_rejects=job.output.rejects)
     path = status_path(output.path)
+    counts = {"rows_done": rows, "rows": rows, **summary.statuses}
     if job.output.status and read_status(path).get("state") != "finished":
-        counts = {"rows_done": rows, "rows": rows, **summary.statuses}
         correct_status(path, state="finished", exit_code=summary.exit_code, error=None, **counts)
+    write_metrics(job, {"state": "finished", "exit_code": summary.exit_code, **counts})
     return summary
 
 
 @contextmanager
 def correcting_status(job: Job) -> Iterator[None]:
-    """If the block, a run, raises before it is watched, say so in the status file that an earlier run has left."""
+    """If the block, a run, raises before it is watched, say so in the metrics, and in an earlier run's status file."""
     watched.clear()
     try:
         yield
     except BaseException as error:
-        if job.output.status and not watched and not isinstance(error, BusyError):
+        if not watched and not isinstance(error, BusyError):
             with suppress(BatchgenError, OSError, ValueError):  # the output's name itself may be what is wrong
                 _note_failure(job, error)
         raise
 
 
 def _note_failure(job: Job, error: BaseException) -> None:
-    """Not if another run writes that file, or it is about a finished output which this run may not replace."""
+    """Not if another run writes these files; nor the status of a finished output which this run may not replace."""
     out = local_path(job.output)
-    if not out.name:  # such as . and /
+    if not out.name or is_held(out):  # no name: such as . and /
         return
+    write_metrics(job, {"state": state_of(error), "exit_code": exit_code_of(error)})
     path = status_path(out)
     is_there = out.exists() or is_address(str(job.output.path))
     may_replace = job.output.overwrite and not job.output.retry_failed
     is_protected = is_there and not may_replace and read_status(path).get("state") == "finished"
-    if not is_protected and not is_held(out):
+    if job.output.status and not is_protected:
         correct_status(path, state=state_of(error), exit_code=exit_code_of(error), error=words_of(error))

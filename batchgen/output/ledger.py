@@ -11,6 +11,7 @@
         overwrite               empty: this run may replace what has the output's name
         destination             the address of an output in an object store; a local one has none
         sent.jsonl              parts that are in the store already
+        whole                   empty: all parts are committed, and only to be published
 
 A part is a chunk's finished rows. Its receipt is in its own metadata, so that a resumed run can count it.
 """
@@ -28,20 +29,31 @@ from pathlib import Path
 import pyarrow as pa
 
 from batchgen.errors import BusyError, OutputError, UsageError
-from batchgen.files import PART, SUCCESS, TEMPORARY_SUFFIX, WORK_SUFFIX, lock, parse_json, replace_file, sync_path
+from batchgen.files import (
+    CARD,
+    PART,
+    SUCCESS,
+    TEMPORARY_SUFFIX,
+    WORK_SUFFIX,
+    is_sealed_card,
+    lock,
+    parse_json,
+    replace_file,
+    sync_path,
+)
 from batchgen.limits import reached_limit, reason_of
 from batchgen.options import say
 from batchgen.output.parts import MADE_AGAIN, check_count, in_order, part_name, read_numbers, read_receipt
 from batchgen.plan import Plan
-from batchgen.types import TOTALS, Reason, Receipt, add_reasons
+from batchgen.types import STATUSES, TOTALS, Reason, Receipt, add_reasons
 
 logger = logging.getLogger(__name__)
 
-OWN = {"lock", "plan.json", "published.json", "parts", "old", "overwrite", "destination", "sent.jsonl"}
+OWN = {"lock", "plan.json", "published.json", "parts", "old", "overwrite", "destination", "sent.jsonl", "whole"}
 OF_A_STORE = ("run", "parts", "statuses")  # keys of a _SUCCESS in an object store; see upload.py
 COUNTS = (
     *("input_rows", "rows", "ok", "rejected", "failed", "prompt_tokens", "completion_tokens"),
-    *("space_ends", "special_texts", *TOTALS),
+    *("space_ends", "special_texts", "dropped", "reused", "extended", *TOTALS),
 )
 
 
@@ -49,10 +61,15 @@ COUNTS = (
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """What batchgen has put into a dataset's folder, _SUCCESS last: no link, and one part of each chunk."""
-    paths = [path for path in sorted(folder.iterdir()) if path.name == SUCCESS or PART.fullmatch(path.name)]
+    """What batchgen has put into a dataset's folder, _SUCCESS last: no link, one part of each chunk, its own card."""
+    found = sorted(folder.iterdir())
+    paths = [path for path in found if path.name == SUCCESS or PART.fullmatch(path.name) or _is_card(path)]
     files = [path for path in paths if path.is_file() and not path.is_symlink()]
     return list({path.name.partition("-")[0]: path for path in files}.values())
+
+
+def _is_card(path: Path) -> bool:
+    return path.name == CARD and is_sealed_card(path)
 
 
 def refuse_foreign(folder: Path, out: Path) -> None:
@@ -108,6 +125,15 @@ def refuse_conflict(where: str, old: Plan, plan: Plan, automatic: Iterable[str],
         raise UsageError(f"{where}: {difference}; {remedy}")
 
 
+def _refuse_other_reuse(directory: Path, old: Plan, plan: Plan) -> None:
+    """Raise UsageError unless a run that is resumed copies rows of the same older outputs: they decide its chunks."""
+    if old.reuse != plan.reuse:
+        had, has = (f"{say('reuse')} of {', '.join(one.reuse)}" if one.reuse else "none" for one in (old, plan))
+        what = f"rows are copied from other outputs now: it had {had}, and this has {has} (by SHA-256)"
+        remedy = f"give the same {say('reuse')}, or pass {say('restart', True)} to discard what it has done"
+        raise UsageError(f"{directory}: {what}; {remedy}")
+
+
 def is_dataset(folder: Path, plan: Plan | None = None) -> bool:
     """Whether a folder is a complete dataset; with a plan, one that this plan made."""
     try:
@@ -152,11 +178,13 @@ class Ledger:
         self.committed: dict[int, str] = {}  # chunk -> start of its part's SHA-256
         self.counts: Counter[str] = Counter()  # COUNTS of the committed chunks
         self.reasons: dict[str, Reason] = {}  # why rows of them have no completion
+        self.merged: Counter[str] = Counter()  # output rows of a merged file by status, with those that it leaves out
         self.made: os.stat_result | None = None  # of the file or folder that is about to get the output's name
         self.published = False  # the output is complete
         self._plan = self.directory / "plan.json"
         self._published = self.directory / "published.json"
         self._destination = self.directory / "destination"
+        self._whole = self.directory / "whole"
         self._lock = descriptor
 
     # ---- the plan
@@ -192,11 +220,18 @@ class Ledger:
         self.attempt.mkdir()
         return plan
 
+    def begin(self) -> None:
+        """Begin parts that no run resumes: there is no plan beside them, so the next holder removes them."""
+        self._clear()
+        self.parts_directory.mkdir()
+        self.attempt.mkdir()
+
     def find_resumed(self, plan: Plan, automatic: Iterable[str], restart: bool) -> Plan | None:
         """The plan of the run that one with `plan` resumes, if there is one; UsageError if it is another job's."""
         if old := None if restart else self.unfinished():
             remedy = f"run it as before, or pass {say('restart', True)} to discard what it has done"
             refuse_conflict(str(self.directory), old, plan, automatic, remedy)
+            _refuse_other_reuse(self.directory, old, plan)
         return old
 
     def read_plan(self) -> Plan | None:
@@ -224,9 +259,17 @@ class Ledger:
         except (OSError, ValueError):
             return None
 
+    def note_whole(self) -> None:
+        """Note that all parts are committed."""
+        self._whole.touch()
+
+    def find_whole(self, restart: bool) -> Plan | None:
+        """The plan of the run to resume, if there is only to publish it."""
+        return self.unfinished() if self._whole.exists() and not restart else None
+
     def statuses(self) -> Counter[str]:
         """Committed output rows by status."""
-        return Counter({status: self.counts[status] for status in ("ok", "rejected", "failed")})
+        return Counter({status: self.counts[status] for status in STATUSES})
 
     def may_replace(self) -> bool:
         """Whether this run, or the one that it resumes, was asked to replace the output."""
@@ -268,7 +311,9 @@ class Ledger:
 
     def check_parts(self, plan: Plan, rows: int) -> None:
         """Raise OutputError unless the parts are as committed, alone, and hold the rows of the plan, `rows` in all."""
-        batches = in_order(read_numbers(self.parts()), plan.rows, self.out, f"run again with {say('restart', True)}")
+        batches = in_order(
+            read_numbers(self.parts()), plan.selection, self.out, f"run again with {say('restart', True)}"
+        )
         check_count(self.out, sum(map(len, batches)), rows)
         others = set(self.parts_directory.iterdir()) - {part for part in self.parts() if not part.is_symlink()}
         if others:

@@ -10,10 +10,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import pyarrow as pa
 
+from batchgen.files import JsonObject as Row
 from batchgen.output.file import WriteRows
 from batchgen.plan import Plan
 from batchgen.text.tokenizer import Tokenizer
@@ -21,7 +22,6 @@ from batchgen.types import SamplingParams
 
 CREATED = 0  # a time would make each run's bytes its own
 
-Row: TypeAlias = dict[str, Any]  # of the output, by column
 Json: TypeAlias = dict[str, object]
 
 
@@ -133,8 +133,8 @@ def make_answer(samples: Sequence[Row], digest: str, plan: Plan, tokenizer: Toke
     """The answer to one request, from its rows of the output: with status code 400 to a rejected one, as the API's."""
     first = samples[0]
     answer = {"id": f"batch_req_{digest}", "custom_id": first["id"], "response": None, "error": None}
-    if first["status"] == "failed":
-        return answer | {"error": {"code": "failed", "message": first["error"]}}
+    if first["status"] in ("failed", "dropped"):
+        return answer | {"error": {"code": first["status"], "message": first["error"]}}
     if first["status"] == "ok":
         code, body = 200, _completion(samples, digest, plan, tokenizer)
     else:
@@ -145,7 +145,7 @@ def make_answer(samples: Sequence[Row], digest: str, plan: Plan, tokenizer: Toke
 def answers_writer(load_tokenizer: Callable[[], Tokenizer]) -> WriteRows:
     """A function that writes output rows, which have token ids if they have log-probabilities, as OpenAI's lines."""
 
-    def write_answers(batches: Iterable[pa.RecordBatch], file: BinaryIO, _: pa.Schema, plan: Plan) -> None:
+    def write_answers(batches: Iterable[pa.RecordBatch], file: BinaryIO, _: pa.Schema, plan: Plan, *__: object) -> None:
         tokenizer = load_tokenizer()
         encode = json.JSONEncoder(ensure_ascii=False).encode
         values = plan.to_json()

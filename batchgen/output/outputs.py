@@ -21,7 +21,9 @@ from batchgen.output.schema import Columns, check_keep
 from batchgen.output.store import is_address, open_store, parse_address
 from batchgen.output.upload import DatasetUpload, FileUpload
 from batchgen.plan import Plan
+from batchgen.selection import Selection
 from batchgen.text.tokenizer import Tokenizer
+from batchgen.types import MEASURED
 
 LoadTokenizer: TypeAlias = Callable[[], Tokenizer]
 
@@ -44,8 +46,8 @@ class Output(Protocol):
     def check(self) -> None:
         """Raise a BatchgenError for a place that cannot be written or must never be replaced; nothing stays changed."""
 
-    def rows_to_do(self, facts: Facts) -> Rows:
-        """The input rows to generate: all, or the failed ones of a finished output."""
+    def rows_to_do(self, selection: Selection) -> Rows:
+        """The input rows to generate: these, or the failed ones of a finished output."""
 
     def stored(self) -> Stored | None:
         """What is there already, None if nothing; InputError if it is not a complete output of batchgen."""
@@ -116,11 +118,29 @@ def _open_upload(text: str, options: OutputOptions, prompts: Prompts, load_token
     return DatasetUpload(Dataset(path, prompts), address, store)
 
 
+def check_filters(options: OutputOptions, output: Output, prompts: Prompts) -> None:
+    """Raise UsageError for what is decided when rows are merged, or for a column, if the output has no place for it."""
+    drops = options.drop_duplicates if options.drop_duplicates in ("completion", "both") else None
+    merging = [say("drop_duplicates", drops)] if drops else []
+    merging += [] if options.rejects else [say("rejects", False)]
+    if merging and output.format == "dataset":
+        what = f"{merging[0]} is done when rows are merged into one file, and this is a dataset"
+        raise UsageError(f"{output.where}: {what}; leave it out, or name a .parquet or .jsonl file")
+    columns = [say(name, True) for name in MEASURED if getattr(options, name)]
+    if prompts.openai and output.format == "jsonl" and (refused := [*merging, *columns]):
+        what = f"{refused[0]}: OpenAI's lines, one for each request, have no place for it"
+        raise UsageError(f"{output.where}: {what}; leave it out, or name the output .parquet")
+    if prompts.openai and len(merging) == 2:
+        what = f"a request of OpenAI's may have several prompts, which could not be told apart with {merging[1]}"
+        raise UsageError(f"{output.where}: {merging[0]}: {what}; leave one of them out")
+
+
 def open_output(job: Job, prompts: Prompts, load_tokenizer: LoadTokenizer) -> Output:
     """The output that the job asks for, after its check; BatchgenError if the place cannot be used."""
     check_keep(job.input.keep, Columns(kind=job.kind, answer=getattr(job.input, "answer_column", None) is not None))
     text = str(job.output.path)
     choose = _open_upload if is_address(text) else _open_local
     output = choose(text, job.output, prompts, load_tokenizer)
+    check_filters(job.output, output, prompts)
     output.check()
     return output

@@ -8,6 +8,7 @@ from pathlib import Path
 from batchgen.errors import OutputError
 from batchgen.files import PLAN_SUFFIX, STATUS_SUFFIX, WORK_SUFFIX, temporary_path
 from batchgen.limits import reached_limit
+from batchgen.options import say
 
 # Not another path: the next run would begin anew there.
 KEPT = "make room or correct that, and run the same command again: finished chunks are kept"
@@ -78,3 +79,15 @@ def check_folder(path: Path, inputs: Sequence[Path]) -> None:
         tempfile.TemporaryFile(dir=folder).close()  # noqa: SIM115  # made and gone
     except OSError as error:
         raise OutputError(f"{path}: the folder cannot be written: {error.strerror}; choose another") from error
+
+
+def refuse_in_the_way(option: str, path: Path, out: Path, inputs: Sequence[Path]) -> None:
+    """Raise OutputError for a file that is the run's own or its input, or in a folder of these, or that is no file."""
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{say(option)} {path}: not a file; choose another name")
+    place, end = path.resolve(), out.absolute().parent.resolve() / out.name
+    own = [end, *(end.with_name(end.name + suffix) for suffix in (STATUS_SUFFIX, PLAN_SUFFIX, WORK_SUFFIX))]
+    for what, paths in (("output", own), ("input", [source.resolve() for source in inputs])):
+        for one in paths:
+            if place == one or one in place.parents:
+                raise OutputError(f"{say(option)} {path}: it is in the way of the {what} {one}; choose another name")

@@ -1,22 +1,24 @@
 """A finished output, a Parquet file or a dataset, read again: the plan in its metadata, and its rows."""
 
+import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
-from batchgen.files import PART, SUCCESS, parse_json
+from batchgen.files import PART, SUCCESS, JsonObject, parse_json, read_object
 from batchgen.limits import reason_of
-from batchgen.output.ledger import is_dataset, parse_plan
-from batchgen.output.parts import METADATA_KEY, group_batches, open_parquet
+from batchgen.output.ledger import is_dataset, parse_plan, work_directory
+from batchgen.output.parts import LEFT_OUT_KEY, METADATA_KEY, group_batches, open_parquet
 from batchgen.output.place import is_json_lines
-from batchgen.output.rows import Stored
+from batchgen.output.rows import LeftOut, Stored, read_counts, statuses_of
 from batchgen.output.schema import columns_of
 from batchgen.plan import Plan
 
@@ -32,6 +34,9 @@ def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        if (work_directory(path) / "parts").is_dir():
+            remedy = f"`batchgen peek {shlex.quote(str(path))}` shows the rows so far"
+            raise InputError(f"{path}: its run is not finished; {remedy}") from error
         raise InputError(f"{path}: no such file; check the name") from error
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = reason_of(error)
@@ -44,6 +49,8 @@ def _file_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def open_output_file(path: Path) -> Iterator[pq.ParquetFile]:
     """Open an output's Parquet file; InputError if it is missing or damaged, also for what is read later."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: not a regular file, so no output of batchgen; check the name")
     with _file_errors(path), open(path, "rb") as raw, open_parquet(raw) as file:
         yield file
 
@@ -101,13 +108,10 @@ def _check_columns(path: Path, schema: pa.Schema, plan: Plan) -> None:
             raise InputError(f"{path}: {what}; it was changed")
 
 
-def _name_writer(text: bytes) -> str:
-    """The version of batchgen that a plan names, if it can be read."""
-    try:
-        written_by = parse_json(text)["batchgen"]
-    except (ValueError, RecursionError, TypeError, KeyError):
-        return "another version of batchgen"
-    return f"batchgen {written_by}"
+def writer_of(text: bytes) -> str:
+    """The version of batchgen that a plan names; nothing if it cannot be read."""
+    writer = read_object(text).get("batchgen")
+    return writer if isinstance(writer, str) and re.fullmatch(r"\d[\w.+-]*", writer) else ""
 
 
 def read_plan(path: Path) -> Plan:
@@ -117,7 +121,8 @@ def read_plan(path: Path) -> Plan:
         plan = parse_plan(text)
     except ValueError as error:
         what = f"the metadata under {METADATA_KEY!r} is not a plan of this version ({error})"
-        raise InputError(f"{path}: {what}; it was changed, or {_name_writer(text)} wrote it") from error
+        writer = f"batchgen {version}" if (version := writer_of(text)) else "another version of batchgen"
+        raise InputError(f"{path}: {what}; it was changed, or {writer} wrote it") from error
     if schema is not None:
         _check_columns(path, schema, plan)
     return plan
@@ -136,20 +141,43 @@ def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[p
 
 def read_stored(path: Path) -> Stored:
     """What is known of an output; InputError if it is none of batchgen's, or does not have the rows of its plan."""
-    plan = read_plan(path)
-    statuses: Counter[str] = Counter()
-    rows = 0
-    for batch in read_batches(path, ["sample", "status"]):
-        rows += pc.sum(pc.equal(batch["sample"], 0)).as_py() or 0
+    plan, left_out = read_plan(path), read_left_out(path)
+    statuses = statuses_of(left_out)
+    rows, last = left_out["rows"], -1
+    for batch in read_batches(path, ["row", "status"]):
+        begun, last = count_begun(batch, last)
+        rows += begun
         statuses.update(batch["status"].to_pylist())
     check_rows(path, plan, rows)
-    return Stored(plan, statuses)
+    return Stored(plan, statuses, left_out)
+
+
+def count_begun(batch: pa.RecordBatch, last: int) -> tuple[int, int]:
+    """How many input rows begin in this batch, after row `last`, and the last of them."""
+    numbers = batch["row"].to_numpy()
+    return int(np.count_nonzero(np.diff(numbers, prepend=last))), int(numbers[-1]) if len(numbers) else last
+
+
+def left_out_of(file: pq.ParquetFile) -> LeftOut:
+    """What the run has left out of a file; ValueError or RecursionError if that was changed."""
+    return read_counts(parse_json((file.metadata.metadata or {}).get(LEFT_OUT_KEY.encode(), b"{}")))
+
+
+def read_left_out(path: Path) -> LeftOut:
+    """What the run has left out of an output; nothing of a dataset."""
+    if path.is_dir():
+        return Counter()
+    with open_output_file(path) as file:
+        try:
+            return left_out_of(file)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: the metadata under {LEFT_OUT_KEY!r} was changed ({error})") from error
 
 
 def check_rows(path: Path, plan: Plan, rows: int) -> None:
-    """Raise InputError unless the output holds as many input rows as its plan has."""
-    if rows != plan.rows:
-        raise InputError(f"{path}: holds {rows} input rows, and its metadata says {plan.rows}; it was changed")
+    """Raise InputError unless the output holds as many input rows as its plan has; those that it leaves out count."""
+    if rows != (expected := len(plan.selection)):
+        raise InputError(f"{path}: holds {rows} input rows, and its metadata says {expected}; it was changed")
 
 
 def read_input_rows(path: Path, rows: Sequence[int], own: Collection[str]) -> pa.Table:
@@ -167,9 +195,9 @@ def read_input_rows(path: Path, rows: Sequence[int], own: Collection[str]) -> pa
     return pa.concat_tables(tables)
 
 
-def read_rows_at(path: Path, positions: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+def read_rows_at(path: Path, positions: Sequence[int], columns: Sequence[str]) -> list[JsonObject]:
     """The output rows at some ascending positions from 0; row groups without any of them are not read."""
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     first = 0
     for file_path in output_files(path):
         with open_output_file(file_path) as file:

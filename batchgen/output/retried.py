@@ -18,22 +18,24 @@ from batchgen.output.file import FileOutput
 from batchgen.output.ledger import Ledger, refuse_conflict, work_directory
 from batchgen.output.parts import in_order, read_parts
 from batchgen.output.reading import open_output_file, read_batches, read_plan, read_stored
-from batchgen.output.rows import Rows
+from batchgen.output.rows import LeftOut, Rows, statuses_of
 from batchgen.output.schema import Columns
 from batchgen.plan import Plan
+from batchgen.selection import Selection
 from batchgen.types import Reason, add_reasons
 
 
-def find_failed(path: Path, rows: int) -> Rows:
-    """The input rows of an output that failed, of so many, and the number of its other output rows by status.
+def find_failed(path: Path, rows: Selection, left_out: LeftOut) -> Rows:
+    """The input rows of an output that failed, of these, and the number of its other output rows by status.
 
     OutputError if its rows are no longer in the input's order, in which new ones take their places.
     """
     failed: set[int] = set()
-    staying: Counter[str] = Counter()
+    staying = statuses_of(left_out)
     reasons: dict[str, Reason] = {}
     batches = read_batches(path, ["row", "sample", "status", "error"])
-    for batch in in_order(batches, rows, path, "it was changed: take the file as batchgen wrote it"):
+    remedy = "it was changed: take the file as batchgen wrote it"
+    for batch in in_order(batches, rows, path, remedy, left_out):
         is_failed = pc.field("status") == "failed"
         failed.update(batch.filter(is_failed)["row"].to_pylist())
         staying.update(batch.filter(~is_failed)["status"].to_pylist())
@@ -41,7 +43,7 @@ def find_failed(path: Path, rows: int) -> Rows:
         for row, error in zip(rejected["row"].to_pylist(), rejected["error"].to_pylist(), strict=True):
             place, _, text = (error or "").partition(": ")
             add_reasons(reasons, [Reason(1, row, place, text)])
-    return Rows(len(failed), frozenset(failed), staying, reasons.values())
+    return Rows(len(failed), frozenset(failed), len(rows), staying, reasons.values())
 
 
 def _by_row(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -73,6 +75,7 @@ class RetriedFile(FileOutput):
     """A Parquet file that is read first, and replaced once its failed rows are done."""
 
     seen: list[str] = field(default_factory=list)  # its SHA-256 when its failed rows were looked for
+    without: LeftOut = field(default_factory=Counter)  # what it left out then
 
     def check(self) -> None:
         """Raise UsageError or OutputError unless there is a Parquet file that can be replaced."""
@@ -85,10 +88,14 @@ class RetriedFile(FileOutput):
         if not self.path.exists():
             raise OutputError(f"{self.path}: no such file; run without {say('retry_failed', True)} first")
 
-    def rows_to_do(self, facts: Facts) -> Rows:
-        plan = read_stored(self.path).plan  # refuses a file that is not a whole output
+    def rows_to_do(self, selection: Selection) -> Rows:
+        stored = read_stored(self.path)  # refuses a file that is not a whole output
         self.seen[:] = [sha256_of(self.path)]
-        return find_failed(self.path, plan.rows)
+        self.without.update(stored.left_out)
+        return find_failed(self.path, stored.plan.selection, stored.left_out)
+
+    def left_out(self) -> LeftOut:
+        return self.without.copy()
 
     def columns(self, facts: Facts, plan: Plan, n_embd: int = 0) -> Columns:
         """The columns of the new rows; OutputError unless the file has just these."""

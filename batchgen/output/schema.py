@@ -10,7 +10,7 @@ from batchgen.input.parameters import LOGPROBS
 from batchgen.input.prompts import Facts, Prompts, asked_logprobs
 from batchgen.options import say
 from batchgen.plan import Plan
-from batchgen.types import Kind, Row
+from batchgen.types import MEASURED, Kind, Row
 
 TOP_LOGPROB = pa.struct([("token_id", pa.int32()), ("token", pa.string()), ("logprob", pa.float32())])
 INTS, FLOATS, TEXTS = (pa.list_(kind) for kind in (pa.int32(), pa.float64(), pa.string()))
@@ -29,6 +29,8 @@ class Columns:
     per_token: bool = False  # of scores
     answer: bool = False  # of choices: the input names the right one
     n_embd: int = 0  # of embeddings
+    mean_logprob: bool = False  # these two: see types.MEASURED
+    repetition: bool = False
 
     def schema(self, kept: pa.Schema | None = None) -> pa.Schema:
         """All columns in order, the kept ones last; only row, sample and status are never null."""
@@ -72,6 +74,7 @@ def _generated(columns: Columns) -> list[pa.Field]:
         fields.append(pa.field("prompt_top_logprobs", pa.list_(pa.list_(TOP_LOGPROB))))
     if columns.prompt_index:
         fields.append(pa.field("prompt_index", pa.int32()))
+    fields += [pa.field(name, pa.float64()) for name in MEASURED if getattr(columns, name)]
     return fields
 
 
@@ -144,7 +147,8 @@ _FIELDS: dict[Kind, Callable[[Columns], list[pa.Field]]] = {
 def columns_of(plan: Plan) -> Columns:
     """The columns that a plan alone decides."""
     answer = plan.answer_column is not None
-    return Columns(plan.token_ids, kind=plan.kind, per_token=plan.per_token, answer=answer)
+    measured = {name: getattr(plan, name) for name in MEASURED}
+    return Columns(plan.token_ids, kind=plan.kind, per_token=plan.per_token, answer=answer, **measured)
 
 
 def choose_columns(prompts: Prompts, facts: Facts, plan: Plan, n_embd: int) -> Columns:
@@ -156,7 +160,7 @@ def choose_columns(prompts: Prompts, facts: Facts, plan: Plan, n_embd: int) -> C
 
 def own_names(columns: Columns) -> frozenset[str]:
     """The names that no kept column may have: those of the columns that such an output has or could have."""
-    asked = dict.fromkeys(("token_ids", *LOGPROBS, "prompt_index", "per_token"), True)
+    asked = dict.fromkeys(("token_ids", *LOGPROBS, "prompt_index", "per_token", *MEASURED), True)
     every = replace(columns, **asked)  # type: ignore[arg-type]
     return frozenset(every.schema().names)
 

@@ -36,6 +36,7 @@ from batchgen.output.rows import Rows, Stored
 from batchgen.output.schema import Columns
 from batchgen.output.store import Address, Store, in_thread, in_threads, is_address, open_store
 from batchgen.plan import Plan
+from batchgen.selection import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -280,8 +281,8 @@ class Upload:
     def columns(self, facts: Facts, plan: Plan, n_embd: int = 0) -> Columns:
         return self.local.columns(facts, plan, n_embd)
 
-    def rows_to_do(self, facts: Facts) -> Rows:
-        return self.local.rows_to_do(facts)
+    def rows_to_do(self, selection: Selection) -> Rows:
+        return self.local.rows_to_do(selection)
 
     def claim(self, ledger: Ledger, plan: Plan, automatic: frozenset[str], restart: bool) -> Plan:
         return self.local.claim(ledger, plan, automatic, restart)

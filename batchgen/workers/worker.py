@@ -15,6 +15,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from joblib.externals.loky import process_executor
 
 from batchgen.errors import ModelError, OutputError, SetupError
@@ -101,28 +104,35 @@ def load_engine(setup: WorkerSetup) -> tuple["Engine", Tokenizer, Model]:
     return engine, tokenizer, model
 
 
-def make_receipt(chunk: Chunk, rows: Sequence[Row], path: Path, plan: str = "") -> Receipt:
-    """The counts of a chunk's rows; the part at `path` is not written yet."""
+def make_receipt(chunk: Chunk, rows: Sequence[Row], path: Path, plan: str = "", n_copied: int = 0) -> Receipt:
+    """The counts of a chunk's rows, and of so many that are copied; the part at `path` is not written yet."""
     made = [row for row in rows if row.status == "ok"]
+    extended = [item for item in chunk.items if isinstance(item, TokenizedRequest) and item.begun is not None]
+    made_rows = {row.row for row in made}
+    begun = [one for item in extended if item.row in made_rows for one in item.begun or ()]
     places = {item.row: item.place for item in chunk.items}
+    unmade = [row for row in rows if row.status in ("rejected", "failed")]  # what is dropped was asked for
     reasons: dict[str, Reason] = {}
-    add_reasons(reasons, (Reason.of(row.row, places[row.row], row.error) for row in rows if row.error is not None))
+    add_reasons(reasons, (Reason.of(row.row, places[row.row], row.error) for row in unmade if row.error is not None))
     return Receipt(
         chunk=chunk.index,
         path=str(path),
         sha256="",
-        input_rows=len(chunk.items),
-        rows=len(rows),
-        ok=len(made),
+        input_rows=chunk.n_rows,
+        rows=len(rows) + n_copied,
+        ok=len(made) + n_copied,
         rejected=sum(row.status == "rejected" for row in rows),
         failed=sum(row.status == "failed" for row in rows),
+        dropped=sum(row.status == "dropped" for row in rows),
         prompt_tokens=sum(row.prompt_tokens or 0 for row in made),
-        completion_tokens=sum(map(made_tokens, made)),
+        completion_tokens=sum(map(made_tokens, made)) - sum(len(one.token_ids) for one in begun),
         **count_totals(made),
         space_ends=sum(map(_has_space_end, chunk.items)),
         special_texts=sum(isinstance(item, TokenizedRequest) and item.has_special_text for item in chunk.items),
         reasons=tuple(reasons.values()),
         plan=plan,
+        reused=chunk.reused.rows if chunk.reused else 0,
+        extended=len(extended),
     )
 
 
@@ -132,12 +142,21 @@ def _has_space_end(item: TokenizedRequest | Rejected) -> bool:
     return any(text.endswith(" ") for text, _ in item.prompts)
 
 
-def _write_part(columns: Columns, chunk: Chunk, rows: Sequence[Row], receipt: Receipt) -> str:
+def _read_copied(chunk: Chunk, rows: Sequence[Row]) -> pa.Table | None:
+    """The rows of the chunk that are copied; a row that fails now fails as a whole."""
+    if chunk.reused is None:
+        return None
+    table = pa.ipc.open_stream(chunk.reused.stream).read_all()
+    failed = [row.row for row in rows if row.status != "ok"]
+    return table.filter(pc.invert(pc.is_in(table["row"], pa.array(failed, pa.int64())))) if failed else table
+
+
+def _write_part(columns: Columns, chunk: Chunk, rows: Sequence[Row], receipt: Receipt, copied: pa.Table | None) -> str:
     """Write the part that the receipt names, and the receipt into it; returns the part's SHA-256."""
     path = Path(receipt.path)
     path.unlink(missing_ok=True)  # of a worker that died
-    schema = with_receipt(columns.schema(kept_columns(chunk, ()).schema), receipt)
-    return write_part(rows, path, schema, partial(kept_columns, chunk))
+    schema = with_receipt(columns.schema(kept_columns(chunk, np.empty(0, np.int64)).schema), receipt)
+    return write_part(rows, path, schema, partial(kept_columns, chunk), copied)
 
 
 def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
@@ -148,9 +167,11 @@ def run_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
         engine, tokenizer, model = load_engine(setup)
         rows = rows_of_chunk(chunk, setup.task, setup.params, engine, tokenizer, marker)
         model.check_unchanged()
-        receipt = make_receipt(chunk, rows, Path(attempt, f"{chunk.index:08d}.parquet"), setup.plan)
+        copied = _read_copied(chunk, rows)
+        path, n_copied = Path(attempt, f"{chunk.index:08d}.parquet"), 0 if copied is None else len(copied)
+        receipt = make_receipt(chunk, rows, path, setup.plan, n_copied)
         marker.set_completion_tokens(receipt.completion_tokens)
-        sha256 = _write_part(setup.columns, chunk, rows, receipt)
+        sha256 = _write_part(setup.columns, chunk, rows, receipt, copied)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)  # the process is not usable; its marker names the rows
     except (ModelError, OutputError, SetupError, OSError):

@@ -105,7 +105,7 @@ class ClusterPool:
         if reply.receipt is None:
             return None, reply.lost
         receipt = replace(reply.receipt, path=str(self.attempt / reply.receipt.path))
-        is_of_chunk = (receipt.chunk, receipt.input_rows) == (chunk.index, len(chunk.items))
+        is_of_chunk = (receipt.chunk, receipt.input_rows) == (chunk.index, chunk.n_rows)
         if not is_of_chunk or not _PART.fullmatch(reply.receipt.path) or _size(Path(receipt.path)) != reply.size:
             return None, f"{receipt.path} is not the part of {reply.size} bytes that node {reply.host} wrote"
         return receipt, ""
