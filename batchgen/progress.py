@@ -19,11 +19,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from batchgen.files import STATUS_SUFFIX, read_object, replace_file
+from batchgen.files import STATUS_SUFFIX, JsonObject, read_object, replace_file
 from batchgen.limits import reached_limit
-from batchgen.types import Kind, Reason, RowParameters, Task, task_of
+from batchgen.types import STATUSES, Kind, Reason, RowParameters, Task, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ def perplexity(nats: float, tokens: int) -> float:
 
 
 OnProgress = Callable[[Progress], None]
+Observer = Callable[[Mapping[str, object]], None]  # called with the values of each status
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +148,16 @@ class Summary:
     complete: bool = False  # the output was complete before this run, which has changed nothing
     task: Task = "generate"
     scores: Scores | None = None  # of a run that scored all rows of the output
+    dropped: int = 0
+    has_rejects: bool = True  # the output has the rejected and dropped rows too
+    reuses: bool = False  # older outputs were named, and of so many input rows
+    reused: int = 0  # all samples are copied from them,
+    extended: int = 0  # or some are, or were continued
 
     @classmethod
     def of_complete(cls, output: Path | str, input_rows: int, statuses: Counter[str]) -> "Summary":
         """Of a run that had nothing to do."""
-        counts = {status: statuses[status] for status in ("ok", "rejected", "failed")}
+        counts = {status: statuses[status] for status in STATUSES}
         work = {"prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0, "jobs": 0, "precision": ""}
         return cls(output, input_rows, **counts, resumed=statuses.total(), **work, complete=True)  # type: ignore[arg-type]
 
@@ -162,16 +168,21 @@ class Summary:
 
     @property
     def rows(self) -> int:
-        return self.ok + self.rejected + self.failed
+        return self.ok + self.rejected + self.failed + self.dropped
 
     @property
     def statuses(self) -> dict[str, int]:
-        return {"ok": self.ok, "rejected": self.rejected, "failed": self.failed}
+        return {status: getattr(self, status) for status in STATUSES}
+
+    @property
+    def left_out(self) -> int:
+        """Output rows that are counted and not in the output."""
+        return 0 if self.has_rejects else self.rejected + self.dropped
 
     @property
     def exit_code(self) -> int:
-        """0: every row is ok; 3: some are not; 4: there are rows, and none is ok."""
-        if self.rows == self.ok:
+        """0: every row is ok, or dropped, as was asked for; 3: some are not; 4: there are rows, and none is ok."""
+        if self.rows == self.ok + self.dropped:
             return 0
         return 3 if self.ok else 4
 
@@ -192,7 +203,7 @@ def _replace_status(path: Path, values: Mapping[str, object]) -> None:
     replace_file(path, f"{{\n{lines}\n}}\n".encode(), durable=False)
 
 
-def read_status(path: Path) -> dict[str, Any]:
+def read_status(path: Path) -> JsonObject:
     """What a status file says; nothing if it is missing or damaged."""
     try:
         return read_object(path.read_bytes() if path.is_file() else None)
@@ -209,7 +220,10 @@ def correct_status(path: Path, **values: object) -> None:
 
 @dataclass(slots=True)
 class StatusFile:
-    """Writes one run's status. If it cannot be written, that is logged once, and the next writing is tried again."""
+    """Writes one run's status. If it cannot be written, that is logged once, and the next writing is tried again.
+
+    Its observers get the same values, also if there is no such file.
+    """
 
     path: Path | None  # None: nowhere
     output: str
@@ -218,6 +232,7 @@ class StatusFile:
     started: str = field(default_factory=_now)
     scores: dict[str, object] = field(default_factory=dict)  # known at the end
     timeline: list[tuple[float, int, int]] = field(default_factory=list)  # seconds, rows, Progress.tokens
+    observers: tuple[Observer, ...] = ()
     _step: float = INTERVAL_SECONDS  # between the timeline's points
     _written: float = float("-inf")
     _has_failed: bool = False
@@ -234,9 +249,12 @@ class StatusFile:
             self.write("running", counts)
 
     def write(self, state: State, counts: Counter[str], exit_code: int | None = None, error: str | None = None) -> None:
+        values = {"state": state, "exit_code": exit_code, "error": error, **self._values(state, counts), **self.scores}
+        self._written = time.monotonic()
+        for observer in self.observers:
+            observer(values)
         if self.path is None:
             return
-        values = {"state": state, "exit_code": exit_code, "error": error, **self._values(state, counts), **self.scores}
         try:
             _replace_status(self.path, values)
         except OSError as reason:
@@ -244,7 +262,6 @@ class StatusFile:
             if not self._has_failed:
                 logger.log(level, "%s: the status cannot be written: %s", self.path, reason.strerror or reason)
             self._has_failed = True
-        self._written = time.monotonic()
 
     def _values(self, state: State, counts: Counter[str]) -> dict[str, object]:
         now = self._last
@@ -255,9 +272,10 @@ class StatusFile:
             "rows_done": now.rows,
             "rows": now.rows_in_all,
             "rows_resumed": now.resumed_rows,
-            **{status: counts[status] for status in ("ok", "rejected", "failed")},
+            **{status: counts[status] for status in STATUSES},
             "reasons": [{"rows": one.rows, "first": one.place, "reason": one.text} for one in sort(self.reasons)],
             **({"task": now.task} if now.task != "generate" else {}),
+            **{name: counts[name] for name in ("reused", "extended") if counts[name]},
             "prompt_tokens": now.prompt_tokens,
             "completion_tokens": now.completion_tokens,
             "seconds": round(now.seconds, 3),
@@ -336,14 +354,20 @@ class Reporter:
     is_retry: bool = False  # which is never resumed
     kind: Kind = "generate"
     is_published: Callable[[], bool] = lambda: False  # whether the output is complete
+    merged: Counter[str] = field(default_factory=Counter)  # the ledger's: output rows of a merged file, by status
+    has_rejects: bool = True  # see Summary
+    reuses: bool = False  # older outputs were named
     started: float = field(default_factory=time.monotonic)
     _last: Progress | None = None
     _summary: Summary | None = None
 
     @property
     def outcome(self) -> Summary | None:
-        """The summary, once the output is complete."""
-        return self._summary if self.is_published() else None
+        """The summary, once the output is complete; rows may have been dropped when they were merged."""
+        if self._summary is None or not self.is_published():
+            return None
+        final = {status: self.merged[status] for status in STATUSES} if self.merged else {}
+        return replace(self._summary, **final)  # type: ignore[arg-type]
 
     @property
     def seconds(self) -> float:
@@ -369,7 +393,9 @@ class Reporter:
             ok=counts["ok"] + staying["ok"],
             rejected=counts["rejected"] + staying["rejected"],
             failed=counts["failed"],
-            resumed=resumed["rows"] + staying["ok"] + staying["rejected"],
+            dropped=counts["dropped"] + staying["dropped"],
+            has_rejects=self.has_rejects,
+            resumed=resumed["rows"] + staying["ok"] + staying["rejected"] + staying["dropped"],
             prompt_tokens=counts["prompt_tokens"] - resumed["prompt_tokens"],
             completion_tokens=counts["completion_tokens"] - resumed["completion_tokens"],
             seconds=self.seconds,
@@ -381,12 +407,16 @@ class Reporter:
             row_parameters=self.row_parameters,
             task=task_of(self.kind),
             scores=scores,
+            reuses=self.reuses and not self.is_retry,  # of which most rows are neither copied nor generated
+            reused=counts["reused"],
+            extended=counts["extended"],
         )
         return self._summary
 
     def finish(self, error: BaseException | None) -> None:
         """Record in the status file how the run ended: with this error, which is no signal after its output."""
         if (done := self.outcome) and not isinstance(error, Exception):
+            self.status.scores |= {"left_out": done.left_out} if done.left_out else {}
             self.status.write("finished", Counter(done.statuses), done.exit_code)
         elif error:
             self.status.write(state_of(error), self.counts, exit_code_of(error), words_of(error))

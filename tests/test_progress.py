@@ -56,11 +56,12 @@ def test_a_summary_adds_the_rows_that_a_retry_leaves():
     counts = Counter(rows=6, ok=4, rejected=0, failed=2, prompt_tokens=90, completion_tokens=60, space_ends=1)
     resumed = Counter(rows=2, prompt_tokens=30, completion_tokens=20)
     reporter = Reporter(lambda _: Progress(0, 0, 0, 0, 0.0), counts, resumed, StatusFile(None, "o"))
-    summary = reporter.summarise("o", 16, Counter(ok=9, rejected=1), jobs=1, precision="int8")
-    assert (summary.statuses, summary.rows) == ({"ok": 13, "rejected": 1, "failed": 2}, 16)
-    assert (summary.resumed, summary.prompt_tokens, summary.completion_tokens, summary.space_ends) == (12, 60, 40, 1)
+    summary = reporter.summarise("o", 19, Counter(ok=9, rejected=1, dropped=3), jobs=1, precision="int8")
+    assert (summary.statuses, summary.rows) == ({"ok": 13, "rejected": 1, "failed": 2, "dropped": 3}, 19)
+    assert (summary.resumed, summary.prompt_tokens, summary.completion_tokens, summary.space_ends) == (15, 60, 40, 1)
     assert summary.exit_code == 3
-    assert replace(summary, rejected=0, failed=0).exit_code == 0
+    assert replace(summary, rejected=0, failed=0).exit_code == 0  # what is dropped was asked for
+    assert (summary.left_out, replace(summary, has_rejects=False).left_out) == (0, 4)
     assert replace(summary, ok=0).exit_code == 4
     assert replace(summary, ok=0, rejected=0, failed=0).exit_code == 0
 
@@ -245,3 +246,5 @@ def test_a_retry_that_is_stopped_does_not_say_that_it_resumes(status):
     )
     with pytest.raises(StoppedError, match="30 of 90 rows are done; a retry begins anew each time: raise it"):
         Deadline(1.0).check_complete(reporter, 90)
+    with pytest.raises(StoppedError, match="^it ends: 30 of 90 rows are done; a retry .* ask for a longer one"):
+        Deadline(1.0, "it ends").check_complete(reporter, 90)

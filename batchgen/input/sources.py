@@ -31,7 +31,17 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from batchgen.errors import InputError
-from batchgen.files import PLAN_SUFFIX, STATUS_SUFFIX, WORK_SUFFIX, Contents, SteadyFile, read_object, stamp_of
+from batchgen.files import (
+    CARD,
+    CARD_MARK,
+    PLAN_SUFFIX,
+    STATUS_SUFFIX,
+    WORK_SUFFIX,
+    Contents,
+    SteadyFile,
+    read_object,
+    stamp_of,
+)
 from batchgen.input.tables import PATTERNS, folders_of, refuse_tables
 from batchgen.input.words import find_nearest
 from batchgen.job import Files
@@ -481,14 +491,18 @@ def _is_work(parts: Sequence[str], exists: Callable[[str], bool]) -> bool:
 
 
 def _is_beside(file: "_LocalFile | _RemoteFile") -> bool:
-    """Whether a file is a status or a plan, by its name and by what it says."""
-    if not str(file.path).endswith((STATUS_SUFFIX, PLAN_SUFFIX)):
+    """Whether a file is a status, a plan or a dataset card, by its name and by what it says."""
+    is_card = str(file.path).rpartition("/")[2] == CARD
+    if not is_card and not str(file.path).endswith((STATUS_SUFFIX, PLAN_SUFFIX)):
         return False
     try:
         with file.open() as opened:
-            values = read_object(opened.read(MAX_BESIDE_BYTES))
+            data = opened.read(MAX_BESIDE_BYTES)
     except (OSError, pa.ArrowException):
         return False
+    if is_card:
+        return CARD_MARK in data
+    values = read_object(data)
     return any(keys <= values.keys() for keys in BESIDE_KEYS)
 
 
