@@ -1,4 +1,4 @@
-"""jobs/crontab.example: its lines do, as cron runs them, what it and docs/cron.md say."""
+"""deploy/crontab.example: its lines do, as cron runs them, what it and docs/cron.md say."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 from tests.support.models import write_byte_model
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "jobs" / "crontab.example"
+EXAMPLE = ROOT / "deploy" / "crontab.example"
 LINE = re.compile(r"((?:\S+ ){4}\S+)\s+(.*)")
 
 
