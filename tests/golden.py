@@ -386,6 +386,11 @@ PARAMETERS = {
     "json-row-parameters": job(OWN, "in/rows.jsonl --max-tokens 10 --output-token-ids"),
     "no-row-params": job(OWN_COLUMNS, "in/rows.jsonl --max-tokens 8 --no-row-params --keep n --keep stop"),
     "sampled-n": job(PLAIN, "in/rows.jsonl --max-tokens 8 -n 3 --temperature 0.8 --top-k 40 --top-p 0.95 --seed 7"),
+    "sampled-by-id": job(PLAIN, "in/rows.jsonl --max-tokens 8 -n 2 --temperature 0.8 --seed-by id"),
+    "sampled-by-prompt": job(PLAIN, "in/rows.jsonl --max-tokens 8 -n 2 --temperature 0.8 --seed-by prompt"),
+    "selected-shard": job(PLAIN, "in/rows.jsonl --max-tokens 4 --skip-rows 1 --limit 11 --sample 9 --shard 2/3"),
+    "template": job(PLAIN, ["in/rows.jsonl", "--max-tokens", "4", "--template", "{id}:\\n{{{prompt}}}"]),
+    "measured": job(PLAIN, "in/rows.jsonl --max-tokens 12 --mean-logprob --repetition"),
     "sampled-min-p": job(
         PLAIN, "in/rows.jsonl --max-tokens 12 --temperature 1.3 --min-p 0.05 --jobs 2 --no-share-prefixes"
     ),

@@ -19,7 +19,7 @@ from batchgen.gpt2.params import nest
 from batchgen.gpt2.weights import pack
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Precision, SamplingParams
-from benchmarks import bench, quality, scores
+from benchmarks import bench, datasets, quality, scores
 from benchmarks.bench import HEADER, Row, section
 from benchmarks.breakdown import measure as measure_steps
 from benchmarks.memory import PeakMemory, proportional_bytes, tree
@@ -306,3 +306,13 @@ def test_batchgen_itself_can_be_measured(tmp_path):
     check(task, ready.complete(task))
     started = ready.warm_up()
     assert 0 < started["worker_first_token_s"] < started["worker_first_part_s"]
+
+
+@pytest.mark.processes
+def test_made_up_outputs_are_such_as_the_commands_take(capsys):
+    """The benchmark compares what reuse and merge write with what a whole run would have written."""
+    datasets.main(["reuse", "merge", "peek", "--rows", "80", "--parts", "3", "--jobs", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("`")[1].split()[0] for line in lines if "`" in line] == ["generate"] * 2 + ["merge"] + [
+        "peek"
+    ] * 3

@@ -19,7 +19,7 @@ from batchgen.output.ledger import work_directory
 from batchgen.review import forecast as module
 from batchgen.review.forecast import ChunkCost, Forecast, Pace, chunk_cost, forecast_job, measure
 from batchgen.run import run_job
-from batchgen.types import Chunk, SamplingParams, TokenizedRequest
+from batchgen.types import Begun, Chunk, SamplingParams, TokenizedRequest
 from tests.support.inputs import not_utf8, parquet
 from tests.support.jobs import make_job
 from tests.support.models import write_byte_model
@@ -110,6 +110,24 @@ def test_prompts_with_log_probabilities_are_read_and_share_nothing():
     assert (cost.prompt_tokens, cost.samples, cost.sum_max_tokens) == (3 * 101, 3, 0)  # no last token
     echo = chunk_cost(Chunk(0, (request(0, "ab", max_tokens=0, echo=True),)), Forecast(), share=True)
     assert (echo.prompt_tokens, echo.samples) == (0, 0)
+
+
+def test_the_work_of_samples_that_are_begun_is_what_is_left_of_them():
+    one = request(0, "a" * 100, max_tokens=9, temperature=1.0, n=4)
+    begun = replace(one, begun=(Begun(1, (97,) * 8), Begun(3)))
+    forecast = Forecast()
+    cost = chunk_cost(Chunk(0, (begun,)), forecast, share=True)
+    assert (cost.samples, cost.sum_max_tokens, cost.max_tokens) == (2, 1 + 9, 9)
+    assert 100 + 8 <= cost.prompt_tokens <= 100 + 8 + 2
+    assert (forecast.duplicates, forecast.shared_tokens) == (0, 2 * 100 + 8 - cost.prompt_tokens)
+
+
+def test_the_log_probabilities_of_tokens_that_are_begun_with_are_work():
+    one = request(0, "a" * 100, max_tokens=9, temperature=1.0, n=2)
+    both = replace(one, begun=(Begun(0, (97,) * 8), Begun(1, (97,) * 5)))
+    for asked in (replace(both, measured=("mean_logprob",)), replace(both, params=replace(both.params, logprobs=2))):
+        assert chunk_cost(Chunk(0, (asked,)), Forecast(), share=True).scored == 8 + 5
+    assert chunk_cost(Chunk(0, (both,)), Forecast(), share=True).scored == 0
 
 
 def test_sampled_requests_are_never_one():

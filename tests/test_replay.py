@@ -103,6 +103,18 @@ def test_cut_and_empty_prompts_are_generated_again(folder, tmp_path, model, on_t
     assert done.ok == OK + (2 if on_too_long == "truncate-left" else 1)
 
 
+@pytest.mark.parametrize("seed_by", ["id", "prompt"])
+def test_rows_are_generated_again_by_what_their_seeds_hang_on(folder, tmp_path, model, seed_by):
+    (folder / "p.jsonl").write_text("\n".join(LINES))
+    params = SamplingParams(max_tokens=12, temperature=0.9, n=2)
+    job = make_job(folder / "p.jsonl", tmp_path / "out.parquet", str(model), params, trim=True, jobs=1, seed_by=seed_by)
+    run_job(job)
+    done = replay(job.output.path, 100)
+    assert (done.exact, done.differences, done.ok) == (True, (), OK)
+    again = replay(rewrite(job.output.path, tmp_path, seed_by="row"), 100)
+    assert len(again.differences) == 2 * OK
+
+
 def test_a_seed_chooses_the_same_rows_again(output, monkeypatch):
     seen: list[list[int]] = []
     read = module.read_input_rows
@@ -204,8 +216,11 @@ def test_a_sample_that_was_added_is_named(output, tmp_path):
     [
         (lambda rows: rows.__delitem__(slice(0, 2)), "row 1 is out of order, or the rows before it are missing"),
         (lambda rows: rows.reverse(), "out of order"),
-        (lambda rows: rows.__delitem__(slice(-2, None)), "holds 32 input rows, and its metadata says 33"),
-        (lambda rows: rows.clear(), "holds 0 input rows"),
+        (
+            lambda rows: rows.__delitem__(slice(-2, None)),
+            "each of its 33 input rows in order: it holds 32",
+        ),
+        (lambda rows: rows.clear(), "it holds 0"),
     ],
 )
 def test_rows_that_are_missing_or_moved_are_named(output, tmp_path, change, line):

@@ -19,10 +19,11 @@ from batchgen.output.outputs import open_output
 from batchgen.output.parts import write_part
 from batchgen.planning import Setting, make_plan
 from batchgen.progress import reporting
-from batchgen.run import make_reporter
+from batchgen.selection import Selection
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, OutputRow, SamplingParams, TokenizedRequest
 from batchgen.workers.complete import completed_row, to_prompts
+from batchgen.workers.watch import make_reporter
 from batchgen.workers.worker import load_engine, run_chunk
 from batchgen.workers.workers import worker_setup
 from tests.faults.bench import Bench, Run
@@ -151,7 +152,7 @@ def _take_turns(job: Job, model: Model, bare: Clock, whole: Clock, first: int) -
     prompts = Prompts.open(job.input)
     output = open_output(job, prompts, model.load_tokenizer)
     facts = prompts.scan()
-    rows = output.rows_to_do(facts)
+    rows = output.rows_to_do(Selection(range(facts.rows)))
     asked = make_plan(job, facts, model, Setting(rows.count, 1, output.format))
     held = open_ledger(output.path)
     ledger = whole.time("lock", held.__enter__)
