@@ -10,7 +10,7 @@ from batchgen.job import PRECISION_HELP, RUN
 from batchgen.jobs.logs import log_as_json
 from batchgen.jobs.progress import ProgressStyle
 from batchgen.models.registry import list_models
-from batchgen.types import IO
+from batchgen.types import IO, MEASURED
 
 
 def model_names(incomplete: str) -> list[str]:
@@ -43,8 +43,10 @@ Progress = Annotated[ProgressStyle, typer.Option(help="A bar, lines, or nothing.
 Show = Annotated[int, typer.Option(min=0, help="Completions to show at the end (plan: prompts).", rich_help_panel=RUN)]
 
 # fields of records that these commands have no option for
-NOT_OF_SCORE = ("token_ids", "empty_prompt", "trim")
-NOT_OF_EMBED = ("prompt_column", "completion_column", "choices_column", "answer_column", "token_ids")
+_OF_COMPLETIONS = ("token_ids", *MEASURED, "drop_duplicates", "seed_by", "reuse")
+_OF_SHOTS = ("shots", "n_shots", "shots_column", "shots_end")
+NOT_OF_SCORE = (*_OF_COMPLETIONS, "empty_prompt", "trim")
+NOT_OF_EMBED = (*_OF_COMPLETIONS, *_OF_SHOTS, "prompt_column", "completion_column", "choices_column", "answer_column")
 
 
 @dataclass(frozen=True, slots=True)

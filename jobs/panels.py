@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 COMMANDS = {
     "Completions": ("plan", "generate", "complete"),
     "Scores": ("plan score", "score", "plan embed", "embed"),
-    "Looking at outputs": ("report", "verify"),
+    "Outputs": ("peek", "merge", "report", "verify", "card"),
     "Evaluation": ("lm-eval",),
     "Models": ("fetch", "convert", "models"),
     "This machine": ("doctor",),

@@ -127,16 +127,24 @@ def lines(forecast: Forecast) -> Iterator[str]:
     if forecast.is_complete:
         makes = f"{say('overwrite', True)} makes the output again, as follows"
         yield f"complete: {forecast.task} has nothing to do; {makes}"
-    rejected = forecast.rows - forecast.ok
+    rejected = forecast.rows - forecast.ok - forecast.dropped
+    dropped = f", {forecast.dropped:,} to be dropped" if forecast.dropped else ""
+    part = f" of the input's {forecast.input_rows:,}" if forecast.rows < forecast.input_rows else ""
     yield (
-        f"rows: {forecast.rows:,}: {forecast.ok:,} to {forecast.task}, {rejected:,} to be rejected; "
+        f"rows: {forecast.rows:,}{part}: {forecast.ok:,} to {forecast.task}, {rejected:,} to be rejected{dropped}; "
         f"{counted(forecast.output_rows, 'output row')}"
     )
     for reject in sorted(forecast.rejects.values(), key=lambda reject: -reject.rows):
         more = ", ..." if reject.rows > len(reject.places) else ""
         yield f"  {reject.rows:>6,}  {reject.example}  [{', '.join(reject.places)}{more}]"
+    if forecast.reuses:
+        generated = forecast.ok - forecast.reused - forecast.extended
+        yield (
+            f"reuse: {forecast.reused:,} rows would be copied, {forecast.extended:,} extended, "
+            f"{generated:,} generated anew"
+        )
     yield from report.parameter_lines(forecast.row_parameters)
-    if forecast.ok:
+    if forecast.lengths:
         yield from length_lines(forecast.lengths, "prompt tokens" if forecast.task == "generate" else "tokens of rows")
     if forecast.scored:
         yield f"scored: {forecast.scored:,} of these tokens"

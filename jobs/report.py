@@ -10,23 +10,21 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
 
 import pyarrow as pa
 
 from batchgen.errors import OutputError
+from batchgen.files import JsonObject as Row
 from batchgen.job import Job
 from batchgen.output.parts import open_parquet
 from batchgen.progress import Scores, Summary, to_follow, words_of
-from batchgen.types import Kind, RowParameters
-
-Row: TypeAlias = dict[str, Any]  # of the output, by column
+from batchgen.types import Kind, Reason, RowParameters
 
 STDOUT = Path("-")
-REASONS_SHOWN = 8
-CHOICES_SHOWN = 8  # of a row
+REASONSSHOWN = 8
+CHOICESSHOWN = 8  # of a row
 # columns to show, besides row, id, status and error
-_SHOWN: dict[Kind, tuple[str, ...]] = {
+SHOWN: dict[Kind, tuple[str, ...]] = {
     "generate": ("prompt", "completion"),
     "text": ("text", "tokens", "perplexity"),
     "completion": ("prompt", "completion", "logprob", "greedy"),
@@ -63,15 +61,21 @@ def destination(job: Job) -> Iterator[Job]:
 
 
 def _copy_to_stdout(path: Path) -> None:
+    with to_stdout("; name a file instead"), open(path, "rb") as file:
+        shutil.copyfileobj(file, sys.stdout.buffer)
+
+
+@contextmanager
+def to_stdout(remedy: str = "") -> Iterator[None]:
+    """Print; a reader that has gone away (`| head -1`) ends it well."""
     try:
-        with open(path, "rb") as file:
-            shutil.copyfileobj(file, sys.stdout.buffer)
+        yield
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has gone away: `| head -1`
+    except BrokenPipeError:
         discard_stdout()
     except OSError as error:
         discard_stdout()
-        raise OutputError(f"-: standard output cannot be written: {error.strerror}; name a file instead") from error
+        raise OutputError(f"-: standard output cannot be written: {error.strerror}{remedy}") from error
 
 
 def discard_stdout() -> None:
@@ -94,19 +98,23 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     """Rows by status, tokens and speed, where the output is."""
     samples = "" if summary.rows == summary.input_rows else f" from {summary.input_rows:,} prompts"
     resumed = f" ({summary.resumed:,} of them by an earlier run)" if summary.resumed else ""
+    dropped = f", {summary.dropped:,} dropped" if summary.dropped else ""
+    left_out = f"; {summary.left_out:,} of them are left out of the output" if summary.left_out else ""
     yield (
         f"{summary.rows:,} rows{samples}: {summary.ok:,} ok, {summary.rejected:,} rejected, "
-        f"{summary.failed:,} failed{resumed}"
+        f"{summary.failed:,} failed{dropped}{resumed}{left_out}"
     )
-    for reason in summary.reasons[:REASONS_SHOWN]:
+    for reason in summary.reasons[:REASONSSHOWN]:
         more = ", ..." if reason.rows > 1 else ""
         yield one_line(f"  {reason.rows:>6,}  {reason.text}  [{reason.place}{more}]")
-    if left := sum(reason.rows for reason in summary.reasons[REASONS_SHOWN:]):
+    if left := sum(reason.rows for reason in summary.reasons[REASONSSHOWN:]):
         yield f"  {left:>6,}  for other reasons: the column error has them"
     if summary.complete:
         yield "complete: there was nothing to do, and nothing was changed; --overwrite makes it again"
         yield f"output: {one_line(str(summary.output))}"
         return
+    if summary.reuses:
+        yield reuse_line(summary.reused, summary.extended, summary.input_rows, summary.reasons)
     if summary.scores:
         yield from score_lines(summary.scores)
     speed = f"{summary.tokens / max(summary.seconds, 1e-9):,.0f} tokens/s"
@@ -120,6 +128,22 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield f"note: {what} special tokens, such as <|endoftext|>, as text; --special-tokens parse makes them tokens"
     yield from parameter_lines(summary.row_parameters)
     yield f"output: {one_line(str(summary.output))}"
+
+
+def merge_lines(summary: Summary, shards: int) -> Iterator[str]:
+    """Rows by status, and where the output of so many shards is."""
+    if summary.complete:
+        yield from summary_lines(summary)
+        return
+    yield next(summary_lines(replace(summary, resumed=0)))
+    yield f"merged: {shards:,} shard{'' if shards == 1 else 's'}"
+    yield f"output: {one_line(str(summary.output))}"
+
+
+def reuse_line(reused: int, extended: int, input_rows: int, reasons: Sequence[Reason]) -> str:
+    """How many rows are from older outputs."""
+    generated = input_rows - reused - extended - sum(reason.rows for reason in reasons)
+    return f"reuse: {reused:,} rows copied, {extended:,} extended, {generated:,} generated anew"
 
 
 def _work(summary: Summary) -> str:
@@ -166,30 +190,34 @@ def parameter_lines(found: RowParameters) -> Iterator[str]:
 def sample_lines(output: Path, n: int, kind: Kind = "generate") -> Iterator[str]:
     """The first n rows of the output, a paragraph each; the output is complete, whether they can be shown or not."""
     try:
-        rows = _first_rows(output, n, _SHOWN[kind])
+        rows = _first_rows(output, n, SHOWN[kind])
     except (OSError, ValueError, pa.ArrowException) as error:
         yield one_line(f"note: the first rows cannot be shown ({words_of(error)})")
         return
-    for row in rows:
-        name = row["id"] if row["id"] is not None else f"row {row.get('row', '?')}"
-        what = _outcome(row, kind) if row["status"] == "ok" else f"{row['status']}: {_printable(row['error'])}"
-        yield f"[{_printable(name)}] {what}"
+    yield from (row_line(row, kind) for row in rows)
+
+
+def row_line(row: Row, kind: Kind) -> str:
+    """An output row in short: which one it is, and what came out."""
+    name = row["id"] if row["id"] is not None else f"row {row.get('row', '?')}"
+    what = _outcome(row, kind) if row["status"] == "ok" else f"{row['status']}: {printable(row['error'] or '')}"
+    return f"[{printable(name)}] {what}"
 
 
 def _outcome(row: Row, kind: Kind) -> str:
     """What an ok row says; the best of its choices first."""
     if kind == "text":
-        return f"perplexity {row['perplexity']:,.2f} ({row['tokens']:,} tokens): {_printable(row['text'])}"
+        return f"perplexity {row['perplexity']:,.2f} ({row['tokens']:,} tokens): {printable(row['text'])}"
     if kind == "embed":
-        return f"{row['prompt_tokens']:,} tokens: {_printable(row['text'])}"
+        return f"{row['prompt_tokens']:,} tokens: {printable(row['text'])}"
     if kind == "choices":
         scored = list(zip(row["choices"], row["logprobs"], strict=True))
         scored.insert(0, scored.pop(row["best"]))
-        found = "; ".join(f"{_printable(text.strip(), 80)} ({logprob:.2f})" for text, logprob in scored[:CHOICES_SHOWN])
-        more = f"; ... and {len(scored) - CHOICES_SHOWN:,} more" if len(scored) > CHOICES_SHOWN else ""
-        return f"{_printable(row['prompt'])} -> {found}{more}"
+        found = "; ".join(f"{printable(text.strip(), 80)} ({logprob:.2f})" for text, logprob in scored[:CHOICESSHOWN])
+        more = f"; ... and {len(scored) - CHOICESSHOWN:,} more" if len(scored) > CHOICESSHOWN else ""
+        return f"{printable(row['prompt'])} -> {found}{more}"
     scores = f" ({row['logprob']:.2f}{', greedy' if row['greedy'] else ''})" if kind == "completion" else ""
-    return f"{_printable(row['prompt'])} ->{_printable(row['completion'])}{scores}"
+    return f"{printable(row['prompt'])} ->{printable(row['completion'])}{scores}"
 
 
 def _first_rows(output: Path, n: int, columns: Sequence[str]) -> list[Row]:
@@ -198,27 +226,27 @@ def _first_rows(output: Path, n: int, columns: Sequence[str]) -> list[Row]:
     if output.suffix.lower() == ".jsonl":
         with open(output, encoding="utf-8") as file:
             lines = [json.loads(line) for line in islice(file, n)]
-        return list(islice((row for line in lines for row in _rows_of_line(line)), n))
+        return list(islice((row for line in lines for row in rows_of_line(line)), n))
     with open(output, "rb") as raw, open_parquet(raw) as table:
         names = ["row", "id", "status", "error", *columns]
         rows: list[Row] = next(table.iter_batches(n, columns=names, use_threads=False)).to_pylist()
     return rows
 
 
-def _rows_of_line(line: Row) -> list[Row]:
+def rows_of_line(line: Row) -> list[Row]:
     """A line is a row; an OpenAI answer is a row for each of its choices, which do not hold the prompt."""
     if "row" in line:  # OpenAI answers have none; a row may carry a custom_id
         return [line]
     row = {"id": line["custom_id"], "status": "ok", "prompt": "..."}
     if line["response"] is None:
-        return [row | {"status": "failed", "error": line["error"]["message"]}]
+        return [row | {"status": line["error"]["code"], "error": line["error"]["message"]}]
     body = line["response"]["body"]
     if "error" in body:
         return [row | {"status": "rejected", "error": body["error"]["message"]}]
     return [row | {"completion": choice["text"]} for choice in body["choices"]]
 
 
-def _printable(text: str, limit: int = 400) -> str:
+def printable(text: str, limit: int = 400) -> str:
     """One line of bounded length, without control characters."""
     shown = "".join(c if c.isprintable() else " " for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[:limit] + "..."

@@ -53,6 +53,8 @@ def check_standard_output(job: Job) -> None:
         raise UsageError("-o -: a cluster's nodes write to a folder that all share; name a file there")
     if report.is_stdout(job) and sys.__stdout__ is None:
         raise UsageError("-o -: standard output is closed; name a file, or redirect it: > completions.jsonl")
+    if report.is_stdout(job) and (job.output.metrics or job.output.lineage):
+        raise UsageError("-o -: --metrics and --lineage name the output; name a file, or leave them out")
     if report.is_stdout(job) and job.output.format == "dataset":
         raise UsageError("-o -: a dataset is a folder of files; name one, such as completions/")
 

@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchgen.errors import ModelError
-from batchgen.files import Stamp, parse_json, replace_file, stamp_of, sync_path
+from batchgen.files import JsonObject, Stamp, parse_json, replace_file, stamp_of, sync_path
 from batchgen.gpt2.config import OPTIONS, GPT2Config
 from batchgen.gpt2.params import Array, Params, nest
 from batchgen.gpt2.weights import PANEL, Float32Linear, Weights, arrange, from_panels, to_panels
@@ -64,7 +64,6 @@ _PANELS = "panels"  # the layout of a matrix's file
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TYPES: dict[type, str] = {dict: "an object", list: "a list", str: "a string", int: "a whole number"}
 
-JsonObject: TypeAlias = dict[str, Any]
 Tensor = npt.NDArray[np.generic]
 OnProgress = Callable[[int, int], None]  # (shards written, in total)
 Stamps: TypeAlias = Mapping[str, Stamp]  # by file name

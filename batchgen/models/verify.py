@@ -3,11 +3,11 @@
 import datetime
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from batchgen.errors import ModelError
+from batchgen.files import JsonObject
 from batchgen.gpt2.pico import gpt2
 from batchgen.gpt2.weights import PANEL
 from batchgen.models.int8 import INT8_MANIFEST, check_int8, existing_int8, verify_int8
@@ -57,7 +57,7 @@ def _token_ids(text: str | tuple[int, ...], tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(text) if isinstance(text, str) else list(text)
 
 
-def _check_completion(model: Model, known: Completion, params: dict[str, Any], tokenizer: Tokenizer) -> None:
+def _check_completion(model: Model, known: Completion, params: JsonObject, tokenizer: Tokenizer) -> None:
     """Check in one pass that each token of the completion has the largest logit after the tokens before it."""
     prompt, completion = _token_ids(known.prompt, tokenizer), _token_ids(known.completion, tokenizer)
     logits = gpt2([*prompt, *completion][:-1], **params, n_head=model.config.n_head)  # type: ignore[no-untyped-call]
@@ -70,7 +70,7 @@ def _check_completion(model: Model, known: Completion, params: dict[str, Any], t
             )
 
 
-def _check_logits(model: Model, known: Logits, params: dict[str, Any], tokenizer: Tokenizer) -> None:
+def _check_logits(model: Model, known: Logits, params: JsonObject, tokenizer: Tokenizer) -> None:
     """Check the largest logits after a prompt."""
     row = gpt2(tokenizer.encode(known.prompt), **params, n_head=model.config.n_head)[-1]  # type: ignore[no-untyped-call]
     found = {int(token_id): float(row[token_id]) for token_id in np.argsort(row)[: -len(known.largest) - 1 : -1]}

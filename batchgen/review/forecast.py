@@ -25,7 +25,8 @@ from batchgen.engine.limits import kv_bytes_per_token
 from batchgen.engine.sequence import Prompt, Sequence, expand, expand_texts
 from batchgen.errors import BatchgenError
 from batchgen.gpt2.machine_code import prepare_kernels
-from batchgen.input.prompts import Cut, Prompts
+from batchgen.input.prompts import Cut
+from batchgen.input.shots import open_prompts
 from batchgen.input.validation import make_check
 from batchgen.job import EmbedOptions, Job, ScoreOptions, TaskOptions
 from batchgen.models.model import Model
@@ -33,13 +34,14 @@ from batchgen.options import say
 from batchgen.output.finished import find_finished
 from batchgen.output.ledger import Ledger
 from batchgen.output.outputs import Output, open_output
+from batchgen.output.reused import read_older
 from batchgen.output.rows import Rows
-from batchgen.output.schema import Columns
+from batchgen.output.schema import Columns, choose_columns
 from batchgen.plan import Plan
-from batchgen.planning import WORKER_BYTES, Setting, check_memory, fitting_slots, make_plan
+from batchgen.planning import WORKER_BYTES, Setting, check_memory, fitting_slots, make_plan, select
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, Precision, Reason, Rejected, RowParameters, Task, TokenizedRequest
-from batchgen.workers.complete import to_prompts
+from batchgen.workers.complete import asked_params, samples_of, to_prompts
 from batchgen.workers.outlook import Lengths
 from batchgen.workers.pool import end_workers, exit_codes, keep_executor, no_interrupts_to_workers, take_executor
 from batchgen.workers.score import to_prompts as to_scored
@@ -113,7 +115,9 @@ class Forecast:
     row_parameters: RowParameters = field(default_factory=RowParameters)
     task: Task = "generate"
     rows: int = 0
+    input_rows: int = 0  # of which those are done
     rejects: dict[str, Reject] = field(default_factory=dict)  # by reason, without what it quotes
+    dropped: int = 0  # rows that repeat the prompt of an earlier one
     lengths: Counter[int] = field(default_factory=Counter)  # prompt tokens, and those that are scored -> rows
     scored: int = 0  # tokens, also of rows whose equals are scored once
     shared_tokens: int = 0
@@ -128,12 +132,15 @@ class Forecast:
     measured_in: float = 0.0
     precision: Precision = "float32"
     output_rows: int = 0
+    reuses: bool = False  # older outputs are named, and of so many input rows
+    reused: int = 0  # all samples would be copied from them,
+    extended: int = 0  # or some, or they would be continued
     first: list[Shown] = field(default_factory=list)
     is_complete: bool = False  # the output: a run has nothing to do
 
     @property
     def ok(self) -> int:
-        return self.lengths.total()
+        return self.lengths.total() + self.reused
 
     @property
     def tokens(self) -> int:
@@ -150,26 +157,35 @@ class Forecast:
 
 def forecast_job(job: Job, *, measure_time: bool = True, show: int = 0) -> Forecast:
     """Read the whole input as a run would, measure a few of its rows, and keep the first prompts; writes no output."""
-    prompts = Prompts.open(job.input, spool=Path(tempfile.gettempdir()))
+    prompts = open_prompts(job.input, job.sampling.seed, spool=Path(tempfile.gettempdir()))
     output = open_output(job, prompts, lambda: model.load_tokenizer()) if job.output.path else None
     model = Model.open(job.model, job.work.precision)
     check_memory(model)
     facts = prompts.scan()
-    rows = output.rows_to_do(facts) if output else Rows(facts.rows)
+    selection = select(job, facts)
+    rows = output.rows_to_do(selection) if output else Rows(len(selection), selection, len(selection))
     setting = Setting(rows.count, fitting_slots(job.work.kv_bytes, model), output.format if output else "parquet")
     plan, automatic = make_plan(job, facts, model, setting)
     forecast = Forecast(prompts.row_parameters, plan.task, chunk_rows=plan.chunk_rows, precision=plan.precision)
+    forecast.input_rows = facts.rows
+    forecast.reuses = bool(job.work.reuse)
+    schema = choose_columns(prompts, facts, plan, 0).schema()
+    digests, older = read_older(job.work.reuse, plan, schema, Path(tempfile.gettempdir()))
+    plan = replace(plan, reuse=digests)
     if output and not (job.output.retry_failed and rows.count):
         forecast.is_complete = is_finished(output, job, plan, automatic)
     sample: list[TokenizedRequest] = []
     tokenizer = model.load_tokenizer()
-    check = make_check(tokenizer, model.config.n_ctx, job.policy, plan.options())
-    cut = Cut.for_output(plan.format, plan.chunk_rows, rows.numbers)
-    for chunk in prompts.chunks(facts, job.sampling, check, cut):
+    check = make_check(tokenizer, model.config.n_ctx, *plan.rules())
+    cut = Cut.for_output(plan.format, plan.chunk_rows, rows.numbers, drop_prompts=plan.drops("prompt"))
+    for chunk in prompts.chunks(facts, job.sampling, check, cut, older):
+        count_copied(chunk, forecast)
         for item in chunk.items:
             count_row(item, forecast, sample, max(rows.count // SAMPLE_ROWS, 1))
             show_first(item, forecast, show, tokenizer)
         forecast.chunks.append(chunk_cost(chunk, forecast, share=plan.share_prefixes, task=plan.options()))
+    if not plan.rejects:
+        forecast.output_rows -= forecast.rows - forecast.ok
     add_memory(forecast, job, plan, model)
     if measure_time and sample:
         columns = Columns(logprobs=job.sampling.logprobs is not None, kind=plan.kind)
@@ -188,12 +204,24 @@ def is_finished(output: Output, job: Job, plan: Plan, automatic: frozenset[str])
     return False
 
 
+def count_copied(chunk: Chunk, forecast: Forecast) -> None:
+    """Count the rows of a chunk that are copied as a whole, and those that are continued."""
+    if chunk.reused:
+        forecast.reused += chunk.reused.rows
+        forecast.rows += chunk.reused.rows
+        forecast.output_rows += chunk.reused.samples
+    forecast.extended += sum(isinstance(item, TokenizedRequest) and item.begun is not None for item in chunk.items)
+
+
 def count_row(
     item: TokenizedRequest | Rejected, forecast: Forecast, sample: list[TokenizedRequest], every: int
 ) -> None:
     """Count a row in the forecast, and keep every n-th in the sample."""
     forecast.rows += 1
-    if isinstance(item, Rejected):
+    if isinstance(item, Rejected) and item.status == "dropped":
+        forecast.dropped += 1
+        forecast.output_rows += 1
+    elif isinstance(item, Rejected):
         reason = Reason.of(item.row, item.place, item.error)
         places = forecast.rejects.setdefault(reason.kind, Reject(reason.text))
         places.rows += 1
@@ -201,11 +229,11 @@ def count_row(
             places.places.append(item.place)
         forecast.output_rows += 1
     else:
-        forecast.output_rows += len(item.prompts) * item.params.n
+        forecast.output_rows += len(item.prompts) * item.params.n if item.begun is None else len(item.begun)
         scored = sum(len(one.scored_ids) for one in item.passages)
         forecast.lengths[len(item.prompt_token_ids) + scored] += 1
         forecast.scored += scored
-        if item.row % every == 0 and len(sample) < SAMPLE_ROWS:
+        if (forecast.rows - 1) % every == 0 and len(sample) < SAMPLE_ROWS:
             sample.append(item)
 
 
@@ -224,9 +252,14 @@ def list_prompts(request: TokenizedRequest, task: TaskOptions | None) -> list[Pr
     """What is read of a row, in the engine's form, without what changes no work."""
     if isinstance(task, ScoreOptions):
         return to_scored(request)
-    samples = 1 if request.params.greedy else request.params.n
-    scored = None if task or request.params.prompt_logprobs is None else 1
-    return [Prompt(request.row, ids, request.params, (0,) * samples, scored=scored) for _, ids in request.prompts]
+    params, begun = asked_params(request), request.begun
+    scored = None if task or params.prompt_logprobs is None else 1
+    n = 1 if params.greedy and begun is None else params.n
+    return [
+        Prompt(request.row, ids, params, (0,) * n, first, scored=scored, begun=own)
+        for first, (_, ids) in zip(range(0, len(request.prompts) * n, n), request.prompts, strict=True)
+        if (own := samples_of(begun, first, n)) != ()
+    ]
 
 
 def list_sequences(prompts: Iterable[Prompt], task: TaskOptions | None) -> list[Sequence]:
@@ -243,19 +276,19 @@ def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool, task: TaskOptio
     requests = [item for item in chunk.items if isinstance(item, TokenizedRequest)]
     prompts = [prompt for request in requests for prompt in list_prompts(request, task)]
     sequences = list_sequences(prompts, task)
-    distinct = [sequence for sequence in sequences if sequence.sample == sequence.prompt.first_sample]
+    distinct = {(id(sequence.prompt), sequence.read) for sequence in sequences}
     _, read = group_sequences(sequences, share)
-    forecast.duplicates += len(prompts) - len(distinct)
-    forecast.shared_tokens += sum(len(sequence.read) for sequence in distinct) - read
-    scored = sum(len(s.prompt.token_ids) - (s.prompt.scored or len(s.prompt.token_ids)) for s in sequences)
-    lengths = [sequence.params.max_tokens for sequence in sequences]
+    forecast.duplicates += len(prompts) - len({prompt for prompt, _ in distinct})
+    forecast.shared_tokens += sum(len(ids) for _, ids in distinct) - read
+    scored = sum(len(sequence.scored) for sequence in sequences)
+    lengths = [sequence.n_left for sequence in sequences]
     return ChunkCost(read, len(sequences), max(lengths, default=0), sum(lengths), scored)
 
 
 def add_memory(forecast: Forecast, job: Job, plan: Plan, model: Model) -> None:
     """Workers, sequences in flight and memory, from the mean length of a row."""
     per_token = kv_bytes_per_token(model.config, plan.precision)
-    mean = forecast.tokens / max(forecast.ok, 1) + job.sampling.max_tokens
+    mean = forecast.tokens / max(forecast.lengths.total(), 1) + job.sampling.max_tokens
     if job.task:  # a row may have several passages
         read, passages = (sum(getattr(c, name) for c in forecast.chunks) for name in ("prompt_tokens", "samples"))
         mean = max(read / max(passages, 1), 1)

@@ -1,6 +1,5 @@
 """Makes some rows of an output again, from its metadata alone, and compares them with the file."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,17 +20,30 @@ from batchgen.input.validation import make_check
 from batchgen.models.model import Model
 from batchgen.models.registry import list_models
 from batchgen.options import say
-from batchgen.output.reading import check_rows, output_files, read_batches, read_input_rows, read_plan
+from batchgen.output.parts import in_order
+from batchgen.output.reading import output_files, read_batches, read_input_rows, read_left_out, read_plan
 from batchgen.output.schema import columns_of, own_names
-from batchgen.plan import Plan, read_parameters
+from batchgen.plan import Plan
 from batchgen.planning import check_memory
-from batchgen.types import Chunk, EmbeddingRow, OutputRow, Precision, Request, Row, SamplingParams, ScoreRow, Task
+from batchgen.types import (
+    MEASURED,
+    Chunk,
+    EmbeddingRow,
+    OutputRow,
+    Precision,
+    Request,
+    Row,
+    SamplingParams,
+    ScoreRow,
+    Task,
+)
 from batchgen.workers.complete import map_engine
 from batchgen.workers.tasks import rows_of_chunk
 
 CLOSE = 1e-3  # of log-probabilities and the like, if rows may be rounded differently; of those above 1, of their size
 _AROUND = 30  # characters or tokens to show from the first difference
 _GIVEN = {"row", "sample", "id", "prompt", "text", "status", "error"}  # not generated
+_COUNTED = ("row", "sample", "status", "completion_tokens")
 _RECORDS = {"generate": OutputRow, "score": ScoreRow, "embed": EmbeddingRow}
 _TARGETS = {"completion", "choices", "answer"}  # nor are these of scores
 StoredRow: TypeAlias = Mapping[str, object]
@@ -70,7 +82,7 @@ def replay(
     if seed is None:
         seed = int.from_bytes(os.urandom(4))
     chosen = np.sort(np.random.default_rng(seed).choice(ok, min(n_rows, len(ok)), replace=False)).tolist()
-    own = own_names(columns_of(plan))
+    own = own_names(columns_of(plan)) - {name for name in MEASURED if name not in plan.measured}  # older: kept
     kept = read_input_rows(path, chosen, own)
     if list_stamps(path) != stamps:
         raise InputError(f"{path}: the file was changed while it was being read; verify it when nothing writes it")
@@ -78,7 +90,7 @@ def replay(
     check_memory(found)
     found.verify()
     notes = list_notes(plan, precision)
-    made = generate_again(read_requests(path, plan, kept.to_pylist()), plan, found)
+    made = _make_again(path, plan, kept.to_pylist(), found)
     columns = made_columns(plan, kept.column_names)
     return Replay(
         path=path,
@@ -131,23 +143,25 @@ def find_same_model(path: Path, plan: Plan, model: str | None) -> Model:
 
 
 def count_rows(path: Path, plan: Plan) -> tuple[int, npt.NDArray[np.int64]]:
-    """How many input rows the output holds, and the numbers of the ok ones; all must be there, in order."""
-    ok, last, rows = [np.zeros(0, np.int64)], -1, 0
-    for batch in read_batches(path, ["row", "sample", "status"]):
-        numbers = batch["row"].to_numpy()
-        steps = np.diff(numbers, prepend=last)
-        if not np.isin(steps, (0, 1)).all():
-            near = int(numbers[~np.isin(steps, (0, 1))][0])
-            raise InputError(f"{path}: row {near} is out of order, or the rows before it are missing; it was changed")
-        last = int(numbers[-1]) if len(numbers) else last
-        first = batch["sample"].to_numpy() == 0
-        rows += int(first.sum())
-        ok.append(numbers[first & pc.equal(batch["status"], "ok").to_numpy(zero_copy_only=False)])
-    check_rows(path, plan, rows)
-    found = np.concatenate(ok)
-    if not len(found):
-        raise BatchgenError(f"{path}: none of its {rows} rows is ok, so there is nothing to generate again")
-    return rows, found
+    """How many input rows the output has, and the numbers of the ok ones; all must be there, in order."""
+    ok, selection = [np.zeros(0, np.int64)], plan.selection
+    batches = read_batches(path, _COUNTED)
+    for batch in in_order(batches, selection, path, "it was changed", read_left_out(path), InputError):
+        ok.append(batch["row"].to_numpy()[_is_made(batch)])
+    numbers = np.unique(np.concatenate(ok))
+    if not len(numbers):
+        raise BatchgenError(f"{path}: none of its {len(selection)} rows is ok, so there is nothing to generate again")
+    return len(selection), numbers
+
+
+def _is_made(batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
+    """Which output rows were generated or scored: those that are ok, or dropped for what was generated."""
+    is_made = pc.equal(batch["status"], "ok")
+    if "completion_tokens" in batch.schema.names:
+        is_dropped = pc.equal(batch["status"], "dropped")
+        is_made = pc.or_(is_made, pc.and_(is_dropped, pc.is_valid(batch["completion_tokens"])))
+    found: npt.NDArray[np.bool_] = is_made.to_numpy(zero_copy_only=False)
+    return found
 
 
 def list_notes(plan: Plan, precision: Precision) -> list[str]:
@@ -173,7 +187,8 @@ def read_requests(path: Path, plan: Plan, rows: Iterable[StoredRow]) -> list[Req
         number, sample = _int(row["row"]), _int(row["sample"])
         if row[_text_column(plan)] is None:
             continue
-        if sample == 0:
+        is_new = not requests or number != requests[-1].row
+        if sample == 0 or (is_new and not plan.rejects):  # sample 0 may be left out
             prompt, params = read_request(path, plan, row)
             id_ = None if row["id"] is None else str(row["id"])
             requests.append(Request(number, f"row {number}", id_, prompt, params, targets=read_targets(row, plan)))
@@ -198,20 +213,12 @@ def _int(value: object) -> int:
 
 def read_request(path: Path, plan: Plan, row: StoredRow) -> tuple[str | tuple[int, ...], SamplingParams]:
     """A row's prompt, as text or as the token ids that it was given as, and its parameters: the run's and its own."""
-    own = read_own_parameters(path, row)
-    ids = own.pop("prompt_token_ids", None)
-    if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
-        raise InputError(
-            f"{path}: prompt_token_ids in parameters of row {row['row']} are not token ids; they were changed"
-        )
     try:
-        params = read_parameters(plan.parameters.as_dict() | own)
-    except (ValueError, TypeError, UsageError) as error:
-        remedy = f"it was written by batchgen {plan.batchgen}, and this is {__version__}: install that one"
-        raise InputError(
-            f"{path}: row {row['row']} has parameters that are not known here ({error}); {remedy}"
-        ) from error
-    return (tuple(ids) if ids else str(row[_text_column(plan)])), params
+        params, ids = plan.read_own(str(row["parameters"]) if row.get("parameters") is not None else None)
+    except (ValueError, TypeError, RecursionError, UsageError) as error:
+        remedy = f"they were changed, or batchgen {plan.batchgen} wrote them: install that one (this is {__version__})"
+        raise InputError(f"{path}: parameters of row {row['row']} cannot be read ({error}); {remedy}") from error
+    return ids or str(row[_text_column(plan)]), params
 
 
 def _text_column(plan: Plan) -> str:
@@ -219,29 +226,25 @@ def _text_column(plan: Plan) -> str:
     return "text" if plan.text_column else "prompt"
 
 
-def read_own_parameters(path: Path, row: StoredRow) -> dict[str, object]:
-    """The value of the row's column `parameters`."""
-    if row.get("parameters") is None:
-        return {}
-    try:
-        own = json.loads(str(row["parameters"]))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: parameters of row {row['row']} are not JSON; they were changed") from error
-    if not isinstance(own, dict):
-        raise InputError(f"{path}: parameters of row {row['row']} are not an object; they were changed")
-    return own
-
-
 def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dict[tuple[int, int], Row]:
     """Every sample of the requests, made as one chunk: (row, sample) -> what a run would write."""
     tokenizer = model.load_tokenizer()
-    check = make_check(tokenizer, model.config.n_ctx, plan.policy(), plan.options())
+    check = make_check(tokenizer, model.config.n_ctx, *plan.rules())
     prepare_kernels()
     engine = map_engine(model, tokenizer)
     chunk = Chunk(0, tuple(map(check, requests)))
     rows = rows_of_chunk(chunk, plan.options(), plan.parameters, engine, tokenizer)
     model.check_unchanged()
     return {(row.row, row.sample): row for row in rows}
+
+
+def _make_again(path: Path, plan: Plan, rows: list[StoredRow], model: Model) -> dict[tuple[int, int], Row]:
+    """The same of some rows of an output, all samples of each, but for those that the run has left out."""
+    made = generate_again(read_requests(path, plan, rows), plan, model)
+    if plan.rejects or not plan.drops("completion"):
+        return made
+    stored = {(_int(row["row"]), _int(row["sample"])) for row in rows}
+    return {key: row for key, row in made.items() if key in stored}
 
 
 # ---- comparing
@@ -259,7 +262,7 @@ def list_differences(
         where = f"row {row['row']}, sample {row['sample']}"
         if again is None:
             yield f"{where}: is in the file, and was not generated again; the row was added, or its prompt removed"
-        elif again.status != row["status"]:
+        elif again.status != ("ok" if _is_repeated(row) else row["status"]):
             yield f"{where}: is {row['status']} in the file, and {again.status} here ({again.error})"
         else:
             for name in columns:
@@ -267,6 +270,11 @@ def list_differences(
                 if not _same(row[name], value, exact=exact):
                     yield f"{where}: {name} {_difference(row[name], value)}"
                     break
+
+
+def _is_repeated(row: StoredRow) -> bool:
+    """Whether a row was generated, and dropped for its completion when all rows were there."""
+    return row["status"] == "dropped" and row.get("completion_tokens") is not None
 
 
 def _same(old: object, new: object, *, exact: bool) -> bool:

@@ -24,6 +24,7 @@ from batchgen.review.report.page import (
     value_text,
     write_page,
 )
+from batchgen.types import STATUSES
 
 SHOWN_DIFFERENCES = 10
 _ROW = ("row", "sample", "id", "status")
@@ -87,7 +88,7 @@ def _numbers(a: Counts, b: Counts, words: Words) -> Iterator[tuple[str, str, str
         return name, first, second
 
     yield both(words.inputs, a.input_rows, b.input_rows)
-    for status in ("ok", "rejected", "failed"):
+    for status in (status for status in STATUSES if status != "dropped" or a.statuses[status] + b.statuses[status]):
         yield both(status, a.statuses[status], b.statuses[status])
     for reason in sorted(a.finish_reasons | b.finish_reasons):
         yield both(f"ended by {reason}", a.finish_reasons[reason], b.finish_reasons[reason])

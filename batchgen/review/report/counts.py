@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchgen.output.reading import read_batches, read_rows_at
+from batchgen.files import JsonObject
+from batchgen.output.reading import read_batches, read_left_out, read_rows_at
+from batchgen.output.rows import statuses_of
 from batchgen.progress import read_status as read_values
 from batchgen.progress import status_path
-from batchgen.types import MAX_REASON, Reason, add_reasons
+from batchgen.types import MAX_REASON, MEASURED, STATUSES, Reason, add_reasons
 
 T = TypeVar("T")
 Row: TypeAlias = dict[str, object]  # an output row, by column
@@ -28,7 +30,7 @@ SHOWN_EXTREMES = 5  # the shortest completions, the least likely, the most repea
 LOGPROBS = "logprobs"  # a column that an output may lack
 COUNTED = (
     *("row", "sample", "id", "completion", "prompt_tokens", "completion_tokens", "finish_reason", "status", "error"),
-    LOGPROBS,
+    *(LOGPROBS, *MEASURED),
 )
 SAMPLED = ("row", "sample", "id", "prompt", "completion", "completion_tokens", "finish_reason")
 _END = ("seconds", "rows_done", "completion_tokens")  # in the status file: the last point
@@ -47,7 +49,10 @@ class Counts:
     input_rows: int = 0
     repeated: int = 0  # completions that an earlier row has too
     mean_logprob: float | None = None  # of all tokens of ok rows, if the output has log-probabilities
+    means: dict[str, float] = field(default_factory=dict)  # over the ok rows, of the columns of MEASURED that are there
     rejects: list[Row] = field(default_factory=list)  # the first ones
+    left_out: int = 0  # output rows that the run left out; they count too
+    last_row: int = -1  # that was counted
     samples: list[Row] = field(default_factory=list)  # some of the ok rows
     shortest: list[Row] = field(default_factory=list)
     least_likely: list[Row] = field(default_factory=list)  # by mean log-probability of a token
@@ -63,6 +68,7 @@ def count_output(path: Path) -> Counts:
     counts, rng = Counts(), np.random.default_rng(0)  # the draw of samples is the same every time
     drawn, shortest, least_likely = Smallest(SHOWN_SAMPLES), Smallest(SHOWN_EXTREMES), Smallest(SHOWN_EXTREMES)
     repeats, likelihood = _Repeats(), _Likelihood()
+    measured: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in MEASURED}
     start = 0
     for batch in read_batches(path, COUNTED):
         ok = count_rows(batch, counts)
@@ -72,6 +78,8 @@ def count_output(path: Path) -> Counts:
         repeats.enter(completed["completion"], positions)
         if LOGPROBS in batch.schema.names:
             least_likely.enter(likelihood.means(completed[LOGPROBS]), positions)
+        for name in {*MEASURED} & {*batch.schema.names}:
+            measured[name].append(completed[name].drop_null().to_numpy(zero_copy_only=False))
         start += len(batch)
 
     def rows_at(chosen: Smallest) -> list[Row]:
@@ -82,6 +90,9 @@ def count_output(path: Path) -> Counts:
     counts.repeated, often, first = repeats.result()
     counts.most_repeated = list(zip(often.tolist(), read_in_order(path, first, SAMPLED), strict=True))
     counts.mean_logprob = likelihood.mean
+    found = {name: np.concatenate([np.zeros(0), *values]) for name, values in measured.items()}
+    counts.means = {name: float(values.mean()) for name, values in found.items() if len(values)}
+    count_left_out(path, counts)
     return counts
 
 
@@ -146,18 +157,29 @@ class _Likelihood:
 
 def count_rows(batch: pa.RecordBatch, counts: Counts) -> npt.NDArray[np.int64]:
     """Add a record batch to the counts; returns the positions of its ok rows. Scores lack columns of completions."""
-    first = pc.fill_null(pc.equal(batch["sample"], 0), False)
+    numbers = batch["row"].to_numpy()
+    first = pa.array(np.diff(numbers, prepend=counts.last_row) != 0)
     ok = pc.fill_null(pc.equal(batch["status"], "ok"), False)
     counts.input_rows += pc.sum(first).as_py() or 0
+    counts.last_row = int(numbers[-1]) if len(numbers) else counts.last_row
     _tally(counts.statuses, batch["status"])
     if "prompt_tokens" in batch.schema.names:
         _tally(counts.prompt_tokens, batch["prompt_tokens"].filter(pc.and_(ok, first)))
     if "completion_tokens" in batch.schema.names:
         _tally(counts.finish_reasons, batch["finish_reason"].filter(ok))
         _tally(counts.completion_tokens, batch["completion_tokens"].filter(ok))
-    if not pc.all(ok).as_py():
-        _count_rejects(batch.filter(pc.invert(ok)), counts)
+    unmade = pc.invert(pc.is_in(batch["status"], pa.array(["ok", "dropped"])))  # what is dropped was asked for
+    if pc.any(unmade).as_py():
+        _count_rejects(batch.filter(unmade), counts)
     return np.flatnonzero(ok.to_numpy(zero_copy_only=False))
+
+
+def count_left_out(path: Path, counts: Counts) -> None:
+    """Add the rows that are not in the output because they are rejected or dropped."""
+    left_out = read_left_out(path)
+    counts.input_rows += left_out["rows"]
+    counts.statuses += statuses_of(left_out)
+    counts.left_out = statuses_of(left_out).total()
 
 
 def _count_rejects(batch: pa.RecordBatch, counts: Counts) -> None:
@@ -199,7 +221,7 @@ class RunStatus:
 def read_status(path: Path, counts: Counts) -> RunStatus:
     """Read the status file; what it lacks, or all of it if its counts are not those of this output, is absent."""
     status = read_values(status_path(path))
-    if any(status.get(name, counts.statuses[name]) != counts.statuses[name] for name in ("ok", "rejected", "failed")):
+    if any(status.get(name, counts.statuses[name]) != counts.statuses[name] for name in STATUSES):
         return RunStatus()
     files = status.get("input", [])
     resumed = status.get("rows_resumed", 0)
@@ -211,7 +233,7 @@ def read_status(path: Path, counts: Counts) -> RunStatus:
     )
 
 
-def _timeline(status: dict[str, Any]) -> Timeline | None:
+def _timeline(status: JsonObject) -> Timeline | None:
     """The timeline and the end of the run; None if it is not one."""
     try:
         end = [[status[key] for key in _END]] if all(key in status for key in _END) else []

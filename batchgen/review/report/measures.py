@@ -15,7 +15,15 @@ import pyarrow.compute as pc
 from batchgen.output.reading import read_batches, read_rows_at
 from batchgen.plan import Plan
 from batchgen.progress import perplexity
-from batchgen.review.report.counts import SHOWN_SAMPLES, Counts, Row, Smallest, count_rows, read_in_order
+from batchgen.review.report.counts import (
+    SHOWN_SAMPLES,
+    Counts,
+    Row,
+    Smallest,
+    count_left_out,
+    count_rows,
+    read_in_order,
+)
 from batchgen.types import Kind
 
 Doubles: TypeAlias = npt.NDArray[np.float64]
@@ -67,6 +75,7 @@ def measure_output(path: Path, plan: Plan) -> Measured:
         drawn.enter(rng.random(len(ok)), positions)
         _add(sums, rows)
         start += len(batch)
+    count_left_out(path, measured.counts)
     measured.values = np.concatenate(values)
     measured.totals = dict(_totals(sums))
     shown = (*_ROW, "text" if plan.text_column else "prompt", *measure.columns)

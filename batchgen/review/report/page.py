@@ -16,7 +16,7 @@ from batchgen.review.report import plots
 from batchgen.review.report.counts import SHOWN_REJECTS, Counts, Row, RunStatus, count_output, percentile, read_status
 from batchgen.review.report.markup import Markup, element, join, visible
 from batchgen.review.report.measures import Doubles, Measured, describe, measure_output
-from batchgen.types import Kind
+from batchgen.types import STATUSES, Kind
 
 MOST_ID, MOST_PROMPT, MOST_COMPLETION, MOST_ERROR = 100, 600, 2_000, 400  # characters that are shown
 MOST_KINDS = 12  # reasons in a table
@@ -130,15 +130,25 @@ def origin(plan: Plan, status: RunStatus) -> str:
     """What was completed, by which model, when and where."""
     files = ", ".join(status.input[:3]) + (f" and {len(status.input) - 3} more" if len(status.input) > 3 else "")
     when = f"{status.started[:16].replace('T', ' ')} UTC" if status.started else ""
-    known = (f"input: {files}" if files else "", f"model: {plan.model}", when, status.host and f"on {status.host}")
+    rows = f"{len(plan.selection):,} of the input's {plan.rows:,} rows" if plan.is_part else ""
+    known = (
+        f"input: {files}" if files else "",
+        rows,
+        f"model: {plan.model}",
+        when,
+        status.host and f"on {status.host}",
+    )
     return "; ".join(part for part in known if part)
 
 
 def overview(counts: Counts, status: RunStatus, words: Words, totals: dict[str, str]) -> Iterator[Markup]:
     """The outcome of the run, in a line and a few numbers; those of its last part apart."""
-    parts = [f"{counts.statuses[status]:,} {status}" for status in ("ok", "rejected", "failed")]
-    line = f"{counts.rows:,} rows from {counts.input_rows:,} {words.inputs}: {', '.join(parts)}."
-    yield element("p", line, class_="good" if counts.rows == counts.statuses["ok"] else "bad")
+    shown = [status for status in STATUSES if status != "dropped" or counts.statuses[status]]
+    parts = [f"{counts.statuses[status]:,} {status}" for status in shown]
+    left_out = f"; {counts.left_out:,} of them are left out of the output" if counts.left_out else ""
+    line = f"{counts.rows:,} rows from {counts.input_rows:,} {words.inputs}: {', '.join(parts)}{left_out}."
+    is_good = counts.rows == counts.statuses["ok"] + counts.statuses["dropped"]
+    yield element("p", line, class_="good" if is_good else "bad")
     whole = {
         words.inputs: f"{counts.input_rows:,}",
         f"{words.made}s": f"{counts.statuses['ok']:,}",
@@ -148,6 +158,7 @@ def overview(counts: Counts, status: RunStatus, words: Words, totals: dict[str, 
     whole = {name: number for name, number in whole.items() if name} | totals
     if counts.mean_logprob is not None:
         whole["mean log-probability"] = f"{counts.mean_logprob:.3f}"
+    whole |= {f"mean of {name}": f"{mean:.3f}" for name, mean in counts.means.items()}
     last = {}
     if status.timeline:
         seconds, _, tokens = status.timeline[-1]
