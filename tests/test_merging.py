@@ -107,7 +107,7 @@ selections = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(selections, st.integers(1, 9), st.integers(0, 99), st.randoms(), st.sampled_from([".parquet", ".jsonl"]))
 def test_shards_in_any_order_are_merged_to_the_output_of_one_run(
     tmp_path_factory: pytest.TempPathFactory, selection: Any, n: int, seed: int, rng: random.Random, suffix: str

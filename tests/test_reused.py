@@ -152,7 +152,7 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @given(old=ROWS, new=ROWS, seed_by=st.sampled_from(["row", "id", "prompt"]), was=OPTIONS, now=OPTIONS, data=st.data())
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_whatever_became_of_the_input_the_output_is_that_of_a_full_run(
     model: Path,
     tmp_path_factory: pytest.TempPathFactory,

@@ -36,7 +36,7 @@ def batchgen(
     streams = {"stdout": out, "stderr": out if together else err}
     argv = ["batchgen", *map(str, arguments)]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_restored())
+        stack.enter_context(restored())
         stack.enter_context(contextlib.chdir(folder))
         stack.enter_context(mock.patch.dict(os.environ, environment or os.environ.copy(), clear=True))
         given = stack.enter_context(open(stdin, encoding="utf-8"))
@@ -50,7 +50,7 @@ def batchgen(
 
 
 @contextlib.contextmanager
-def _restored() -> Iterator[None]:
+def restored() -> Iterator[None]:
     """What a command sets for its process is as before: signals, the names of options in errors, and logging."""
     root = logging.getLogger()
     loggers = [root, logging.getLogger("batchgen"), logging.getLogger("jobs")]
