@@ -153,6 +153,7 @@ class Summary:
     reuses: bool = False  # older outputs were named, and of so many input rows
     reused: int = 0  # all samples are copied from them,
     extended: int = 0  # or some are, or were continued
+    anew: int = 0  # nothing of them is copied, and they were generated
 
     @classmethod
     def of_complete(cls, output: Path | str, input_rows: int, statuses: Counter[str]) -> "Summary":
@@ -386,6 +387,7 @@ class Reporter:
         counts, resumed = self.counts, self.resumed
         is_scored = task_of(self.kind) == "score" and not self.is_retry  # a retry does not read the rows that stay
         scores = Scores.of(self.kind, counts) if is_scored else None
+        not_anew = sum(counts[name] for name in ("reused", "extended", "rejected", "failed", "dropped"))
         self.status.scores = {"scores": scores.measures()} if scores else {}
         self._summary = Summary(
             output=output,
@@ -410,6 +412,7 @@ class Reporter:
             reuses=self.reuses and not self.is_retry,  # of which most rows are neither copied nor generated
             reused=counts["reused"],
             extended=counts["extended"],
+            anew=max(input_rows - not_anew, 0),
         )
         return self._summary
 

@@ -18,7 +18,7 @@ from batchgen.files import JsonObject as Row
 from batchgen.job import Job
 from batchgen.output.parts import open_parquet
 from batchgen.progress import Scores, Summary, to_follow, words_of
-from batchgen.types import Kind, Reason, RowParameters
+from batchgen.types import Kind, RowParameters
 
 STDOUT = Path("-")
 REASONSSHOWN = 8
@@ -114,7 +114,8 @@ def summary_lines(summary: Summary) -> Iterator[str]:
         yield f"output: {one_line(str(summary.output))}"
         return
     if summary.reuses:
-        yield reuse_line(summary.reused, summary.extended, summary.input_rows, summary.reasons)
+        copied = f"{summary.reused:,} rows copied, {summary.extended:,} extended"
+        yield f"reuse: {copied}, {summary.anew:,} generated anew"
     if summary.scores:
         yield from score_lines(summary.scores)
     speed = f"{summary.tokens / max(summary.seconds, 1e-9):,.0f} tokens/s"
@@ -138,12 +139,6 @@ def merge_lines(summary: Summary, shards: int) -> Iterator[str]:
     yield next(summary_lines(replace(summary, resumed=0)))
     yield f"merged: {shards:,} shard{'' if shards == 1 else 's'}"
     yield f"output: {one_line(str(summary.output))}"
-
-
-def reuse_line(reused: int, extended: int, input_rows: int, reasons: Sequence[Reason]) -> str:
-    """How many rows are from older outputs."""
-    generated = input_rows - reused - extended - sum(reason.rows for reason in reasons)
-    return f"reuse: {reused:,} rows copied, {extended:,} extended, {generated:,} generated anew"
 
 
 def _work(summary: Summary) -> str:

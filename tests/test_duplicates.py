@@ -200,6 +200,16 @@ def test_a_run_that_was_stopped_drops_the_same_rows(
     }
 
 
+def test_rows_that_repeat_a_prompt_are_not_counted_as_generated_anew(model: Path, tmp_path: Path) -> None:
+    old = write(tmp_path / "old.jsonl", ["a", "b", "a", "c"])
+    run(model, old, tmp_path / "old.parquet", drop_duplicates="prompt")
+    grown = write(tmp_path / "p.jsonl", ["a", "b", "a", "c", "d"])
+    summary, _ = run(
+        model, grown, tmp_path / "o.parquet", drop_duplicates="prompt", reuse=(str(tmp_path / "old.parquet"),)
+    )
+    assert (summary.reused, summary.extended, summary.anew, summary.dropped) == (3, 0, 1, 1)
+
+
 # ---- ids
 
 
