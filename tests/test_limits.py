@@ -173,6 +173,22 @@ def test_a_run_whose_manager_has_died_ends(job, monkeypatch):
         run_job(job)
 
 
+def test_an_executor_whose_manager_has_died_is_not_taken_again(monkeypatch):
+    """The remedy is to run again, also in the same process, where an executor waits for the next run."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    executor = pool.take_executor(1)
+    with monkeypatch.context() as patch:
+        thread = "joblib.externals.loky.process_executor._ExecutorManagerThread"
+        patch.setattr(f"{thread}.add_call_item_to_queue", refusing(SystemExit()))
+        executor.submit(int)
+        executor._executor_manager_thread.join(60)
+    assert pool.has_lost_manager(executor)
+    pool.keep_executor(1, executor)
+    other = pool.take_executor(1)
+    pool.end_workers(other)
+    assert other is not executor
+
+
 def test_a_daemonic_process_is_refused_and_leaves_nothing(job, monkeypatch):
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # as in multiprocessing.Pool
     with pytest.raises(UsageError, match="a daemonic process, .* use concurrent.futures.ProcessPoolExecutor"):

@@ -124,7 +124,7 @@ def take_executor(jobs: int) -> ProcessPoolExecutor:
     while idle:
         with suppress(IndexError):  # another thread took it
             found, executor = idle.pop()
-            if found == jobs and not is_over(executor):
+            if found == jobs and not is_over(executor) and not has_lost_manager(executor):
                 return executor
             end_workers(executor)
     parent = (os.getpid(),)
