@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from batchgen.errors import BatchgenError, InputError, UsageError
 from batchgen.job import Job
+from batchgen.output.file import FileOutput
 from batchgen.output.ledger import Ledger
 from batchgen.output.reading import read_plan
 from batchgen.output.reused import OlderRows, read_older
@@ -277,6 +278,22 @@ def test_an_output_can_be_reused_for_its_own_replacement_though_the_run_is_kille
     run_job(job(model, rows_of(14), tmp_path / f"full{path.suffix}"))
     assert run_job(again).resumed == 14
     assert_equal(path, tmp_path / f"full{path.suffix}")
+
+
+@pytest.mark.parametrize("damage", [lambda part: part.write_bytes(b"no part"), Path.unlink])
+def test_a_part_that_is_lost_before_it_is_published_is_made_again(
+    model: Path, tmp_path: Path, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(job(model, rows_of(10), tmp_path / "old.parquet"))
+    again = job(model, rows_of(14), tmp_path / "new.parquet", reuse=(str(tmp_path / "old.parquet"),), chunk_rows=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileOutput, "publish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_job(again)
+    damage(min((tmp_path / "new.parquet.batchgen" / "parts").iterdir()))
+    run_job(change_job(again, overwrite=False))
+    run_job(job(model, rows_of(14), tmp_path / "full.parquet"))
+    assert_equal(tmp_path / "new.parquet", tmp_path / "full.parquet")
 
 
 def test_several_older_outputs_by_a_glob_and_a_dataset(model: Path, tmp_path: Path) -> None:

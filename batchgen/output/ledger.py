@@ -264,8 +264,13 @@ class Ledger:
         self._whole.touch()
 
     def find_whole(self, restart: bool) -> Plan | None:
-        """The plan of the run to resume, if there is only to publish it."""
-        return self.unfinished() if self._whole.exists() and not restart else None
+        """The plan of the run to resume, if there is only to publish it: no part was damaged or lost meanwhile."""
+        plan = self.unfinished() if self._whole.exists() and not restart else None
+        if plan is None:
+            return None
+        receipts = [receipt for path in self.parts_directory.glob("*") if (receipt := read_receipt(path))]
+        rows = sum(receipt.input_rows for receipt in receipts if receipt.plan == plan.digest)
+        return plan if rows == len(plan.selection) else None
 
     def statuses(self) -> Counter[str]:
         """Committed output rows by status."""
