@@ -254,7 +254,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _decide_lines(pieces: Sequence[Piece], plan: Plan, statuses: Counter[str], left_out: LeftOut) -> Iterator[bytes]:
-    """The lines of all shards, with the status of those that repeat a completion of another shard."""
+    """The lines of all shards; a line with a completion that an earlier shard has gets the status dropped."""
     for batch in decide_rows(_read_lines(pieces), plan, statuses, left_out):
         for line, status, error in zip(*(batch[name].to_pylist() for name in _DECIDED), strict=True):
             values = json.loads(line)

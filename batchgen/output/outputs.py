@@ -131,7 +131,7 @@ def check_filters(options: OutputOptions, output: Output, prompts: Prompts) -> N
         what = f"{refused[0]}: OpenAI's lines, one for each request, have no place for it"
         raise UsageError(f"{output.where}: {what}; leave it out, or name the output .parquet")
     if prompts.openai and len(merging) == 2:
-        what = f"a request of OpenAI's may have several prompts, which could not be told apart with {merging[1]}"
+        what = f"an OpenAI request may have several prompts, and {merging[1]} hides which of them has which samples"
         raise UsageError(f"{output.where}: {merging[0]}: {what}; leave one of them out")
 
 

@@ -78,7 +78,7 @@ class Tables:
         return map(self._rows, self._read(name, columns, damaged, group_batches))
 
     def newest(self, n: int, columns: Sequence[str], damaged: Damaged) -> list[Row]:
-        """The last n rows, or of a run's parts some of those that were committed last, in order."""
+        """The last n rows of a finished output, or n rows of the parts that a run committed last; in order."""
         found: list[Row] = []
         for name in reversed(self.names if self.finished else sorted(self.names, key=_time_of)):
             for batch in self._read(name, columns, damaged, _backwards):
