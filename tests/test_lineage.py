@@ -15,9 +15,8 @@ from batchgen.job import Job
 from batchgen.output.lineage import Lineage, append_line, name_dataset, read_parent
 from batchgen.output.reading import read_plan
 from batchgen.run import run_job
-from batchgen.types import SamplingParams
 from batchgen.workers.supply import Deadline
-from tests.support.jobs import change_job, make_job
+from tests.support.jobs import change_job, make_watched_job
 from tests.support.models import write_byte_model
 
 RUN = "5d35afce-a4ae-4658-b295-ce3ddc4dcd9e"
@@ -30,10 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(tmp_path: Path, model: Path) -> Job:
-    lines = [json.dumps({"prompt": f"a {i}" * (i != 3)}) + "\n" for i in range(5)]
-    (tmp_path / "p.jsonl").write_text("".join(lines))
-    options: dict[str, Any] = {"jobs": 1, "overwrite": False, "lineage": tmp_path / "l.jsonl"}
-    return make_job(tmp_path / "p.jsonl", tmp_path / "c.parquet", model, SamplingParams(max_tokens=4), **options)
+    return make_watched_job(tmp_path, model, lineage=tmp_path / "l.jsonl")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """metrics.py: --metrics FILE.prom is text that Prometheus reads, and true whatever becomes of the run."""
 
-import json
 import os
 import re
 import stat
@@ -19,7 +18,7 @@ from batchgen.run import run_job
 from batchgen.types import SamplingParams
 from batchgen.workers.supply import Deadline
 from tests.support.command import batchgen
-from tests.support.jobs import change_job, make_job
+from tests.support.jobs import change_job, make_watched_job
 from tests.support.models import write_byte_model
 
 LABEL = re.compile(r'(\w+)="((?:[^"\\\n]|\\["\\n])*)"(?:,|$)')
@@ -74,10 +73,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(tmp_path: Path, model: Path) -> Job:
-    lines = [json.dumps({"prompt": f"a {i}" * (i != 3)}) + "\n" for i in range(5)]
-    (tmp_path / "p.jsonl").write_text("".join(lines))
-    options: dict[str, Any] = {"jobs": 1, "overwrite": False, "metrics": tmp_path / "m.prom"}
-    return make_job(tmp_path / "p.jsonl", tmp_path / "c.parquet", model, SamplingParams(max_tokens=4), **options)
+    return make_watched_job(tmp_path, model, metrics=tmp_path / "m.prom")
 
 
 # ---- the text format

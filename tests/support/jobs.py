@@ -1,5 +1,6 @@
 """Jobs from flat keywords, as a command line has them: each goes to the record that has a field of this name."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ def make_job(
 ) -> Job:
     """make_job("p.jsonl", "o.parquet", jobs=1, keep=("a",), output_format="dataset"); by default it may replace."""
     return change(Job(input, output, str(model), sampling or SamplingParams()), **{"overwrite": True} | options)
+
+
+def make_watched_job(folder: Path, model: Path, **options: Any) -> Job:
+    """Five rows, of which one is rejected, from p.jsonl to c.parquet, which it may not replace."""
+    lines = [json.dumps({"prompt": f"a {i}" * (i != 3)}) + "\n" for i in range(5)]
+    (folder / "p.jsonl").write_text("".join(lines))
+    options = {"jobs": 1, "overwrite": False} | options
+    return make_job(folder / "p.jsonl", folder / "c.parquet", model, SamplingParams(max_tokens=4), **options)
 
 
 def change_job(job: Job, **options: Any) -> Job:
