@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchgen.errors import BatchgenError, StoppedError, UsageError
+from batchgen.files import stamp_of
 from batchgen.gpt2.config import GPT2Config
 from batchgen.input.prompts import Prompts
 from batchgen.job import Job, WorkOptions
@@ -484,9 +485,9 @@ def test_a_model_is_copied_to_the_nodes_cache_once_and_checked(setup, tmp_path):
     setup = replace(setup, model_cache=str(tmp_path / "cache"))
     assert asked(setup, rejected_chunk(0))[0].receipt
     [copy] = (tmp_path / "cache").iterdir()
-    before = copy.stat()
+    before = stamp_of(copy)
     assert asked(setup, rejected_chunk(0))[0].receipt
-    assert copy.stat() == before
+    assert stamp_of(copy) == before
     shard = next(copy.glob("h0.mlp.c_fc.w.panels.npy"))
     shard.write_bytes(shard.read_bytes()[:-4])
     other_run = replace(setup, attempt=str(tmp_path / "other"))  # a node checks every shard once in a run
