@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 
-from batchgen.engine.limits import MAX_BATCH
+from batchgen.engine.limits import MAX_BATCH, kv_bytes_per_token
 from batchgen.errors import ModelError, UsageError
 from batchgen.gpt2.machine_code import prepare_kernels
 from batchgen.gpt2.params import Array
@@ -19,7 +19,7 @@ from batchgen.input.validation import make_check
 from batchgen.job import DEFAULT_MODEL, EmbedOptions, Policy, Pool, ScoreOptions, TaskOptions, WorkOptions, with_kind
 from batchgen.models.model import Model
 from batchgen.options import known_keywords, shown, split_keywords
-from batchgen.planning import fit_task, plan_chunks
+from batchgen.planning import fit_task, plan_chunks, within_memory
 from batchgen.text.stopping import StopStrings, completed_text
 from batchgen.text.tokenizer import StreamDecoder
 from batchgen.types import (
@@ -172,7 +172,8 @@ class Generator:
 
     def _stream(self, request: TokenizedRequest) -> Iterator[str]:
         params = request.params
-        decoder = StreamDecoder(self.tokenizer, skip_special=params.skip_special_tokens)
+        n_given = len(self.tokenizer.decode_bytes(request.all_again[0]))
+        decoder = StreamDecoder(self.tokenizer, skip_special=params.skip_special_tokens, n_skipped=n_given)
         unsure = max(map(len, params.stop), default=1) - 1  # last characters that may yet begin a stop string
         text, done, shown = "", 0, 0
         yield request.prompt if params.echo else ""
@@ -181,7 +182,7 @@ class Generator:
                 text += decoder.push(sequence.token_ids[done:])
                 done = len(sequence.token_ids)
             for completion in finished:
-                text, unsure = completed_text(completion.token_ids, params, self.tokenizer)[0], 0
+                text, unsure = completed_text(completion.token_ids, params, self.tokenizer, n_given)[0], 0
             certain = max(len(text) - unsure, shown)
             yield text[shown:certain]
             shown = certain
@@ -204,7 +205,10 @@ class Generator:
         self._idle.append(engine)
 
     def _check(self, request: Request, policy: Policy, task: TaskOptions | None = None) -> TokenizedRequest:
-        item = make_check(self.tokenizer, self.config.n_ctx, policy, task)(request)
+        precision, room = self._model.precision, self._engine.arena.n_tokens
+        kv_bytes = room * kv_bytes_per_token(self.config, precision)
+        check = make_check(self.tokenizer, self.config.n_ctx, policy, task)
+        item = within_memory(check, self.config, precision, kv_bytes)(request)
         if isinstance(item, Rejected):
             raise UsageError(item.error)
         return item

@@ -25,10 +25,12 @@ from batchgen.options import (
     split_keywords,
 )
 from batchgen.types import (
+    BEAMS,
     ENDS,
     IO,
     MAX_INT,
     MEASURED,
+    PATTERNS,
     READING,
     SAMPLING,
     Kind,
@@ -57,7 +59,7 @@ DEFAULT_SHOTS_COLUMN, DEFAULT_SHOTS_END = "completion", "\n\n"
 DEFAULT_ID_COLUMN = "id"  # may be absent; an id column that was asked for by name may not
 
 SCORES, PROMPTS, WORK, CLUSTER, RUN = "Scores", "Prompts", "Work", "Cluster", "Run"
-GROUPS = (IO, SCORES, SAMPLING, ENDS, PROMPTS, WORK, CLUSTER, RUN)  # of options, in the order of --help
+GROUPS = IO, SCORES, SAMPLING, PATTERNS, BEAMS, ENDS, PROMPTS, WORK, CLUSTER, RUN  # in the order of --help
 
 _INPUT = "Prompts: JSON lines, CSV or Parquet; files, globs, directories, s3:// and the like, or - (stdin)."
 _OUTPUT = "Where to: .parquet or .jsonl, a folder, or either as s3:// and the like; - is JSON lines to stdout."

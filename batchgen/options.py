@@ -41,6 +41,7 @@ class Option:
     within: tuple[float, float, str] | None = None  # lowest, highest, and the range in words
     choices: tuple[str, ...] = ()
     parse: Callable[[str], Any] | None = None  # the text of the command line; ValueError says what is wrong with it
+    read: Callable[[str], str] | None = None  # the same of a command line alone: a row of the input names no file
     show: Callable[[Any], str | None] = str  # the reverse; None: not given
     argument: bool = False  # given by its position
     escaped: bool = False  # a text in which a command line may write escapes such as \n; see parse_escapes
@@ -80,7 +81,7 @@ def arguments(record: Any, without: Collection[str] = ()) -> Iterator[str]:
         declared = one.metadata.get("option")
         value = getattr(record, one.name)
         if declared is not None and not declared.argument and value != one.default and one.name not in without:
-            yield from words_of(one.name, declared, value)
+            yield from words_of(one.name, declared, ("",) if value == () else value)  # no list instead of a default
 
 
 def words_of(name: str, declared: Option, value: Any) -> Iterator[str]:
@@ -378,6 +379,33 @@ def _parse_bias(text: str) -> tuple[int, float]:
         return number, float(bias)
     except ValueError as error:
         raise ValueError(f"{text!r}: write it as a token id and a number, such as 198=-100") from error
+
+
+def read_regex(text: str) -> str:
+    """Not empty: a variable that is not set would let through any text."""
+    if not text:
+        raise ValueError("'' is empty; write a regular expression, or leave it out")
+    return text
+
+
+def read_schema(text: str) -> str:
+    """A JSON object's text, which begins with {, or that in a file: schema.json, or as curl has it @schema.json."""
+    return text if text.lstrip().startswith("{") else _read_pattern(text, 'JSON text begins with "{"')
+
+
+def read_grammar(text: str) -> str:
+    """A grammar's text, which has a rule `start:`, or that in a file: list.lark, or @list.lark."""
+    is_text = not text.startswith("@") and re.search(r"^\s*start\b[^:\n]*:", text, re.MULTILINE)
+    return text if is_text else _read_pattern(text, 'a grammar has a rule "start: ..."')
+
+
+def _read_pattern(name: str, otherwise: str) -> str:
+    try:
+        with Path(name.removeprefix("@")).open("rb") as file:
+            return file.read(2**20).decode("utf-8-sig")  # more than any pattern may have
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8" if "\0" not in name else "a null"
+        raise ValueError(f"{shown(name)} cannot be read as a file ({reason}); {otherwise}") from error
 
 
 def _parse_token_id(text: str) -> int:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from batchgen.selection import Selection
 
 _LATER = {"regex"}  # fields that older plans lack: they are empty then, and agree with anything
+_DEFAULTS = SamplingParams().as_dict()
+# parameters that older plans lack, with the values that change nothing
+_NEWER = dict([*_DEFAULTS.items()][[*_DEFAULTS].index("skip_special_tokens") + 1 :])
 _OLDER = {"blas", "numpy_kernels"}  # fields that older plans have: what decided how a sum was rounded
 
 
@@ -133,8 +136,12 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """16 hex digits: each part holds those of the plan that it was made by."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+        """16 hex digits: each part holds those of the plan that it was made by, also if older plans have it."""
+        values = self.to_json()
+        for name, value in _NEWER.items():
+            if getattr(self.parameters, name) == value:
+                del values["parameters"][name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     # ---- comparing
 
@@ -306,12 +313,16 @@ _IMPLIED: dict[str, tuple[str, ...]] = {
 }
 
 
+_PACKAGES = {"regex": "the package regex"}  # a parameter has the same name
+
+
 def _pairs(name: str, old: Plan, new: Plan) -> list[tuple[str, Any, Any]]:
     """A field, or the parameters that differ, with the value of each plan."""
     names = [field.name for field in fields(SamplingParams)] if name == "parameters" else [name]
     a, b = (plan.parameters if name == "parameters" else plan for plan in (old, new))
     values = [(one, getattr(a, one), getattr(b, one)) for one in names]
-    return [(one, mine, theirs) for one, mine, theirs in values if mine != theirs]
+    said = _PACKAGES if name in _PACKAGES else {}
+    return [(said.get(one, one), mine, theirs) for one, mine, theirs in values if mine != theirs]
 
 
 def _changed_input(old: Plan, new: Plan) -> str:
@@ -357,7 +368,7 @@ def _changed_formats(old: Plan, new: Plan) -> str:
 
 
 def _named(name: str, value: Any) -> str:
-    """--max-tokens 40; no --trim; regex '2026.2.28', which no option sets."""
+    """--max-tokens 40; no --trim; the package regex '2026.2.28', which no option sets."""
     if name == "task":
         return f"the command {value}"
     if name in ("model", "input_formats", "format"):

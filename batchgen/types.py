@@ -1,12 +1,14 @@
 """The small records that pass between the floors: sampling parameters, requests, chunks, rows, receipts."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args
 
 from batchgen.errors import UsageError
+from batchgen.files import parse_json
 from batchgen.options import (
     check_ranges,
     is_number,
@@ -15,6 +17,9 @@ from batchgen.options import (
     parse_biases,
     parse_token_ids,
     plain,
+    read_grammar,
+    read_regex,
+    read_schema,
     show_biases,
     show_token_ids,
     shown,
@@ -25,13 +30,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Ids: TypeAlias = tuple[int, ...]
+Mask: TypeAlias = "npt.NDArray[np.uint32]"  # of token ids; see make_mask
 Floats: TypeAlias = tuple[float, ...]
-FinishReason = Literal["stop", "length", "repetition"]
+FinishReason = Literal["stop", "length", "repetition", "blocked"]
 Precision = Literal["float32", "int8"]  # of the products with weights
 Status = Literal["ok", "rejected", "failed", "dropped"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 Task = Literal["generate", "score", "embed"]  # what a run does with each row
 Kind = Literal["generate", "text", "completion", "choices", "embed"]  # the same; of scores, what each row has
+EarlyStopping = Literal["false", "true", "never"]  # of beam search
 ReadSpecial = Literal["auto", "parse", "text"]  # of special tokens in prompts; auto: as the model's tokenizer does
 
 MAX_INT = 2**31 - 1
@@ -41,6 +48,8 @@ MIN_TEMPERATURE = 1e-5  # as in vLLM; below it the most likely token has all of 
 MAX_LOGPROBS = 100
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1000
+MAX_CHOICES = 1024
+MAX_PATTERN_BYTES = {"regex": 2**14, "json_schema": 2**16, "grammar": 2**16}
 MAX_TOKENS_NAMED = 64  # bad_words, stop_token_ids
 MAX_BIASES = 1024
 MAX_REASONS = 32  # kinds of reasons that are counted apart
@@ -48,7 +57,18 @@ MAX_REASON = 300  # characters of one
 
 MEASURED = ("mean_logprob", "repetition")  # columns of what is measured of each completion, if asked for
 
-SAMPLING, ENDS, IO = "Sampling", "Where a completion ends", "Input, model, output"  # groups of options in --help
+# groups of options in --help
+SAMPLING, PATTERNS, BEAMS = "Sampling", "What a completion may be", "Beam search"
+ENDS, IO = "Where a completion ends", "Input, model, output"
+
+PATTERN_NAMES = ("choices", *MAX_PATTERN_BYTES)  # a completion may have one of them
+
+DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
+MAX_BREAKER_BYTES = 40  # which llama.cpp cuts them to
+MAX_NUM_BEAMS = 64
+# what changes draws alone, with the value that changes nothing: beam search draws nothing
+OF_DRAWS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": 0.0}
+OF_DRAWS["xtc_probability"] = 0.0
 
 _TOP_K = "Draw from the K most likely tokens; 0 is off."
 _TOP_P = "Draw from the most likely tokens that make up this probability; 1 is off."
@@ -63,6 +83,22 @@ _PROMPT_LOGPROBS = "The same for the tokens of the prompt."
 _STOP = f"End before this text, \\n is a line feed; again for more, up to {MAX_STOPS}."
 _SKIP_SPECIAL = "Leave special tokens out of the completion's text; token ids keep them."
 _PENALTY = (-100.0, 100.0, "-100 to 100, 0 is off")
+_NO_REPEAT = "No N tokens in a row occur twice, prompt included; 0 is off."
+_TYPICAL_P = "Draw from the tokens of the most expected surprise that make up this probability; 1 is off."
+_TOP_N_SIGMA = "Draw from tokens whose logit is within N standard deviations of the largest; 0 is off."
+_DRY = "Lower the logits of tokens that continue a repetition, the more the longer it is; 0 is off."
+_DRY_BASE = "Each repeated token more multiplies the lowering by this."
+_DRY_ALLOWED = "Repetitions of fewer tokens are not lowered."
+_DRY_BREAKERS = "No repetition goes on past this text; again for more, '' is none."
+_XTC = "How often all but the least likely of the tokens above the threshold are left out; 0 is off."
+_XTC_THRESHOLD = "The probability from which on a token counts for that; above 0.5 is off."
+_ALLOWED = "Generate these token ids alone: 198,13."
+_CHOICES = "The completion is exactly one of these texts; again for each."
+_REGEX = "The completion matches this regular expression as a whole."
+_JSON_SCHEMA = "The completion is JSON of this schema: its text, or the file that has it."
+_GRAMMAR = "The completion is of this grammar, in Lark's form: its text, or the file that has it."
+_EARLY = "End when N beams are complete: true; when no better one is likely: false; when none can come: never."
+_HEAL = "Complete a token that the prompt's end cuts: a space, or half of a word."
 
 
 @known_keywords
@@ -70,9 +106,9 @@ _PENALTY = (-100.0, 100.0, "-100 to 100, 0 is off")
 class SamplingParams:
     """How to complete one prompt; names and meanings are vLLM's, and docs/parameters.md explains each.
 
-    temperature 0 is greedy. Order of work on the logits: logit_bias, penalties, bad_words, min_tokens,
-    temperature, top_k, top_p, min_p. Raises UsageError, with the range, on a value out of it. A new parameter is a
-    field here; the command line, rows, OpenAI bodies, `Generator` and the plan take it from this declaration.
+    temperature 0 is greedy; engine/sampler.py has the order of work on the logits. Raises UsageError, with the range,
+    on a value out of it. A new parameter is a field here; the command line, rows, OpenAI bodies, `Generator` and the
+    plan take it from this declaration.
     """
 
     max_tokens: int = option(40, "New tokens at most, for each sample.", SAMPLING, within=(0, MAX_INT, "1 or more"))
@@ -110,11 +146,45 @@ class SamplingParams:
     stop_loops: bool = option(False, "End a completion that repeats itself.", ENDS, off=None)
     skip_special_tokens: bool = option(False, _SKIP_SPECIAL, IO, off="--keep-special-tokens")
 
+    no_repeat_ngram_size: int = option(0, _NO_REPEAT, SAMPLING, metavar="N", within=(0, MAX_INT, "0 (off) or more"))
+    typical_p: float = option(1.0, _TYPICAL_P, SAMPLING, within=(0.0, 1.0, "above 0, up to 1 (off)"))
+    top_n_sigma: float = option(0.0, _TOP_N_SIGMA, SAMPLING, within=(0.0, 100.0, "0 (off) to 100"))
+    dry_multiplier: float = option(0.0, _DRY, SAMPLING, within=(0.0, 100.0, "0 (off) to 100"))
+    dry_base: float = option(1.75, _DRY_BASE, SAMPLING, within=(1.0, 100.0, "1 to 100"))
+    dry_allowed_length: int = option(2, _DRY_ALLOWED, SAMPLING, within=(0, MAX_INT, "0 or more"))
+    dry_sequence_breakers: tuple[str, ...] = option(DRY_BREAKERS, _DRY_BREAKERS, SAMPLING, metavar="TEXT", escaped=True)
+    xtc_probability: float = option(0.0, _XTC, SAMPLING, within=(0.0, 1.0, "0 (off) to 1"))
+    xtc_threshold: float = option(0.1, _XTC_THRESHOLD, SAMPLING, within=(0.0, 1.0, "0 to 1"))
+    allowed_token_ids: tuple[int, ...] = option(
+        (), _ALLOWED, SAMPLING, metavar="ID,ID", parse=parse_token_ids, show=show_token_ids
+    )
+    choices: tuple[str, ...] = option((), _CHOICES, PATTERNS, metavar="TEXT", escaped=True)
+    regex: str | None = option(None, _REGEX, PATTERNS, metavar="REGEX", read=read_regex)
+    json_schema: str | None = option(None, _JSON_SCHEMA, PATTERNS, metavar="SCHEMA|FILE", read=read_schema)
+    grammar: str | None = option(None, _GRAMMAR, PATTERNS, metavar="LARK|FILE", read=read_grammar)
+    num_beams: int = option(
+        1,
+        "Search the likeliest completion with N beams; 1 is off.",
+        BEAMS,
+        metavar="N",
+        within=(1, MAX_NUM_BEAMS, f"1 (off) to {MAX_NUM_BEAMS}"),
+    )
+    length_penalty: float = option(
+        1.0, "Divide a beam's log-probability by its length to this power.", BEAMS, within=(-10.0, 10.0, "-10 to 10")
+    )
+    early_stopping: EarlyStopping = option("false", _EARLY, BEAMS, choices=get_args(EarlyStopping))
+    heal: bool = option(False, _HEAL, SAMPLING, off=None)
+
     def __post_init__(self) -> None:
         for name, what in _LISTS.items():
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name), what))
-        if self.top_k == -1:  # vLLM's word for off
-            object.__setattr__(self, "top_k", 0)
+        for name, off in (("top_k", 0), ("top_n_sigma", 0.0)):
+            if getattr(self, name) == -1:  # vLLM's word for off, and llama.cpp's
+                object.__setattr__(self, name, off)
+        if self.dry_sequence_breakers == ("",):  # how a command line says that there are none
+            object.__setattr__(self, "dry_sequence_breakers", ())
+        if isinstance(self.early_stopping, bool | str):  # transformers has booleans, and pandas writes True
+            object.__setattr__(self, "early_stopping", str(self.early_stopping).lower())
         check_ranges(self)
         if not self.max_tokens and self.prompt_logprobs is None and not self.echo:
             raise UsageError(
@@ -122,19 +192,36 @@ class SamplingParams:
             )
         if 0.0 < self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
-        if self.top_p == 0.0:
-            raise UsageError("top_p 0.0 is out of range (above 0, up to 1 (off)); greedy is temperature 0")
+        for name in ("top_p", "typical_p"):
+            if getattr(self, name) == 0.0:
+                raise UsageError(f"{name} 0.0 is out of range (above 0, up to 1 (off)); greedy is temperature 0")
         if self.min_tokens > self.max_tokens:
             raise UsageError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}; lower it")
         for token, bias in self.logit_bias:
             if not is_number(bias) or not -100.0 <= bias <= 100.0:
                 raise UsageError(f"logit_bias {shown(bias)} of token {token} is out of range (-100 to 100)")
         self._check_lists()
+        self._check_patterns()
+        if self.num_beams > 1:
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        """Beam search returns its best beams, and draws nothing."""
+        if self.n > self.num_beams:
+            what = f"n {self.n} exceeds num_beams {self.num_beams}, the most completions that a search returns"
+            raise UsageError(f"{what}; lower n, or raise num_beams")
+        for name, off in OF_DRAWS.items():
+            if (value := getattr(self, name)) != off:
+                what = f"{name} {value} changes draws, and beam search (num_beams {self.num_beams}) draws nothing"
+                raise UsageError(f"{what}; set {name} to {off} or num_beams to 1")
 
     def _check_lists(self) -> None:
         _check_texts("stop", self.stop, MAX_STOPS)
         _check_texts("bad_words", self.bad_words, MAX_TOKENS_NAMED)
+        _check_texts("dry_sequence_breakers", self.dry_sequence_breakers, MAX_STOPS, MAX_BREAKER_BYTES, "bytes")
+        _check_texts("choices", self.choices, MAX_CHOICES)
         for name, tokens, most in (
+            ("allowed_token_ids", self.allowed_token_ids, MAX_INT),
             ("stop_token_ids", self.stop_token_ids, MAX_TOKENS_NAMED),
             ("logit_bias", tuple(token for token, _ in self.logit_bias), MAX_BIASES),
         ):
@@ -144,16 +231,43 @@ class SamplingParams:
                 if not isinstance(token, int) or isinstance(token, bool) or token < 0:
                     raise UsageError(f"{name} {shown(token)} is out of range (token ids, from 0 on)")
 
+    def _check_patterns(self) -> None:
+        """Raise UsageError for two patterns, and for a parameter that could end one before it is complete."""
+        for name, most in MAX_PATTERN_BYTES.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _as_pattern(name, value, most))
+        given = [name for name in PATTERN_NAMES if getattr(self, name)]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} cannot both say what the completion may be; keep one")
+        for name in ("stop", "stop_token_ids", "min_tokens", "ignore_eos") if given else ():
+            if getattr(self, name):
+                what = f"{name} {shown(getattr(self, name))} and {given[0]} contradict: {given[0]} says where it ends"
+                raise UsageError(f"{what}; leave {name} out")
+
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def searches(self) -> bool:
+        """Whether completions are found by beam search."""
+        return self.num_beams > 1 and self.max_tokens > 0
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences that are decoded for a prompt."""
+        return self.num_beams if self.searches else 1 if self.greedy else self.n
 
     def as_dict(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 # field: what it is a list of
-_LISTS = {"stop": "strings", "bad_words": "strings", "stop_token_ids": "token ids", "logit_bias": "pairs"}
+_LISTS = {
+    **dict.fromkeys(("stop", "bad_words", "dry_sequence_breakers", "choices"), "strings"),
+    **dict.fromkeys(("stop_token_ids", "allowed_token_ids"), "token ids"),
+    "logit_bias": "pairs",
+}
 
 
 def _as_tuple(name: str, value: object, what: str) -> tuple[Any, ...]:
@@ -172,14 +286,71 @@ def _as_tuple(name: str, value: object, what: str) -> tuple[Any, ...]:
     return tuple(tuple(map(plain, pair)) for pair in value)
 
 
-def _check_texts(name: str, texts: tuple[str, ...], most: int) -> None:
+def _is_encodable(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _check_texts(
+    name: str, texts: tuple[str, ...], most: int, longest: int = MAX_STOP_CHARACTERS, unit: str = "characters"
+) -> None:
     if len(texts) > most:
         raise UsageError(f"{name} has {len(texts)} strings, which is out of range (up to {most})")
     for text in texts:
-        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARACTERS:
-            raise UsageError(f"{name} {shown(text)} is out of range (strings of 1 to {MAX_STOP_CHARACTERS} characters)")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        length = len(text.encode(errors="surrogatepass") if unit == "bytes" else text) if isinstance(text, str) else 0
+        if not 1 <= length <= longest:
+            raise UsageError(f"{name} {shown(text)} is out of range (strings of 1 to {longest} {unit})")
+        if not _is_encodable(text):
             raise UsageError(f"{name} {shown(text)} is out of range (half of a surrogate pair is no character)")
+
+
+def _as_pattern(name: str, value: object, most: int) -> str:
+    """The text of a pattern; a schema may be an object, and becomes one line of JSON, in its own order."""
+    text = value
+    if name == "json_schema":
+        try:
+            found = parse_json(value) if isinstance(value, str) else value
+            is_object = isinstance(found, dict)
+            text = json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False) if is_object else None
+        except (ValueError, TypeError, RecursionError):
+            text = None
+    if not isinstance(text, str) or not text or not _is_encodable(text):
+        what = "a JSON object of a schema" if name == "json_schema" else "a text of one character or more"
+        raise UsageError(f"{name} {shown(value)} is out of range ({what})")
+    if (size := len(text.encode())) > most:
+        raise UsageError(f"{name} has {size} bytes, which is out of range (up to {most})")
+    return text
+
+
+def make_mask(ids: Iterable[int], n_vocab: int = 0) -> Mask:
+    """Bit i % 32 of word i // 32 says whether i is one of these, for n_vocab ids or more."""
+    import numpy as np  # not with the records: they are loaded for --help
+
+    chosen = np.fromiter(ids, np.int64)
+    bits = np.zeros(-(-max(n_vocab, chosen.max(initial=-1) + 1) // 32) * 32, np.bool_)
+    bits[chosen] = True
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def is_in(token: int, mask: "Mask | None") -> bool:
+    """Whether a mask has this token; None has all."""
+    return mask is None or 0 <= token < 32 * len(mask) and bool(mask[token // 32] >> (token % 32) & 1)
+
+
+class Guide(Protocol):
+    """Which tokens may come next in one sequence; its state depends on the sequence's own tokens alone."""
+
+    def allowed(self) -> "Mask | None":
+        """The tokens that may come next; None: all."""
+
+    def is_given(self, token: int) -> bool:
+        """Whether this token, if it is the next, lies within the prompt's text, and so ends nothing; text/healing.py"""
+        return False
+
+    def advance(self, token: int) -> bool:
+        """Take the token that came; whether the completion is complete with it, and so ends."""
+
+    def copy(self) -> "Guide":
+        """The same state, which goes on by itself."""
 
 
 READING = SamplingParams(max_tokens=0, prompt_logprobs=0)  # nothing is generated: prompts are read
@@ -283,11 +454,17 @@ class TokenizedRequest:
     seed_key: Ids = ()  # what its random numbers hang on besides the seed, in words of 32 bits; none: the row's number
     begun: tuple[Begun, ...] | None = None  # the samples to generate, if some are done already; None: all n
     measured: tuple[str, ...] = ()  # of MEASURED
+    again: tuple[Ids, ...] = ()  # of each prompt, the tokens after these that are drawn again; (): of none
 
     @property
     def prompts(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Text and token ids of every prompt; sample k of the row is sample k % n of prompt k // n."""
         return ((self.prompt, self.prompt_token_ids), *self.others)
+
+    @property
+    def all_again(self) -> tuple[Ids, ...]:
+        """Of each prompt, the tokens at its end that its completions begin with, or replace; see text/healing.py."""
+        return self.again or ((),) * len(self.prompts)
 
     def failed(self, reason: str) -> Rejected:
         return self.set_aside(reason, "failed")
@@ -365,13 +542,13 @@ class OutputRow:
     sample: int
     id: str | None
     prompt: str | None
-    completion: str | None
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    finish_reason: FinishReason | None
-    status: Status
-    error: str | None
-    seed: int | None
+    completion: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    finish_reason: FinishReason | None = None
+    status: Status = "ok"
+    error: str | None = None
+    seed: int | None = None
     completion_token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, str, float], ...], ...] | None = None  # token id, text; the likeliest first
@@ -381,6 +558,7 @@ class OutputRow:
     prompt_token_ids: tuple[int, ...] | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None  # of each prompt token; None for the first
     prompt_top_logprobs: tuple[tuple[tuple[int, str, float], ...] | None, ...] | None = None
+    beam_score: float | None = None  # of beam search: what the samples are ordered by
     mean_logprob: float | None = None  # of its tokens; these two only if they are asked for
     repetition: float | None = None  # the share of its 4-grams of tokens that occurred before in it
 

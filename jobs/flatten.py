@@ -100,8 +100,8 @@ def _kind(kind: Any, declared: Option) -> Any:
 def _default(default: Any, declared: Option) -> Any:
     if declared.parse is not None:
         return declared.show(default)
-    if declared.escaped and isinstance(default, str):
-        return show_escapes(default)
+    if declared.escaped and default:
+        return show_escapes(default) if isinstance(default, str) else [*map(show_escapes, default)]
     return None if default == () else default
 
 
@@ -124,6 +124,8 @@ def _build(record: Any, values: dict[str, Any], leave_out: frozenset[str], inste
             value = _parse(flag, declared.parse, value)
         elif declared.escaped:
             value = _parse_texts(flag, value)
+        elif declared.read is not None:
+            value = _parse(flag, declared.read, value)
         if value is None and field.default is dataclasses.MISSING:
             value = getattr(instead, field.name)
         given[field.name] = () if value is None and field.default == () else value

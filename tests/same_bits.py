@@ -50,7 +50,8 @@ TARGETS = {
 NEEDED = {"skylake-avx512": "avx512vl", "haswell": "fma", "alderlake": "avxvnni"}  # of this machine, to run their code
 
 # Greedy rows, drawn rows and rows with rules, by the number of the row; None: the parameters of the run.
-ROWS = (None, {"temperature": 0}, {"temperature": 1.2, "min_p": 0.02}, {"repetition_penalty": 1.3, "top_k": 0})
+CUT = {"top_k": 0, "top_n_sigma": 2.5, "typical_p": 0.7, "xtc_probability": 0.5}
+ROWS = (None, {"temperature": 0}, {"temperature": 1.2, "min_p": 0.02}, {"repetition_penalty": 1.3, "top_k": 0}, CUT)
 SCORES = {"logprobs": 2, "prompt_logprobs": 2}
 SAMPLING = SamplingParams(max_tokens=10, n=2, temperature=0.9, top_k=20, top_p=0.95, seed=7, **SCORES)
 

@@ -65,6 +65,9 @@ def test_a_record_is_written_as_the_words_of_a_command_line():
         "--ignore-eos",
         *("--stop", "a", "--stop=-b"),
     ]
+    none = SamplingParams(dry_sequence_breakers=())
+    assert [*arguments(none)] == ["--dry-sequence-breakers", ""]
+    assert SamplingParams(dry_sequence_breakers="") == none
     assert list(arguments(WorkOptions(share_prefixes=False, kv_bytes=2**30, time_limit=5400.0))) == [
         *("--kv-memory", str(2**30)),
         "--no-share-prefixes",

@@ -23,7 +23,7 @@ from batchgen.input.parameters import (
     parse_text,
 )
 from batchgen.options import options_of
-from batchgen.types import MAX_STOPS, SamplingParams
+from batchgen.types import MAX_STOPS, PATTERN_NAMES, SamplingParams
 
 BASE = SamplingParams(max_tokens=9, temperature=0.5, seed=7, stop=("x",), logprobs=1)
 
@@ -50,6 +50,24 @@ VALUES: dict[str, list[tuple[Any, Any]]] = {  # as written in a row, as it is th
     "echo": [(True, True)],
     "stop_loops": [(True, True)],
     "skip_special_tokens": [(True, True)],
+    "choices": [(["a", "b"], ("a", "b")), ([], ())],
+    "regex": [("[a-z]", "[a-z]"), ("", None)],
+    "json_schema": [({"b": 1, "a": [2]}, '{"b":1,"a":[2]}'), ('{"type": "object"}', '{"type":"object"}'), ("", None)],
+    "grammar": [('start: "a"', 'start: "a"')],
+    "num_beams": [(1.0, 1)],
+    "length_penalty": [(-2, -2), (0.5, 0.5)],
+    "early_stopping": [(True, "true"), (False, "false"), ("True", "true"), ("never", "never")],
+    "no_repeat_ngram_size": [(3, 3), (0, 0), (2.0, 2)],
+    "dry_multiplier": [(0.8, 0.8), (0, 0)],
+    "dry_base": [(1, 1), (1.75, 1.75)],
+    "dry_allowed_length": [(0, 0), (3.0, 3)],
+    "dry_sequence_breakers": [("a", ("a",)), (["\n", ":"], ("\n", ":")), ([], ()), ("", ())],
+    "allowed_token_ids": [([1, 2], (1, 2)), ([], ())],
+    "heal": [(True, True)],
+    "typical_p": [(1, 1), (0.2, 0.2)],
+    "top_n_sigma": [(0, 0), (1.5, 1.5), (-1.0, 0.0)],
+    "xtc_probability": [(0.5, 0.5), (1, 1)],
+    "xtc_threshold": [(0, 0), (0.2, 0.2)],
 }
 WRONG: dict[str, list[Any]] = {
     "max_tokens": [0, 2.5, "4", True, [3], {}, 10**400, float("inf")],
@@ -74,6 +92,24 @@ WRONG: dict[str, list[Any]] = {
     "echo": [0],
     "stop_loops": ["no"],
     "skip_special_tokens": [1],
+    "choices": ["a", {"text": ["a"], "label": ["A"]}, [1], [""], ["a"] * 1025, ["\ud800"], 5],
+    "regex": [5, ["a"], "a" * 2**15, "\ud800", True],
+    "json_schema": [5, ["a"], "a", "[]", {"a": "x" * 2**17}, '{"a": NaN}'],
+    "grammar": [5, {}, "x" * 2**17],
+    "num_beams": [0, 65, "4", True],
+    "length_penalty": [11, -11, "1", float("nan")],
+    "early_stopping": [1, 0, "always", [True], {}],
+    "no_repeat_ngram_size": [-1, 1.5, "3", True],
+    "dry_multiplier": [-1, 101, "1"],
+    "dry_base": [0.5, 101, float("nan")],
+    "dry_allowed_length": [-1, 0.5],
+    "dry_sequence_breakers": [5, [5], ["a"] * 65, "é" * 21, "\ud800"],
+    "allowed_token_ids": [5, [-1], ["5"], [True], [1.5], {}],
+    "heal": [1, "yes"],
+    "typical_p": [0, 1.1, -1, "0.9", float("nan")],
+    "top_n_sigma": [-2, 101, "1"],
+    "xtc_probability": [-0.1, 1.5, True],
+    "xtc_threshold": [-0.1, 2, [0.1]],
 }
 
 
@@ -84,10 +120,11 @@ def test_every_parameter_is_tried() -> None:
 
 @pytest.mark.parametrize(("name", "written", "meant"), [(n, w, m) for n, pairs in VALUES.items() for w, m in pairs])
 def test_a_value_in_a_row_wins_and_leaves_the_others(name: str, written: Any, meant: Any) -> None:
-    got = override_params({name: written}, BASE)
+    base = replace(BASE, stop=()) if name in PATTERN_NAMES else BASE
+    got = override_params({name: written}, base)
     assert getattr(got, name) == meant
     assert type(getattr(got, name)) is type(meant)
-    assert got.as_dict() | {name: None} == BASE.as_dict() | {name: None}
+    assert got.as_dict() | {name: None} == base.as_dict() | {name: None}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
@@ -96,7 +133,7 @@ def test_a_wrong_value_is_refused_by_name_in_one_line(name: str, value: Any) -> 
         override_params({name: value}, BASE)
     text = str(caught.value)
     assert text.startswith(name)
-    assert "out of range" in text or "exceeds max_tokens" in text
+    assert "out of range" in text or "exceeds max_tokens" in text or "is none of false, true, never" in text
     assert len(text) < 200
     assert "\n" not in text
     text.encode()
@@ -201,7 +238,7 @@ def test_an_object_of_parameters_gives_them_under_any_librarys_names(column: str
             {"max_tokens": 3, "mirostat": 2},
             "'options.mirostat' is not supported; leave it out or pass ",
         ),
-        ({"max_tokens": 3, "typical_p": 0.9}, "options.typical_p 0.9 is not supported; leave it out"),
+        ({"max_tokens": 3, "best_of": 5}, "options.best_of 5 is not supported; leave it out"),
         ({"maxTokens": 3}, "'options.maxTokens' is not supported; did you mean 'max_tokens'?"),
         ({"parameters": {"max_tokens": 3}}, "'options.parameters' is not supported; leave it out"),
         ({"max_tokens": 0}, "max_tokens 0 is out of range (1 or more)"),
@@ -289,7 +326,7 @@ NO_MEMBERS = {
 @pytest.mark.parametrize("values", NOTHING)
 def test_a_value_that_asks_for_nothing_is_taken(values: dict[str, Any]) -> None:
     assert parameter_names(values) == tuple(values)
-    asked = {name: value for name, value in values.items() if name in PARAMETERS}
+    asked = {name: value for name, value in values.items() if name in PARAMETERS and value is not None}
     assert override_params(values, BASE) == override_params({"params": values}, BASE) == replace(BASE, **asked)
     assert override_params({"params": values | NO_MEMBERS}, BASE) == replace(BASE, **asked)
 
@@ -298,9 +335,14 @@ def test_a_value_that_asks_for_nothing_is_taken(values: dict[str, Any]) -> None:
     ("values", "error"),
     [
         ({"best_of": 3, "n": 2}, "best_of 3 is not supported; leave it out"),
-        ({"use_beam_search": True}, "use_beam_search True is not supported; leave it out"),
+        ({"use_beam_search": True}, "use_beam_search True is not supported; give num_beams instead"),
         ({"do_sample": False}, "do_sample False and temperature 0.5 contradict; set temperature to 0"),
         ({"do_sample": True, "temperature": 0}, "do_sample True and temperature 0 contradict; set temperature above 0"),
+        (
+            {"do_sample": True, "temperature": 0, "num_beams": 4},
+            "do_sample True and temperature 0 contradict; "
+            "set do_sample to false, or num_beams to 1 and temperature above 0",
+        ),
     ],
 )
 def test_a_value_that_asks_for_something_is_named(values: dict[str, Any], error: str) -> None:
@@ -349,7 +391,8 @@ def test_every_parameter_is_documented_with_its_range_and_default() -> None:
         words = sections[field.name].lower().replace("\n", " ")
         default = f"{field.default:g}" if type(field.default) in (int, float) else str(field.default or "none").lower()
         default = "false" if field.default is False else default
-        assert re.search(rf"default {default}\b", words, re.IGNORECASE), field.name
+        default = "" if isinstance(field.default, tuple) and field.default else rf"{default}\b"  # texts: in words
+        assert re.search(rf"default {default}", words, re.IGNORECASE), field.name
     for name, option in options_of(SamplingParams).items():
         high = option.within[1] if option.within else None
         if high is not None and (high < 2**31 - 1 or name == "seed"):
@@ -426,6 +469,17 @@ def test_a_list_that_cannot_be_read_is_refused_never_a_string(name: str, text: s
     assert "out of range" in error
     assert "\n" not in error
     assert len(error) < 200
+
+
+@pytest.mark.parametrize("text", [r"\N", "NA", "nan", "None", " NA ", "null"])
+def test_a_missing_value_is_refused_as_a_regex_and_has_a_form_that_is_one(text: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"^regex .* is out of range \(a text: leave it empty for none, or write"
+    ) as caught:
+        parse_text("regex", text)
+    assert parse_text("regex", str(caught.value).rpartition(" write ")[2][:-1]) == f"(?:{text.strip()})"
+    assert parse_text("regex", "") is None
+    assert parse_text("regex", "[ab]") == "[ab]"
 
 
 @given(texts=st.lists(st.text(max_size=8), min_size=1, max_size=4), tokens=st.lists(st.integers(0, 50256), max_size=4))

@@ -4,7 +4,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,78 +231,6 @@ def test_the_last_random_number_never_draws_a_forbidden_token():
             assert sampler.sample(logits.copy(), [sequence(u, **filters)], None)[0] in (7, 9)
 
 
-def test_penalties_follow_their_papers():
-    logits = np.array([2.0, -1.0, 0.5, 3.0, 1.0], np.float32)
-    base = {"token_ids": (1, 1, 3), "prompt_ids": (0, 3)}
-    row = logits.copy()
-    sampler.penalise(row, sequence(repetition_penalty=2.0, **base), None)
-    assert row.tolist() == [1.0, -2.0, 0.5, 1.5, 1.0]
-    row = logits.copy()
-    sampler.penalise(row, sequence(presence_penalty=0.5, frequency_penalty=0.25, **base), None)
-    assert row.tolist() == [2.0, -2.0, 0.5, 2.25, 1.0]
-    row = logits.copy()
-    sampler.penalise(row, sequence(logit_bias=((2, 10.0), (0, -1.0)), **base), None)
-    assert row.tolist() == [1.0, -1.0, 10.5, 3.0, 1.0]
-
-
-def work_in_order(logits, one, eos_ids, order):
-    """The logits after these steps, token by token in plain Python, each as the paper or the API words it."""
-    p, seen = one.params, {*one.prompt.token_ids, *one.token_ids}
-    context, generated = [*one.prompt.token_ids, *one.token_ids], one.token_ids
-    ending = {*p.stop_token_ids, *eos_ids} if len(generated) < p.min_tokens else set()
-    steps = {
-        "bias": lambda x, t: x + dict(p.logit_bias).get(t, 0.0),
-        "repetition": lambda x, t: (
-            (x / p.repetition_penalty if x > 0 else x * p.repetition_penalty) if t in seen else x
-        ),
-        "frequency": lambda x, t: x - p.frequency_penalty * generated.count(t),
-        "presence": lambda x, t: x - p.presence_penalty * (t in generated),
-        "bad words": lambda x, t: -np.inf if any([*context, t][-len(w) :] == [*w] for w in one.prompt.bad_words) else x,
-        "min tokens": lambda x, t: -np.inf if t in ending else x,
-    }
-    row = [float(x) for x in logits]
-    for step in order:
-        row = [steps[step](x, token) for token, x in enumerate(row)]
-    return row
-
-
-VLLM = ("bad words", "min tokens", "bias", "repetition", "frequency", "presence")  # v1/sample/sampler.py
-TRANSFORMERS = ("bias", "repetition", "bad words", "min tokens")  # GenerationMixin._get_logits_processor
-
-_tokens = st.lists(st.integers(0, 6), max_size=5).map(tuple)
-
-
-@given(
-    logits=st.lists(st.floats(-8, 8, width=32), min_size=7, max_size=7),
-    texts=st.tuples(_tokens.filter(len), _tokens),
-    bias=st.dictionaries(st.integers(0, 6), st.floats(-9, 9, width=32), max_size=4),
-    factors=st.tuples(st.floats(0.5, 2), *[st.sampled_from([0.0, -1.5, 0.25])] * 2),
-    words=st.lists(_tokens.filter(len), max_size=2),
-    min_tokens=st.integers(0, 4),
-)
-def test_bias_and_penalties_are_in_the_order_of_vllm_and_of_transformers(
-    logits, texts, bias, factors, words, min_tokens
-):
-    names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-    given = dict(zip(names, factors, strict=True)) | {"logit_bias": bias, "min_tokens": min_tokens}
-    one = sequence(prompt_ids=texts[0], token_ids=texts[1], stop_token_ids=(5,), **given)
-    one.prompt = replace(one.prompt, bad_words=tuple(words))
-    row = np.array(logits, np.float32)
-    sampler.penalise(row, one, (6,))
-    np.testing.assert_allclose(row, work_in_order(logits, one, (6,), VLLM), rtol=1e-5, atol=1e-5)
-    if factors[1:] == (0.0, 0.0):  # transformers has no such penalties
-        np.testing.assert_allclose(row, work_in_order(logits, one, (6,), TRANSFORMERS), rtol=1e-5, atol=1e-5)
-
-
-def test_min_tokens_forbids_every_way_to_stop():
-    row = np.zeros(5, np.float32)
-    sampler.penalise(row, sequence(min_tokens=3, stop_token_ids=(1,), token_ids=(0, 0)), eos_ids=(4,))
-    assert np.isneginf(row).tolist() == [False, True, False, False, True]
-    row = np.zeros(5, np.float32)
-    sampler.penalise(row, sequence(min_tokens=2, stop_token_ids=(1,), token_ids=(0, 0)), eos_ids=(4,))
-    assert not np.isneginf(row).any()
-
-
 def test_log_probabilities_are_right_to_the_last_bits_of_float32():
     logits = np.random.default_rng(0).normal(0, [[0.1], [1], [5], [30]], (4, 3000)).astype(np.float32)
     for row in logits:
@@ -323,8 +250,10 @@ def digest() -> str:
     rng, found = np.random.default_rng(7), hashlib.sha256()
     logits = (rng.integers(-(2**20), 2**20, (40, 7001)) / 2**17).astype(np.float32)
     kinds = [{}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.8}, {"min_p": 0.01}, {"repetition_penalty": 1.3}]
+    kinds.append({"no_repeat_ngram_size": 3, "dry_multiplier": 0.7, "dry_base": 1.3, "dry_allowed_length": 0})
+    kinds += [{"typical_p": 0.6}, {"top_n_sigma": 1.0, "top_k": 50, "typical_p": 0.8}, {"xtc_probability": 1.0}]
     draws = [None if i % 9 == 0 else float(u) for i, u in enumerate(rng.integers(0, 2**53, 40) / 2**53)]
-    sequences = [sequence(u, token_ids=(1, 2, 2), logprobs=3, **kinds[i % 5]) for i, u in enumerate(draws)]
+    sequences = [sequence(u, token_ids=(1, 2, 2), logprobs=3, **kinds[i % len(kinds)]) for i, u in enumerate(draws)]
     tokens = sampler.sample(logits, sequences, eos_ids=(5,))
     found.update(repr((tokens, [(one.logprobs, one.top_logprobs) for one in sequences])).encode())
     return found.hexdigest()
@@ -339,17 +268,3 @@ def test_other_instruction_sets_of_numpy_sample_the_same_bits():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | settings, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().split() == ["False", digest()]
-
-
-@given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=6), st.data())
-def test_no_bad_word_is_ever_completed(prompt_ids, token_ids, data):
-    """As in transformers' NoBadWordsLogitsProcessor: a word's last token is forbidden after the rest of the word."""
-    word = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
-    words = data.draw(st.lists(word, max_size=4))
-    one = sequence(prompt_ids=tuple([0, *prompt_ids]), token_ids=token_ids)
-    one.prompt = replace(one.prompt, bad_words=tuple(words))
-    row = np.zeros(4, np.float32)
-    sampler.penalise(row, one, None)
-    context = [0, *prompt_ids, *token_ids]
-    forbidden = {token for token in range(4) for w in words if [*context, token][-len(w) :] == list(w)}
-    assert set(np.flatnonzero(np.isneginf(row)).tolist()) == forbidden

@@ -1,15 +1,26 @@
 """text/stopping.py: a text ends at the same stop string however its tokens cut it."""
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchgen.engine.sequence import Prompt, Sequence
-from batchgen.text.stopping import StopMatcher, StopStrings, bad_word_ids, completed_text, find_stop, whole_characters
+from batchgen.text.stopping import (
+    StopMatcher,
+    StopStrings,
+    bad_word_ids,
+    breaker_ids,
+    completed_text,
+    find_stop,
+    whole_characters,
+)
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import SamplingParams
 from tests.support.models import write_byte_vocabulary
-from tests.support.vocabulary import gpt2_vocabulary_dir
+from tests.support.vocabulary import gpt2_tokenizer
 
 ALPHABET = "ab\né☃🦊"
 TEXTS = st.text(ALPHABET, max_size=24)
@@ -117,6 +128,25 @@ def test_a_completion_never_ends_within_a_character(character):
     assert whole_characters(b"a\x83") == "a\ufffd"
 
 
+@given(st.text(ALPHABET, max_size=24), STOPS, st.lists(st.integers(0, 99), max_size=9), st.integers(0, 4))
+def test_a_beam_stops_where_a_sequence_does_and_nothing_is_kept_of_it(text, stops, places, min_tokens):
+    pieces = [piece for piece in cut(text.encode(), places) if piece]
+    found = []
+    for num_beams in (1, 2):
+        params = SamplingParams(stop=tuple(stops), num_beams=num_beams, min_tokens=min_tokens)
+        should_stop = StopStrings(Pieces(pieces))
+        sequence = Sequence(Prompt(0, (0,), params, (0,)), 0, 0)
+        reasons = []
+        for token in range(len(pieces)):
+            sequence.token_ids.append(token)
+            reasons.append(should_stop(sequence))
+            if reasons[-1]:
+                break
+        found.append(reasons)
+    assert found[0] == found[1]
+    assert not should_stop._matchers
+
+
 def test_a_sequence_without_stop_strings_needs_no_matcher():
     sequence = Sequence(Prompt(0, (0,), SamplingParams(), (0,)), 0, 0, token_ids=[1])
     should_stop = StopStrings(Pieces([]))
@@ -125,7 +155,7 @@ def test_a_sequence_without_stop_strings_needs_no_matcher():
 
 
 def test_bad_words_are_encoded_with_and_without_a_space_before_them():
-    tokenizer = Tokenizer.load(gpt2_vocabulary_dir())
+    tokenizer = gpt2_tokenizer()
     words = ("fox", " fox", "ice cream", "\n")
     assert set(bad_word_ids(words, tokenizer)) == {
         tuple(tokenizer.encode(text)) for text in ("fox", " fox", "ice cream", " ice cream", "\n")
@@ -137,3 +167,31 @@ def test_a_bad_word_with_a_byte_that_the_vocabulary_lacks_is_ignored(tmp_path):
     tokenizer = Tokenizer.load(write_byte_vocabulary(tmp_path / "v"))
     tokenizer._byte_ids[ord("q")] = -1
     assert bad_word_ids(("q", "a"), tokenizer) == ((97,), (32, 97))
+
+
+def test_breakers_are_those_of_llama_cpp():
+    tokenizer = gpt2_tokenizer()
+    cases = json.loads((Path(__file__).parent / "cases" / "dry_llama_cpp.json").read_text(encoding="utf-8"))
+    for text, sequences in cases["breakers"].items():
+        assert sorted(map(list, breaker_ids((text,), tokenizer))) == sequences
+    all_of_them = breaker_ids(tuple(cases["breakers"]), tokenizer)
+    assert sorted(all_of_them) == sorted({tuple(ids) for one in cases["breakers"].values() for ids in one})
+
+
+@given(st.text("ab\né", min_size=1, max_size=5), st.text("ab\né ", max_size=20))
+def test_a_text_with_a_breaker_has_its_tokens(breaker, text):
+    """Unless the tokens after the first are cut otherwise: so of a breaker of one character always."""
+    tokenizer = gpt2_tokenizer()
+    ids = tokenizer.encode(text)
+    found = {tuple(ids[a:b]) for a in range(len(ids)) for b in range(a + 1, len(ids) + 1)}
+    has_breaker = not found.isdisjoint(breaker_ids((breaker,), tokenizer))
+    if breaker not in text:
+        assert not has_breaker
+    elif len(breaker.encode()) == 1:
+        assert has_breaker
+
+
+def test_a_breaker_with_a_byte_that_the_vocabulary_lacks_is_ignored(tmp_path):
+    tokenizer = Tokenizer.load(write_byte_vocabulary(tmp_path / "v"))
+    tokenizer._byte_ids[ord("q")] = -1
+    assert set(breaker_ids(("aq", "ab"), tokenizer)) == {(97, 98)}

@@ -16,6 +16,7 @@ from batchgen.types import (
     MAX_INT,
     MAX_LOGPROBS,
     MAX_N,
+    MAX_NUM_BEAMS,
     MAX_REASONS,
     MAX_SEED,
     Begun,
@@ -49,6 +50,16 @@ RANGES = {
     "seed": [0, MAX_SEED],
     "logprobs": [None, 0, MAX_LOGPROBS],
     "prompt_logprobs": [None, 0, MAX_LOGPROBS],
+    "num_beams": [1, MAX_NUM_BEAMS],
+    "length_penalty": [-10, 0, 10],
+    "no_repeat_ngram_size": [0, 2**31 - 1],
+    "typical_p": [1e-9, 1],
+    "top_n_sigma": [0, 100],
+    "dry_multiplier": [0, 100],
+    "dry_base": [1, 100],
+    "dry_allowed_length": [0, 2**31 - 1],
+    "xtc_probability": [0, 1],
+    "xtc_threshold": [0, 1],
 }
 BEYOND = {
     "max_tokens": [0, -1, 2**31, 1.0, "4"],
@@ -63,6 +74,16 @@ BEYOND = {
     "n": [0, MAX_N + 1, 2.0],
     "seed": [-1, MAX_SEED + 1, 1.5],
     "logprobs": [-1, MAX_LOGPROBS + 1, 1.0],
+    "num_beams": [0, MAX_NUM_BEAMS + 1, 2.0],
+    "no_repeat_ngram_size": [-1, 2**31, 2.0],
+    "typical_p": [0, -0.1, 1.1],
+    "top_n_sigma": [-0.5, -2, 101],
+    "dry_multiplier": [-0.1, 101],
+    "dry_base": [0.9, 101],
+    "dry_allowed_length": [-1, 1.5],
+    "xtc_probability": [-0.1, 1.1],
+    "xtc_threshold": [-0.1, 1.1],
+    "length_penalty": [-10.5, 10.5],
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, 1.0],
 }
 NO_NUMBERS = [float("nan"), float("inf"), float("-inf"), True, False, "1", [], None]
@@ -117,10 +138,38 @@ def test_nothing_is_generated_only_if_the_prompt_is_asked_for():
         SamplingParams(max_tokens=0)
 
 
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (
+            {"temperature": 0.8},
+            "temperature 0.8 changes draws, .* set temperature to 0.0 or num_beams to 1",
+        ),
+        ({"top_k": 5}, "top_k 5 changes draws, .* set top_k to 0 or num_beams to 1"),
+        ({"top_p": 0.5}, "top_p 0.5 changes draws, .* set top_p to 1.0 or num_beams to 1"),
+        ({"min_p": 0.5}, "min_p 0.5 changes draws, .* set min_p to 0.0 or num_beams to 1"),
+        ({"typical_p": 0.5}, "typical_p 0.5 changes draws, .* set typical_p to 1.0 or num_beams to 1"),
+        ({"top_n_sigma": 1.0}, "top_n_sigma 1.0 changes draws, .* set top_n_sigma to 0.0 or num_beams to 1"),
+        (
+            {"xtc_probability": 0.5},
+            "xtc_probability 0.5 changes draws, .* set xtc_probability to 0.0 or num_b.*",
+        ),
+        ({"n": 5}, "n 5 exceeds num_beams 4, the most completions that a search returns; lower n, or raise num_beams"),
+    ],
+)
+def test_what_beams_cannot_do_is_refused_with_a_remedy_that_works(given, error):
+    with pytest.raises(UsageError, match=f"^{error}$"):
+        SamplingParams(num_beams=4, **given)
+    name = next(iter(given))
+    assert SamplingParams(num_beams=1, **given).num_beams == 1
+    default = getattr(SamplingParams(), name)
+    assert getattr(SamplingParams(num_beams=4, **{name: default}), name) == default
+    assert SamplingParams(num_beams=4, seed=5).searches  # a seed draws nothing at temperature 0 either
+
+
 def test_every_number_among_the_parameters_has_a_range():
-    unranged = {"logit_bias", "stop_token_ids", "stop", "bad_words"}
-    unranged |= {"ignore_eos", "include_stop", "echo", "stop_loops", "skip_special_tokens"}
-    assert {field.name for field in fields(SamplingParams)} - unranged == set(RANGES)
+    numbers = (int, float, int | None)
+    assert {field.name for field in fields(SamplingParams) if field.type in numbers} == set(RANGES)
 
 
 @pytest.mark.parametrize("bias", [-100.5, 101.0, float("nan"), float("inf")])
@@ -139,8 +188,9 @@ def test_a_temperature_too_small_to_divide_by_is_greedy(temperature):
     assert SamplingParams(temperature=temperature) == SamplingParams()
 
 
-def test_top_k_minus_one_is_off():
-    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+@pytest.mark.parametrize("name", ["top_k", "top_n_sigma"])
+def test_minus_one_is_off(name):
+    assert SamplingParams(**{name: -1}) == SamplingParams(**{name: 0})
 
 
 @given(st.permutations([(5, "a 'x' 1"), (3, "a 'y' -2.5"), (4, "b"), (9, "a 'z' [1, 2] 1e-06")]))
@@ -286,3 +336,10 @@ def test_a_summary_is_exit_code_3_exactly_where_a_row_is_not_ok(tmp_path):
     assert replace(summary, ok=4, rejected=1).exit_code == 3
     assert replace(summary, ok=4, failed=1).exit_code == 3
     assert replace(summary, input_rows=0, ok=0).exit_code == 0
+
+
+@pytest.mark.parametrize("text", ["", "é" * 21, "x" * 2000])
+def test_a_breaker_of_any_wrong_length_names_the_limit_that_holds(text):
+    with pytest.raises(UsageError, match=r"out of range \(strings of 1 to 40 bytes\)"):
+        SamplingParams(dry_sequence_breakers=["a", text])
+    assert SamplingParams(dry_sequence_breakers=["é" * 20]).dry_sequence_breakers == ("é" * 20,)

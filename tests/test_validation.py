@@ -23,6 +23,7 @@ class Letters:
     """One token for each character, its code point; counts the calls of encode."""
 
     special = SpecialTokens(end=(50256,), start=50256)
+    special_ids = frozenset({50256})
     n_vocab = n_tokens = 50257
     longest_token_bytes = 4
 
@@ -232,13 +233,40 @@ def test_a_row_of_several_prompts_is_shortened_to_what_fits_the_longest() -> Non
     assert [len(ids) for _, ids in cut.prompts] == [2, 984]
 
 
-@pytest.mark.parametrize("name", ["stop_token_ids", "logit_bias"])
+@pytest.mark.parametrize("name", ["stop_token_ids", "logit_bias", "allowed_token_ids"])
 def test_a_parameter_with_a_token_outside_the_vocabulary_rejects_the_row(name: str) -> None:
-    value = {"stop_token_ids": (50257,), "logit_bias": ((50257, 1.0),)}[name]
+    value = ((50257, 1.0),) if name == "logit_bias" else (50257,)
     got = rejected(validate(several("a", **{name: value}), Letters(), N_CTX))
     assert got.error == f"b.jsonl:1: {name} has token id 50257, outside the vocabulary (0 to 50256); correct it"
-    inside = {"stop_token_ids": (50256,), "logit_bias": ((0, 1.0),)}[name]
+    inside = ((0, 1.0),) if name == "logit_bias" else (50256,)
     accepted(validate(several("a", **{name: inside}), Letters(), N_CTX))
+
+
+BANNING = {
+    "bad_words": ({"allowed_token_ids": (97,), "bad_words": "a"}, "are all banned by bad_words"),
+    "min_tokens": (
+        {"allowed_token_ids": (9,), "stop_token_ids": (9,), "min_tokens": 1},
+        "are all banned by min_tokens",
+    ),
+    "bad_words and min_tokens": (
+        {"allowed_token_ids": (97, 9), "stop_token_ids": (9,), "bad_words": "a", "min_tokens": 1},
+        "are all banned by bad_words and min_tokens",
+    ),
+    "allowed_token_ids": ({"allowed_token_ids": (97,), "choices": ("b", "ab")}, "can spell none of the choices"),
+    "allowed_token_ids, bad_words": (
+        {"allowed_token_ids": (97, 98), "bad_words": "a", "choices": ("ba",)},
+        "that are not banned by bad_words can spell none of the choices",
+    ),
+}
+
+
+@pytest.mark.parametrize("causes", BANNING)
+def test_parameters_that_ban_every_allowed_token_reject_the_row_and_the_remedies_work(causes: str) -> None:
+    options, words = BANNING[causes]
+    error = rejected(validate(several("a", **options), Letters(), N_CTX)).error
+    assert f"allowed_token_ids {words}; allow " in error
+    for more in ({"allowed_token_ids": (*options["allowed_token_ids"], 98, 99)}, {"allowed_token_ids": ()}):
+        accepted(validate(several("a", **options | {"choices": ()} | more), Letters(), N_CTX))
 
 
 def test_trim_removes_spaces_from_the_end_only() -> None:

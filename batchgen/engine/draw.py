@@ -25,6 +25,20 @@ def weigh(logits, largest, inverse_temperature, weights):
         weights[i] = F32(1) if logits[i] == largest else weight
 
 
+@kernel("void(f4[::1], u4[::1])")
+def keep(logits, allowed):
+    """Each logit [n] whose bit is 0, or that has none, becomes -inf; bit i % 32 of allowed[i // 32] is token i's."""
+    n = min(logits.size, 32 * allowed.size)
+    for start in range(0, n, 32):
+        bits, part = allowed[start >> 5], logits[start : min(start + 32, n)]
+        if bits == np.uint32(0):
+            part[:] = F32(-np.inf)
+        elif bits != np.uint32(0xFFFFFFFF):
+            for lane in range(part.size):
+                part[lane] = part[lane] if bits >> np.uint32(lane) & np.uint32(1) else F32(-np.inf)
+    logits[n:] = F32(-np.inf)
+
+
 @inline
 def _add_block(weights, lanes, total):
     """total + the sum of BLOCK weights"""
@@ -164,6 +178,19 @@ def _total(row, largest, weights, lanes):
             weights[i] = F32(1) if part[i] == largest else weight
         total = _add_block(weights, lanes, total) if part.size == BLOCK else _add_rest(weights[: part.size], total)
     return total
+
+
+@kernel("void(f4[:, ::1], f4[:, ::1])")
+def log_softmax(logits, out):
+    """[n, n_vocab] -> [n, n_vocab]. A nan of the logits becomes the lowest finite number."""
+    weights, lanes = np.empty(BLOCK, F32), np.empty(LANES)
+    for i in range(len(logits)):
+        row = logits[i]
+        largest = _largest(row)
+        log_total = log64(_total(row, largest, weights, lanes))
+        for j in range(row.size):
+            below = 0.0 if row[j] == largest else np.float64(row[j]) - np.float64(largest)
+            out[i, j] = F32(below - log_total)
 
 
 @inline

@@ -2,19 +2,43 @@
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from operator import attrgetter
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from batchgen.gpt2.kv_cache import Segment
-from batchgen.types import Begun, FinishReason, SamplingParams
+from batchgen.types import Begun, FinishReason, Guide, Mask, SamplingParams, make_mask
+
+if TYPE_CHECKING:
+    from batchgen.engine.beams import Search
 
 LOOP_PERIOD = 64  # a loop is a block of up to this many tokens,
 LOOP_REPEATS = 3  # at least this many times in a row,
 LOOP_TOKENS = 24  # and at least this many tokens in all
+
+
+class Breakers(NamedTuple):
+    """Token sequences that no repetition goes past, in order of their first tokens."""
+
+    heads: npt.NDArray[np.int32]  # [n] first tokens
+    bounds: npt.NDArray[np.int32]  # [n + 1] the others of sequence i are tails[bounds[i] : bounds[i + 1]]
+    tails: npt.NDArray[np.int32]
+
+
+@lru_cache(maxsize=64)
+def make_breakers(sequences: tuple[tuple[int, ...], ...]) -> Breakers:
+    """((9, 4), (7,)) -> heads [7, 9], bounds [0, 0, 1], tails [4]"""
+    ordered = sorted(sequences)
+    bounds = np.cumsum([0, *(len(one) - 1 for one in ordered)])
+    tails = [token for one in ordered for token in one[1:]]
+    return Breakers(np.array([one[0] for one in ordered], np.int32), bounds.astype(np.int32), np.array(tails, np.int32))
+
+
+_mask_of = lru_cache(maxsize=64)(make_mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +53,10 @@ class Prompt:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that no generated token may complete
     scored: int | None = None  # log-probabilities are wanted of its tokens from this index on, 1 or more; None: of none
     begun: tuple[Begun, ...] | None = None  # the samples to generate, some from their first tokens on; None: all n
+    make_guide: Callable[[], Guide] | None = field(default=None, compare=False)  # of a sample; None: any token may come
+    breakers: Breakers = field(default=make_breakers(()), compare=False)  # of dry_sequence_breakers
+    guided_by: object = None  # what the guide depends on besides the parameters; equal for equal guides
+    given: bytes = b""  # of the prompt's text, what the completion's tokens begin with by their guide; text/healing.py
 
     @property
     def samples(self) -> tuple[Begun, ...]:
@@ -58,6 +86,7 @@ class Completion:
     prompt_logprobs: tuple[float, ...] | None = None  # of the prompt's tokens from its `scored` on
     prompt_ranks: tuple[int, ...] | None = None  # of the same tokens; 1 is the likeliest, equal ones by token id
     prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    beam_score: float | None = None  # of beam search; the samples of a prompt are in its order
 
 
 def sample_seeds(seed: int, row: int, n: int, first: int = 0, key: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -85,16 +114,19 @@ def _entropy(seed: int, row: int, sample: int, key: tuple[int, ...]) -> tuple[in
     return tuple(word for number in numbers for word in (number % 2**32, number >> 32))
 
 
-def uniforms(seed: int, n: int) -> npt.NDArray[np.float64]:
-    """[n] random numbers in [0, 1) that draw a sample's tokens; number i depends on (seed, i) alone (Philox)."""
-    return np.random.Generator(np.random.Philox(key=seed)).random(n)
+def uniforms(seed: int, n: int, stream: int = 0) -> npt.NDArray[np.float64]:
+    """[n] random numbers in [0, 1) of a sample; number i depends on (seed, stream, i) alone (Philox).
+
+    Stream 0 draws the tokens, stream 1 decides whether XTC cuts.
+    """
+    return np.random.Generator(np.random.Philox(key=seed + (stream << 64))).random(n)
 
 
 @dataclass(slots=True)
 class Work:
     """What an engine was given and what of it is done, in all its calls; equal greedy requests count once."""
 
-    sequences: int = 0
+    sequences: int = 0  # a search has num_beams of them
     max_tokens: int = 0  # new ones, summed over the sequences
     prompt_tokens: int = 0  # to read, with those that are begun with; those of a shared prefix once
     read: int = 0  # of the prompt tokens
@@ -141,22 +173,58 @@ class Sequence:
     prompt_ranks: list[int] = field(default_factory=list)
     prompt_top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     random: npt.NDArray[np.float64] | None = None  # [max_tokens], made for the first draw: many sequences may wait
+    chances: npt.NDArray[np.float64] | None = None  # the same, of XTC
     n_begun: int = 0  # of token_ids, those that are begun with
+    guide: Guide | None = None
+    allowed: "Mask | None" = None  # allowed_token_ids, if any
+    total: float = 0.0  # of a beam: the sum of the log-probabilities of its generated tokens
+    search: "Search | None" = None  # whose beam it is, once there is memory for it
+
+    def __post_init__(self) -> None:
+        self.allowed = _mask_of(ids) if (ids := self.params.allowed_token_ids) else None
 
     @property
     def params(self) -> SamplingParams:
         return self.prompt.params
 
     @property
+    def width(self) -> int:
+        """The sequences that this one becomes."""
+        return self.params.num_beams if self.params.searches else 1
+
+    def fork(self, total: float) -> "Sequence":
+        """A beam that goes on from this one."""
+        guide = self.guide and self.guide.copy()
+        ids, logprobs, tops = [*self.token_ids], [*self.logprobs], [*self.top_logprobs]
+        return replace(self, token_ids=ids, logprobs=logprobs, top_logprobs=tops, guide=guide, total=total)
+
+    @property
     def n_left(self) -> int:
         """Tokens that may still be generated."""
         return self.params.max_tokens - len(self.token_ids)
+
+    @property
+    def context(self) -> npt.NDArray[np.int32]:
+        """Prompt and generated tokens."""
+        return np.array([*self.prompt.token_ids, *self.token_ids], np.int32)
+
+    def is_given(self, token: int) -> bool:
+        """Whether this token, if it is the next, is no end: it lies within the prompt's text."""
+        return self.guide is not None and self.guide.is_given(token)
 
     def next_random(self) -> float:
         """The number in [0, 1) that draws the next token."""
         if self.random is None:
             self.random = uniforms(self.seed, self.params.max_tokens)
         return float(self.random[len(self.token_ids)])
+
+    def next_is_cut(self) -> bool:
+        """Whether XTC cuts the next token's distribution."""
+        if not self.params.xtc_probability:
+            return False
+        if self.chances is None:
+            self.chances = uniforms(self.seed, self.params.max_tokens, stream=1)
+        return float(self.chances[len(self.token_ids)]) < self.params.xtc_probability
 
     def ends_with(self, tail: tuple[int, ...]) -> bool:
         """Whether prompt and generated tokens together end with these tokens."""
@@ -201,13 +269,13 @@ def is_loop(token_ids: list[int]) -> bool:
 
 
 def expand(prompts: Seq[Prompt]) -> list[Sequence]:
-    """A sequence for each sample; equal requests that draw nothing share one sequence, equal sampled ones do not."""
+    """A sequence for each sample or search; equal requests that draw nothing share one, equal sampled ones do not."""
     sequences: list[Sequence] = []
     greedy: dict[tuple[object, ...], Sequence] = {}
     for prompt in prompts:
         draws = prompt.params.max_tokens > 0 and not prompt.params.greedy
-        for one in prompt.samples:
-            key = (prompt.token_ids, prompt.params, prompt.bad_words, prompt.scored, one.token_ids)
+        for one in prompt.samples[:1] if prompt.params.searches else prompt.samples:
+            key = (prompt.token_ids, prompt.params, prompt.bad_words, prompt.scored, prompt.guided_by, one.token_ids)
             if not draws and key in greedy:
                 greedy[key].duplicates.append((prompt.row, one.sample))
                 continue
@@ -223,9 +291,12 @@ def _begin(prompt: Prompt, one: Begun) -> Sequence:
     n_prompt, n_begun = len(prompt.token_ids), len(one.token_ids)
     scored = range(prompt.scored or n_prompt, n_prompt if prompt.params.logprobs is None else n_prompt + n_begun)
     first_wanted = (scored.start if scored else len(read)) - 1
-    return Sequence(
-        prompt, one.sample, seed, read, first_wanted, scored, token_ids=list(one.token_ids), n_begun=n_begun
-    )
+    guide = prompt.make_guide() if prompt.make_guide else None
+    if guide is not None:
+        for token in one.token_ids:
+            guide.advance(token)
+    ids = list(one.token_ids)
+    return Sequence(prompt, one.sample, seed, read, first_wanted, scored, token_ids=ids, n_begun=n_begun, guide=guide)
 
 
 def expand_texts(prompts: Iterable[Prompt], pool: Literal["mean", "last"]) -> dict[Sequence, list[Prompt]]:

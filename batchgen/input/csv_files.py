@@ -25,7 +25,7 @@ from batchgen.input.formats import (
     find_columns,
     request_columns,
 )
-from batchgen.input.parameters import LOGPROBS, find_results, is_object, mentioned, override_params, parse_text
+from batchgen.input.parameters import WITH_COLUMNS, find_results, is_object, mentioned, override_params, parse_text
 from batchgen.input.sources import BUFFER_BYTES, UNPACKING_ERRORS, Source, open_bytes, read_error
 from batchgen.input.targets import labels_column, prompt_option, prompt_word, target_columns, with_targets
 from batchgen.input.templates import prompt_columns
@@ -269,7 +269,7 @@ def scan(source: Source, options: InputOptions) -> Scanned:
         header, records = read_csv(file, source, options)
         results = find_results(header)
         objects = [index for index, name in enumerate(header) if is_object(name) and name not in results]
-        asks, rows = {name for name in LOGPROBS if name in header and name not in results}, 0
+        asks, rows = {name for name in WITH_COLUMNS if name in header and name not in results}, 0
         for rows, (_, record) in enumerate(records, 1):  # noqa: B007  # counts them
             for index in objects if isinstance(record, list) else ():
                 asks |= mentioned(record[index].encode())

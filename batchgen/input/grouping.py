@@ -75,7 +75,7 @@ def _row(index: int, item: Item, numbers: dict[SamplingParams, int]) -> Row:
         return _scored_row(index, item, number)
     prompts = (item.prompt, *item.others) if isinstance(item, Request) else [ids for _, ids in item.prompts]
     key = b"\xff\xff".join(map(_bytes_of, prompts))
-    n = len(prompts) * (1 if params.greedy else params.n)
+    n = len(prompts) * params.n_sequences
     return Row(index, (key, number), TOKEN_BYTES * n * min(params.max_tokens, MOST_TOKENS), len(key))
 
 

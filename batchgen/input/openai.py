@@ -9,7 +9,7 @@ from typing import TypeAlias
 from batchgen.errors import UsageError
 from batchgen.input.formats import BadRow, Reading
 from batchgen.input.parameters import apply_values, count_escapes, read_member
-from batchgen.input.words import find_surrogate
+from batchgen.input.words import check_characters, find_surrogate
 from batchgen.options import shown
 from batchgen.types import SamplingParams
 
@@ -75,18 +75,13 @@ def _check_line(fields: Fields) -> None:
     custom_id = fields.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise UsageError("custom_id must be a string of one character or more; write one")
-    _check_text("custom_id", custom_id)
+    check_characters("custom_id", custom_id)
     if fields.get("method", "POST") != "POST":
         raise UsageError(f"method {shown(fields['method'])} is not supported; write POST")
     if fields.get("url") != URL:
         raise UsageError(f"url {shown(fields.get('url'))} is not supported; write {URL}")
     if "body" not in fields:
         raise UsageError('no body; write {"prompt": ...}')
-
-
-def _check_text(name: str, text: str) -> None:
-    if code := find_surrogate(text):
-        raise UsageError(f"{name} has a lone surrogate ({code}), which is not a character; remove it")
 
 
 def _is_token_ids(value: object) -> bool:
@@ -100,7 +95,7 @@ def _read_prompts(value: object) -> tuple[Prompt, ...]:
     if isinstance(prompts, list) and prompts:
         if all(isinstance(prompt, str) for prompt in prompts):
             for prompt in prompts:
-                _check_text("prompt", prompt)
+                check_characters("prompt", prompt)
             return tuple(prompts)
         if all(map(_is_token_ids, prompts)):
             return tuple(map(tuple, prompts))

@@ -23,7 +23,7 @@ from functools import lru_cache
 from batchgen.errors import UsageError
 from batchgen.files import parse_json, unique_keys
 from batchgen.options import find_escape, say, shown
-from batchgen.types import RowParameters, SamplingParams
+from batchgen.types import MAX_PATTERN_BYTES, PATTERN_NAMES, RowParameters, SamplingParams
 
 PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 
@@ -40,6 +40,11 @@ _ELSEWHERE = {
     "bad_words": ("bad_words_ids",),
     "repetition_penalty": ("repeat_penalty",),
     "echo": ("return_full_text",),
+    "heal": ("token_healing",),
+    "choices": ("guided_choice",),
+    "regex": ("guided_regex",),
+    "json_schema": ("guided_json",),
+    "grammar": ("guided_grammar",),
 }
 ALIASES = {theirs: ours for ours, names in _ELSEWHERE.items() for theirs in names}
 # what other libraries have and SamplingParams has not, with the values that ask for nothing; null is always one
@@ -47,13 +52,12 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),  # or n
     "do_sample": (),  # as temperature says
     "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-    **dict.fromkeys(("truncate_prompt_tokens", "guided_decoding", "structured_outputs"), ()),
-    **dict.fromkeys(("use_beam_search", "early_stopping"), (False,)),
-    **dict.fromkeys(("num_beams", "num_beam_groups", "length_penalty", "typical_p"), (1,)),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "num_beam_groups": (1,),
     **dict.fromkeys(("diversity_penalty", "penalty_alpha", "epsilon_cutoff", "eta_cutoff"), (0,)),
-    "no_repeat_ngram_size": (0,),
-    **dict.fromkeys(("allowed_token_ids", "logits_processors"), ([],)),
+    "logits_processors": ([],),
+    "dry_penalty_last_n": (-1,),  # llama.cpp's word for the whole context
 }
 # more of them, whose names a user's own column may have
 NEUTRAL_MEMBERS: dict[str, tuple[object, ...]] = {
@@ -65,6 +69,10 @@ NEUTRAL_MEMBERS: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("priority", "top_n_tokens", "top_logprobs", "output_kind"), (0,)),
     **dict.fromkeys(("extra_args", "extra_body", "stream_options"), ({},)),
 }
+# objects that have a pattern: OpenAI's, and vLLM's by their members
+RESPONSE_FORMAT = "response_format"
+_STRUCTURED = {"choice": "choices", "regex": "regex", "json": "json_schema", "grammar": "grammar"}
+_SHAPED = frozenset((RESPONSE_FORMAT, "structured_outputs", "guided_decoding"))
 # columns whose values are objects of parameters, in any style; of the others, if they have the name of a parameter
 _SURE_OBJECT = re.compile(
     r"(?:sampling|sampler|generation|generate|gen|textgeneration|decoding|decode|inference)"
@@ -111,7 +119,8 @@ def find_results(names: Iterable[str]) -> tuple[str, ...]:
 # The output has their columns, or lacks them, before the first row is read: so the scan looks for their names, and for
 # that of echo, which beside logprobs in OpenAI's lines asks for both.
 LOGPROBS = ("logprobs", "prompt_logprobs")
-ASKING = frozenset((*LOGPROBS, "echo"))
+WITH_COLUMNS = (*LOGPROBS, "num_beams")
+ASKING = frozenset((*WITH_COLUMNS, "echo"))
 _SOUGHT = {name.encode(): name for name in ASKING} | {b"return_full_text": "echo"}
 _ESCAPED = re.compile(rb"\\+(?:u00|x)(5[fF]|[67][0-9a-fA-F])")  # a letter in JSON or a dict of Python: log\u0070robs
 _KEY = re.compile(rb"[\"'](" + b"|".join(_SOUGHT) + rb")\\*[\"']\s*:")
@@ -131,7 +140,7 @@ def mentioned(data: bytes) -> frozenset[str]:
 def asked_in(line: bytes) -> frozenset[str]:
     """The names of ASKING that a line of JSON may have as a parameter, at any depth; not those that are results."""
     text = _unescape_letters(line)
-    if b"logprobs" not in text and b"echo" not in text and b"return_full_text" not in text:
+    if not _ANYWHERE.search(text):
         return frozenset()
     found = _keys(text)
     if not found or not all(key in text for key in _OUTPUT_KEYS):
@@ -141,6 +150,12 @@ def asked_in(line: bytes) -> frozenset[str]:
         results = find_results(fields.keys())
         return _keys(json.dumps({name: value for name, value in fields.items() if name not in results}).encode())
     return frozenset()
+
+
+def is_asked(name: str, params: SamplingParams) -> bool:
+    """Whether parameters ask for what a name of ASKING stands for."""
+    value = getattr(params, name)
+    return value is not None and value is not False and (name != "num_beams" or value > 1)
 
 
 def _keys(text: bytes) -> frozenset[str]:
@@ -159,7 +174,7 @@ def _parameter_names(names: tuple[str, ...], not_parameters: tuple[str, ...]) ->
     for name in names:
         if name in not_parameters or name in results:
             continue
-        if name in PARAMETERS or name in NEUTRAL or is_object(name):
+        if name in PARAMETERS or name in NEUTRAL or name in _SHAPED or is_object(name):
             found.append(name)
         elif near := find_misspelled(name):
             raise UsageError(f"{name!r} is not a parameter; did you mean {near!r}? rename it")
@@ -192,7 +207,7 @@ _SYNTAX = re.compile(r"[\[({=:]|\s-?\d")  # of what may be parameters
 def _is_known(name: object) -> bool:
     if not isinstance(name, str):
         return False
-    known = name in PARAMETERS or name in ALIASES or name in NEUTRAL or is_object(name)
+    known = name in PARAMETERS or name in ALIASES or name in NEUTRAL or name in _SHAPED or is_object(name)
     return known or find_misspelled(name) is not None
 
 
@@ -249,6 +264,9 @@ def read_member(where: str, name: str, value: object) -> Iterator[tuple[str, str
     """One member of an object of parameters, under its name here, or none if it is null; UsageError if not known."""
     if value is None or (name in LOGPROBS and value is False):
         return
+    if name in _SHAPED:
+        yield from _read_shape(where, name, value)
+        return
     if name not in PARAMETERS and name not in ALIASES and name not in NEUTRAL and name not in NEUTRAL_MEMBERS:
         near = find_misspelled(name)
         remedy = f"did you mean {near!r}?" if near else "leave it out"
@@ -258,12 +276,56 @@ def read_member(where: str, name: str, value: object) -> Iterator[tuple[str, str
     yield where, ALIASES.get(name, name), value
 
 
+def _read_shape(where: str, name: str, value: object) -> Iterator[tuple[str, str, object]]:
+    """The pattern in an object of OpenAI's or vLLM's; UsageError for what else it asks for.
+
+    {"type": "json_schema", "json_schema": {"schema": {...}}}, {"regex": "[0-9]+"}, {"json_object": true}
+    """
+    if isinstance(value, str):  # in CSV, or a column of text
+        value = read_literal(value, python=False)
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{where} {shown(value)} is not an object; leave it out")
+    members = {key: member for key, member in value.items() if member not in (None, False)}
+    if name == RESPONSE_FORMAT:
+        members = _response_format(where, members)
+    if members.pop("json_object", None):
+        yield f"{where}.json_object", "json_schema", {"type": "object"}
+    for key, member in members.items():
+        if key not in _STRUCTURED:
+            known = ", ".join((*_STRUCTURED, "json_object"))
+            raise UsageError(f"'{where}.{str(key)[:40]}' is not supported; leave it out: its members are {known}")
+        yield f"{where}.{key}", _STRUCTURED[key], member
+
+
+def _response_format(where: str, members: dict[object, object]) -> dict[object, object]:
+    """OpenAI's members as vLLM's; a schema's name, description and strictness change nothing."""
+    kind = members.pop("type", None)
+    if kind == "json_schema" and isinstance(inner := members.pop("json_schema", None), Mapping):
+        members |= {f"json_schema.{key}": member for key, member in inner.items() if member is not None}
+        for key in ("name", "description", "strict"):
+            members.pop(f"json_schema.{key}", None)
+        if (schema := members.pop("json_schema.schema", None)) is not None:
+            return {"json": schema, **members}
+    elif kind in ("text", "json_object"):
+        return {"json_object": kind == "json_object", **members}
+    raise UsageError(
+        f'{where}.type {shown(kind)} is not supported as it is written; write {{"type": "json_schema", "json_schema": '
+        '{"schema": {...}}}, or the type "json_object" or "text"'
+    )
+
+
 def override_params(
     values: Mapping[str, object], base: SamplingParams, found: RowParameters | None = None
 ) -> SamplingParams:
     """The base with a row's values in place of its own; null changes nothing. Raises UsageError by name."""
     given = list(_flatten(values))
-    params = apply_values(given, base)
+    try:
+        params = apply_values(given, base)
+    except UsageError as error:
+        if not any(str(error).startswith(f"{name} ") for name in PATTERN_NAMES if name in values):
+            raise
+        remedy = f"if the column is your own, rename it or pass {say('row_params', False)}"
+        raise UsageError(f"{error}; {remedy}") from error
     if found is not None and given:
         found.taken.update({where.partition(".")[0] for where, name, _ in given if name in PARAMETERS})
         count_escapes(params, base, found)
@@ -285,6 +347,8 @@ def apply_values(given: Iterable[tuple[str, str, object]], base: SamplingParams)
         if name in places and not _is_equal(changes[name], value):
             raise UsageError(f"{places[name]} {shown(changes[name])} and {where} {shown(value)} differ; keep one")
         changes[name], places[name] = value, where
+    if any(changes.get(name) for name in PATTERN_NAMES):  # in place of the base's, which may be of another kind
+        changes = {name: None for name in MAX_PATTERN_BYTES} | {"choices": ()} | changes
     other = {name: changes.pop(name) for name in list(changes) if name not in PARAMETERS}
     params = replace(base, **changes) if changes else base  # type: ignore[arg-type]  # SamplingParams checks each
     for name, value in other.items():
@@ -305,10 +369,13 @@ def _check_neutral(name: str, value: object, where: str, params: SamplingParams)
         value = {"true": True, "false": False}.get(value.casefold(), value)  # as pandas writes them in CSV
     if name == "do_sample" and value == params.greedy:
         remedy = "set temperature to 0" if params.greedy is False else "set temperature above 0"
+        if params.num_beams > 1:  # which draws nothing
+            remedy = "set do_sample to false, or num_beams to 1 and temperature above 0"
         raise UsageError(f"{where} {shown(value)} and temperature {params.temperature} contradict; {remedy}")
     neutral = {"best_of": (1, params.n), "do_sample": (True, False)}.get(name) or (NEUTRAL | NEUTRAL_MEMBERS)[name]
     if value not in neutral:
-        raise UsageError(f"{where} {shown(value)} is not supported; leave it out")
+        remedy = "give num_beams instead" if name == "use_beam_search" else "leave it out"
+        raise UsageError(f"{where} {shown(value)} is not supported; {remedy}")
 
 
 def own_parameters(
@@ -325,6 +392,10 @@ def own_parameters(
 
 
 def _read(name: str, value: object) -> object:
+    if name == "choices" and isinstance(value, str) and value:
+        raise UsageError(f'choices {shown(value)} is out of range (a list of strings; write ["a", "b"])')
+    if name in PATTERN_NAMES:  # an empty text asks for nothing, but as one of choices it is refused
+        return value if value != "" else () if name == "choices" else None
     read = _READERS.get(_TYPES.get(name))
     return value if read is None else read(name, value)
 
@@ -395,13 +466,15 @@ def parse_text(name: str, text: str) -> object:
     if is_object(name):
         return text or None
     kind, plain = _TYPES.get(name), text.strip()
-    if not text or (plain in _NULLS and kind != tuple[str, ...]):
+    is_text = kind == tuple[str, ...] or name == "regex"
+    if not text or (plain in _NULLS and not is_text):
         return None
     if kind is bool:
         return _BOOLEANS.get(plain.lower(), text)
-    if kind == tuple[str, ...] and not _LIKE_A_LIST.match(text):
-        if plain in _NULLS or plain.lower() == "nan":
-            raise UsageError(f'{name} {text!r} is out of range (a text: leave it empty for none, or write ["{plain}"])')
+    if name in MAX_PATTERN_BYTES or (is_text and not _LIKE_A_LIST.match(text)):
+        if is_text and (plain in _NULLS or plain.lower() == "nan"):
+            escaped = f"(?:{plain})" if name == "regex" else f'["{plain}"]'
+            raise UsageError(f"{name} {text!r} is out of range (a text: leave it empty for none, or write {escaped})")
         return text
     if kind in (int, float) and _DECIMAL.fullmatch(plain):
         return float(plain)

@@ -25,7 +25,7 @@ from batchgen.input.formats import (
     text_columns,
 )
 from batchgen.input.kept import EXACT, converted, find_not_utf8, json_values, kept_batch, parquet_field, texts_of
-from batchgen.input.parameters import LOGPROBS, find_results, is_object, mentioned, override_params
+from batchgen.input.parameters import WITH_COLUMNS, find_results, is_object, mentioned, override_params
 from batchgen.input.sources import Source, open_parquet
 from batchgen.input.targets import labels_column, prompt_word, target_columns, with_targets
 from batchgen.input.templates import Template
@@ -169,14 +169,17 @@ def _read_value(column: pa.Array, row: int) -> object:
 
 
 def _plain(value: object) -> object:
-    """Decimals as numbers and bytes as text, at any depth: 0.8, 4, "a"."""
+    """Decimals as numbers and bytes as text, at any depth: 0.8, 4, "a"; structs without the members that are null.
+
+    A struct column has the members of all its rows in every row.
+    """
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, bytes):
         text = _decode(value)
         return text if isinstance(text, str) else value
     if isinstance(value, dict):  # a struct
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _plain(item) for name, item in value.items() if item is not None}
     return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value  # a map has pairs
 
 
@@ -323,8 +326,8 @@ def _asked(file: pq.ParquetFile, source: Source) -> frozenset[str]:
     results = find_results(schema.names)
     kinds = {name: schema.field(name).type for name in schema.names if is_object(name) and name not in results}
     structs = [kind for kind in kinds.values() if pa.types.is_struct(kind)]
-    asks = {name for name in LOGPROBS if name in schema.names and name not in results}
-    asks |= {name for name in LOGPROBS if any(kind.get_field_index(name) >= 0 for kind in structs)}
+    asks = {name for name in WITH_COLUMNS if name in schema.names and name not in results}
+    asks |= {name for name in WITH_COLUMNS if any(kind.get_field_index(name) >= 0 for kind in structs)}
     texts = [name for name, kind in kinds.items() if _is_text(kind) or pa.types.is_map(kind)]
     batches = _read_batches(file, texts, source) if texts else ()
     arrays = (column for batch, _ in batches for column in batch.columns)

@@ -20,7 +20,7 @@ from batchgen.input.duplicates import Repeats
 from batchgen.input.formats import Format, Found, Reading, Rows, Scanned, folder_parameters
 from batchgen.input.grouping import TOGETHER, Item, share_out
 from batchgen.input.kept import Column, kept_schema, pack_kept
-from batchgen.input.parameters import ASKING, LOGPROBS, PARAMETERS, find_results, override_params
+from batchgen.input.parameters import ASKING, PARAMETERS, WITH_COLUMNS, find_results, is_asked, override_params
 from batchgen.input.sources import Source, check_local_unchanged, check_unchanged, find_sources, local_paths
 from batchgen.input.templates import Shots, template_of, with_template
 from batchgen.input.validation import Check
@@ -30,13 +30,7 @@ from batchgen.options import say, shown
 from batchgen.selection import Selection
 from batchgen.types import MAX_INT, Chunk, Rejected, Request, Reused, RowParameters, SamplingParams, TokenizedRequest
 
-FORMATS: dict[str, Format] = {
-    "jsonl": jsonl,
-    "csv": csv_files,
-    "tsv": csv_files,
-    "parquet": parquet,
-    "txt": text_lines,
-}
+FORMATS: dict[str, Format] = {"jsonl": jsonl, "csv": csv_files, "tsv": csv_files, "parquet": parquet, "txt": text_lines}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +189,7 @@ class Prompts:
         self, facts: Facts, params: SamplingParams, check: Check, cut: Cut, older: Older | None = None
     ) -> Iterator[Chunk]:
         """Yield the wanted chunks, each with the kept columns of its rows; see `requests` for the rest."""
-        unseen = set(LOGPROBS) - asked_logprobs(self, facts, params)  # the output has no columns of them
+        unseen = {*WITH_COLUMNS} - asked_columns(self, facts, params)  # the output has no columns of them
 
         def checked(item: Item) -> TokenizedRequest | Rejected:
             return item if isinstance(item, TokenizedRequest) else check(item)
@@ -241,23 +235,23 @@ def _with_sizes(rows: Rows) -> Rows:
     return replace(rows, sizes=[size + more for size, more in zip(rows.sizes, made, strict=True)])
 
 
-def asked_logprobs(prompts: Prompts, facts: Facts, params: SamplingParams) -> set[str]:
-    """Which of LOGPROBS the run or a row may ask for; in OpenAI's lines, echo with logprobs asks for both."""
-    asks = {name for name in ASKING if getattr(params, name) is not None and getattr(params, name) is not False}
+def asked_columns(prompts: Prompts, facts: Facts, params: SamplingParams) -> set[str]:
+    """Which of WITH_COLUMNS the run or a row may ask for; in OpenAI's lines, echo with logprobs asks for both."""
+    asks = {name for name in ASKING if is_asked(name, params)}
     if prompts.openai or prompts.options.row_params:
         asks |= facts.asks
     if prompts.openai and asks >= {"logprobs", "echo"}:
         asks.add("prompt_logprobs")
-    return asks & {*LOGPROBS}
+    return asks & {*WITH_COLUMNS}
 
 
 def _reject_unseen(rows: Rows, unseen: Container[str], params: SamplingParams) -> Rows:
-    """Reject rows that ask for log-probabilities in letters that the scan, which looks for the name, did not see."""
+    """Reject rows that ask for a column in letters that the scan, which looks for the name, did not see."""
     items = list(rows.items)
     for index, item in enumerate(items):
         if not isinstance(item, Request) or item.params is params:
             continue
-        name = next((name for name in LOGPROBS if name in unseen and getattr(item.params, name) is not None), None)
+        name = next((name for name in WITH_COLUMNS if name in unseen and is_asked(name, item.params)), None)
         if name is not None:
             reason = f"{name} is written in a way that is found too late; write it in plain letters"
             items[index] = item.rejected(reason)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from batchgen.errors import UsageError
 from batchgen.input.parameters import read_literal
-from batchgen.input.words import ABSENT, find_surrogate
+from batchgen.input.words import ABSENT, check_characters
 from batchgen.job import InputOptions, ScoreInput
 from batchgen.options import shown
 from batchgen.types import Rejected, Request
@@ -62,8 +62,7 @@ def _check_text(name: str, value: object) -> str:
         raise UsageError(f"{name} is {describe(value)}; make it a string")
     if not value:
         raise UsageError(f"{name} is empty, and has no token to score; write it, or leave the row out")
-    if code := find_surrogate(value):
-        raise UsageError(f"{name} has a lone surrogate ({code}), which is not a character; remove it")
+    check_characters(name, value)
     return value
 
 

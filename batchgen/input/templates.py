@@ -11,7 +11,7 @@ from typing import NamedTuple
 from batchgen.errors import UsageError
 from batchgen.input.kept import json_text, shared_spelling
 from batchgen.input.targets import prompt_option
-from batchgen.input.words import find_surrogate
+from batchgen.input.words import check_characters, find_surrogate
 from batchgen.job import InputOptions
 from batchgen.limits import reason_of
 from batchgen.options import say, shown
@@ -62,8 +62,7 @@ def _text_of(column: str, value: object) -> str:
     if isinstance(value, bytes):
         raise UsageError(f"{shown(column)} is not UTF-8; write the column as UTF-8 strings")
     text = value if isinstance(value, str) else json_text(shared_spelling(value))
-    if code := find_surrogate(text):
-        raise UsageError(f"{shown(column)} has a lone surrogate ({code}), which is not a character; remove it")
+    check_characters(shown(column), text)
     return text
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -11,9 +11,11 @@ from batchgen.errors import InputError, UsageError
 from batchgen.input.passages import Passages, Unfit, encode_text, find_passages
 from batchgen.job import OnTooLong, Policy, ScoreOptions, SeedBy, TaskOptions
 from batchgen.options import say
-from batchgen.text.stopping import bad_word_ids
+from batchgen.text.guided import check_pattern
+from batchgen.text.healing import beginnings_of
+from batchgen.text.stopping import banned_ids
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import Ids, Rejected, Request, SamplingParams, TokenizedRequest
+from batchgen.types import READING, Ids, Rejected, Request, SamplingParams, TokenizedRequest
 
 Check: TypeAlias = Callable[[Request | Rejected], TokenizedRequest | Rejected]
 
@@ -64,38 +66,90 @@ def _check_token_ids(name: str, ids: Iterable[int], tokenizer: Tokenizer) -> Non
 
 
 def _check_parameters(params: SamplingParams, tokenizer: Tokenizer) -> None:
-    """Each id is a token's, and some token may always be drawn: a small vocabulary can be banned as a whole."""
+    """Raise Unfit for an id that no token has, and if no token may come first."""
     _check_token_ids("stop_token_ids", params.stop_token_ids, tokenizer)
     _check_token_ids("logit_bias", (token for token, _ in params.logit_bias), tokenizer)
-    banned = {word[-1] for word in bad_word_ids(params.bad_words, tokenizer)}
+    _check_token_ids("allowed_token_ids", params.allowed_token_ids, tokenizer)
+    banned = {"bad_words": banned_ids(params.bad_words, tokenizer)}
     if params.min_tokens:
-        banned |= {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.special.end)}
-    if len(banned) >= tokenizer.n_tokens:
-        reason = f"bad_words and min_tokens may ban every token of this vocabulary of {tokenizer.n_tokens}"
-        raise Unfit(f"{reason}; leave one that may be drawn", None)
+        banned["min_tokens"] = {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.special.end)}
+    if not params.allowed_token_ids:
+        if len(set().union(*banned.values())) >= tokenizer.n_tokens:
+            reason = f"bad_words and min_tokens may ban every token of this vocabulary of {tokenizer.n_tokens}"
+            raise Unfit(f"{reason}; leave one that may be drawn", None)
+        return
+    left = {*params.allowed_token_ids}.difference(*banned.values())
+    causes = " and ".join(name for name, ids in banned.items() if not ids.isdisjoint(params.allowed_token_ids))
+    if not left:
+        raise Unfit(f"allowed_token_ids are all banned by {causes}; allow another token, or leave out {causes}", None)
+    if params.choices and not any(_can_spell(text.encode(), left, tokenizer) for text in params.choices):
+        reason = f"allowed_token_ids{causes and f' that are not banned by {causes}'} can spell none of the choices"
+        raise Unfit(f"{reason}; allow the tokens of one, or leave out allowed_token_ids", None)
 
 
-def _fit(prompt: str | Ids, max_tokens: int, tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> tuple[str, Ids]:
-    """Text and token ids of one prompt, truncated if that is the policy; shorten may leave less than max_tokens."""
+def _can_spell(text: bytes, ids: set[int], tokenizer: Tokenizer) -> bool:
+    """Whether these tokens, one after another, can be this text."""
+    words = {tokenizer.decode_bytes([token]) for token in ids - tokenizer.special_ids}
+    lengths = sorted({len(word) for word in words if word})
+    reached = {0}
+    for start in range(len(text)):
+        if start in reached:
+            reached.update(start + n for n in lengths if text[start : start + n] in words)
+    return len(text) in reached
+
+
+class Fitted(NamedTuple):
+    """One prompt that fits the model."""
+
+    text: str
+    ids: Ids  # the tokens that are read
+    again: Ids  # the tokens after them, which are drawn again
+
+
+def _back_up(prompt: str | Ids, ids: Ids, params: SamplingParams, tokenizer: Tokenizer) -> tuple[Ids, Ids]:
+    """Beginnings.back_up, if the row asks for it."""
+    if not (params.heal and params.max_tokens):
+        return ids, ()
+    if not isinstance(prompt, str):
+        what = f"the prompt is token ids, which are read as they are, and {say('heal', True)} is for texts"
+        raise Unfit(f"{what}; give its text, or heal false", len(ids))
+    return beginnings_of(tokenizer).back_up(ids)
+
+
+def _check_pattern(params: SamplingParams, tokenizer: Tokenizer, prompts: Iterable[Fitted], n_ctx: int) -> None:
+    """Raise Unfit if the pattern cannot be met after each prompt; the context may shorten max_tokens."""
+    for one in prompts:
+        try:
+            max_tokens = min(params.max_tokens, n_ctx - len(one.ids))
+            check_pattern(params, tokenizer, max_tokens, tokenizer.decode_bytes(one.again))
+        except UsageError as error:
+            raise Unfit(str(error), len(one.ids)) from error
+
+
+def _fit(prompt: str | Ids, params: SamplingParams, tokenizer: Tokenizer, n_ctx: int, policy: Policy) -> Fitted:
+    """One prompt, truncated if that is the policy; shorten may leave less than max_tokens."""
     on_too_long, begin = policy.on_too_long, tokenizer.special.begin if isinstance(prompt, str) else ()
+    max_tokens = params.max_tokens
     room = n_ctx - max_tokens
     truncate = on_too_long == "truncate-left" and room > len(begin)  # begin stays in front
     # no token is longer than longest_token_bytes, so a prompt of megabytes need not be tokenized to be too long
     if not truncate and isinstance(prompt, str) and len(prompt) > n_ctx * tokenizer.longest_token_bytes:
         raise _too_long(None, max_tokens, n_ctx, on_too_long)
-    ids = _encode(prompt, tokenizer, policy, n_ctx if truncate else None)
+    n_again = beginnings_of(tokenizer).longest if params.heal else 0  # at most
+    ids = _encode(prompt, tokenizer, policy, n_ctx + n_again if truncate else None)
+    ids, again = _back_up(prompt, ids, params, tokenizer)
     if len(ids) > room and truncate:
         ids = begin + ids[len(ids) - room + len(begin) :]
     elif len(ids) > room and not (on_too_long == "shorten" and len(ids) < n_ctx):
         raise _too_long(len(ids), max_tokens, n_ctx, on_too_long)
-    return prompt if isinstance(prompt, str) else tokenizer.decode(ids), ids
+    return Fitted(prompt if isinstance(prompt, str) else tokenizer.decode(ids), ids, again)
 
 
 def _seed_key(request: Request, prompts: Iterable[Ids], seed_by: SeedBy) -> Ids:
-    """What the row's random numbers hang on instead of its number, in 4 words of 32 bits; () if it is the number.
+    """What the row's random numbers depend on instead of its number, in 4 words of 32 bits; () if it is the number.
 
-    prompts: the tokens of each, as the model reads them; their lengths are hashed too, so that [1, 2] [3] is not
-    [1] [2, 3].
+    prompts: the tokens of each, as the model reads them or draws them again; their lengths are hashed too, so that
+    [1, 2] [3] is not [1] [2, 3].
     """
     if seed_by == "row":
         return ()
@@ -134,11 +188,13 @@ def _trim(request: Request | Rejected) -> Request | Rejected:
     return replace(request, prompt=first, others=tuple(others))
 
 
-def _has_special_text(request: Request, tokenizer: Tokenizer, policy: Policy) -> bool:
-    texts = (request.prompt, *request.others, *request.targets)
-    return policy.special_tokens == "auto" and any(
-        tokenizer.reads_special_as_text(text) for text in texts if isinstance(text, str)
-    )
+def _tokenized(request: Request, text: str, ids: Ids, tokenizer: Tokenizer, policy: Policy) -> TokenizedRequest:
+    """The request with the text and the tokens of its first prompt."""
+    texts = [text for text in (request.prompt, *request.others, *request.targets) if isinstance(text, str)]
+    has_special_text = policy.special_tokens == "auto" and any(map(tokenizer.reads_special_as_text, texts))
+    given_as_ids, params = not isinstance(request.prompt, str), request.params
+    row, place = request.row, request.place
+    return TokenizedRequest(row, place, request.id, text, ids, params, (), given_as_ids, has_special_text)
 
 
 def validate(
@@ -152,34 +208,23 @@ def validate(
     """Tokenize one request; a TokenizedRequest has prompt_tokens + max_tokens <= n_ctx, and an exact fit is accepted.
 
     truncate-left keeps the prompt's last tokens, shorten lowers max_tokens. Of several prompts, each must fit.
-
     n_ctx=1024, 1009 prompt tokens, max_tokens=40 -> 1009 + 15 (shorten), 984 + 40 (truncate-left)
     """
-    request = _trim(request) if policy.trim else request
-    if isinstance(request, Rejected):
+    if isinstance(request := _trim(request) if policy.trim else request, Rejected):
         return request
     params, prompts = request.params, (request.prompt, *request.others)
     try:
         _check_parameters(params, tokenizer)
-        fitted = [_fit(prompt, params.max_tokens, tokenizer, n_ctx, policy) for prompt in prompts]
-        key = _seed_key(request, (ids for _, ids in fitted), seed_by)
+        fitted = [_fit(prompt, params, tokenizer, n_ctx, policy) for prompt in prompts]
+        _check_pattern(params, tokenizer, fitted, n_ctx)
+        key = _seed_key(request, (one.ids + one.again for one in fitted), seed_by)
     except Unfit as unfit:
         return request.rejected(unfit.reason, unfit.prompt_tokens)
-    (text, ids), *others = fitted
-    fitting = TokenizedRequest(
-        request.row,
-        request.place,
-        request.id,
-        text,
-        ids,
-        params,
-        tuple(others),
-        given_as_ids=not isinstance(request.prompt, str),
-        has_special_text=_has_special_text(request, tokenizer, policy),
-        seed_key=key,
-        measured=measured,
-    )
-    room = n_ctx - max(len(ids) for _, ids in fitted)
+    first, *others = (one[:2] for one in fitted)
+    again = tuple(one.again for one in fitted if params.heal)
+    fitting = _tokenized(request, *first, tokenizer, policy)
+    fitting = replace(fitting, others=tuple(others), seed_key=key, measured=measured, again=again)
+    room = n_ctx - max(len(one.ids) for one in fitted)
     return fitting if room >= params.max_tokens else fitting.with_max_tokens(room)
 
 
@@ -190,7 +235,8 @@ def _fit_text(request: Request, tokenizer: Tokenizer, n_ctx: int, policy: Policy
         if tokenizer.special.start is None:
             remedy = "leave the row out (this vocabulary has no <|endoftext|> to stand for it)"
         raise Unfit(f"the text is empty, and has no token to embed; {remedy}", 0)
-    return _fit(request.prompt, 0, tokenizer, n_ctx, policy)
+    fitted = _fit(request.prompt, READING, tokenizer, n_ctx, policy)
+    return fitted.text, fitted.ids
 
 
 def validate_reading(
@@ -209,19 +255,8 @@ def validate_reading(
             text, ids = _fit_text(request, tokenizer, n_ctx, policy)
     except Unfit as unfit:
         return request.rejected(unfit.reason, unfit.prompt_tokens)
-    return TokenizedRequest(
-        request.row,
-        request.place,
-        request.id,
-        text,
-        ids,
-        request.params,
-        given_as_ids=not isinstance(request.prompt, str),
-        has_special_text=_has_special_text(request, tokenizer, policy),
-        targets=request.targets,
-        answer=request.answer,
-        passages=passages,
-    )
+    tokenized = _tokenized(request, text, ids, tokenizer, policy)
+    return replace(tokenized, targets=request.targets, answer=request.answer, passages=passages)
 
 
 def make_check(

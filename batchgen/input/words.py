@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 
+from batchgen.errors import UsageError
 from batchgen.options import say, shown
 
 ABSENT = object()  # in place of a value that is not there
@@ -53,3 +54,8 @@ def find_surrogate(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"\\u{ord(text[error.start]):04x}"
     return None
+
+
+def check_characters(name: str, text: str) -> None:
+    if code := find_surrogate(text):
+        raise UsageError(f"{name} has a lone surrogate ({code}), which is not a character; remove it")

