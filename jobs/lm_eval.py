@@ -24,6 +24,6 @@ def lm_eval(
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "batchgen"):
             raise
-        remedy = "install batchgen's extra lm-eval: pip install 'batchgen-gpt2[lm-eval]'"
-        raise SetupError(f"{missing} is not installed, and lm-evaluation-harness needs it; {remedy}") from error
+        what = f"lm-evaluation-harness needs {missing}, which is not installed"
+        raise SetupError(f"{what}; install it with: pip install lm_eval") from error
     main(words)

@@ -6,11 +6,13 @@ from math import fsum
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.engine.engine import Engine
+from batchgen.engine.sequence import Prompt
 from batchgen.errors import UsageError
 from batchgen.input.validation import make_check
 from batchgen.job import Policy, ScoreOptions, SeedBy
@@ -28,7 +30,8 @@ from batchgen.types import (
     ScoreRow,
     TokenizedRequest,
 )
-from batchgen.workers.complete import complete_chunk, map_engine, mean_logprob, repetition
+from batchgen.workers import complete as complete_module
+from batchgen.workers.complete import complete_chunk, map_engine, mean_logprob, repetition, to_prompts
 from batchgen.workers.marker import RECORD, Marker
 from batchgen.workers.tasks import rows_of_chunk
 from tests.support.models import write_byte_model
@@ -283,6 +286,41 @@ def test_measuring_changes_nothing_else(parts: tuple[Model, Tokenizer], logprobs
         assert row.mean_logprob == mean_logprob(other.logprobs)
         assert row.repetition == repetition(row.completion_token_ids)
     assert all(row.mean_logprob is not None for row in measured if row.completion_tokens)
+
+
+def test_a_search_that_finds_less_than_n_completions_fails_its_row_alone(parts: tuple[Model, Tokenizer]) -> None:
+    """A guide that allows one completion alone; the remedy works."""
+    model, tokenizer = parts
+    params = replace(PARAMS, prompt_logprobs=None, num_beams=3, n=2)
+    chunk = Chunk(0, items(IDS[:2], params))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(complete_module, "to_prompts", lambda one, _: guided(to_prompts(one, tokenizer), one.row == 0))
+        rows = complete_chunk(chunk, params, map_engine(*parts), tokenizer)
+        again = complete_chunk(Chunk(0, items(IDS[:1], replace(params, n=1))), params, map_engine(*parts), tokenizer)
+    assert [(row.row, row.sample, row.status) for row in rows] == [(0, 0, "failed"), (1, 0, "ok"), (1, 1, "ok")]
+    assert rows[0].error == (
+        "p:1: beam search (num_beams 3) found 1 completions, and n is 2: nothing else may be generated; lower n to 1"
+    )
+    assert [row.completion for row in again] == ["AAAAAAA"]
+
+
+class OnlyA:
+    """A guide to one completion."""
+
+    def allowed(self) -> npt.NDArray[np.uint32]:
+        mask = np.zeros(9, np.uint32)
+        mask[ord("A") // 32] = 1 << ord("A") % 32
+        return mask
+
+    def advance(self, _token: int) -> bool:
+        return False
+
+    def copy(self) -> "OnlyA":
+        return self
+
+
+def guided(prompts: list[Prompt], is_guided: bool) -> list[Prompt]:
+    return [replace(one, make_guide=OnlyA) for one in prompts] if is_guided else prompts
 
 
 def test_weights_that_are_no_numbers_fail_a_row_as_a_whole(parts: tuple[Model, Tokenizer]) -> None:

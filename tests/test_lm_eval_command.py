@@ -16,5 +16,5 @@ def test_without_the_harness_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     done = CliRunner().invoke(app, ["lm-eval", "--model", "batchgen"])
     assert isinstance(done.exception, SetupError)
-    assert str(done.exception).startswith("lm_eval is not installed")
-    assert "pip install 'batchgen-gpt2[lm-eval]'" in str(done.exception)
+    assert str(done.exception).startswith("lm-evaluation-harness needs lm_eval, which is not installed")
+    assert "pip install lm_eval" in str(done.exception)

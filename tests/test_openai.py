@@ -466,6 +466,12 @@ def test_echo_with_logprobs_answers_for_the_prompt_and_the_completion():
     assert "prompt_logprobs" not in body["choices"][0]
 
 
+def test_a_choice_of_beam_search_has_its_score():
+    first, second = body_of(echoed("a", "b", beam_score=-0.5), echoed("a", "c", sample=1))["choices"]
+    assert first["beam_score"] == -0.5
+    assert "beam_score" not in second
+
+
 def test_max_tokens_0_answers_for_the_prompt_alone():
     body = body_of(echoed("ab", sample=0, prompt_index=0), echoed("c", sample=1, prompt_index=1))
     first, second = check_types(body).choices

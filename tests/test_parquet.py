@@ -355,3 +355,16 @@ def test_nested_parameters(tmp_path: Path, make_column: Callable[[str], pa.Array
     assert asked == [SamplingParams(**two), SamplingParams(), SamplingParams(**none)]  # type: ignore[arg-type]
     assert prompts.scan().asks == {name}
     assert prompts.row_parameters.taken == {"sampling_params": 2}
+
+
+def test_what_is_null_in_a_struct_is_left_out_as_in_the_rows_that_it_was_made_of(tmp_path: Path) -> None:
+    schemas = [
+        {"const": 5},
+        {"properties": {"a": {"type": "null"}}},
+        {"title": "x"},
+        {"properties": {"b": {"minimum": 1}}},
+    ]
+    rows = [{"prompt": "a", "json_schema": schema, "structured_outputs": {"json": schema}} for schema in schemas]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "prompts.parquet")
+    asked = [item.params for item in open_prompts(tmp_path / "prompts.parquet").requests(SamplingParams())]  # type: ignore[union-attr]
+    assert asked == [SamplingParams(json_schema=schema) for schema in schemas]  # type: ignore[arg-type]

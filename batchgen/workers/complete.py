@@ -1,38 +1,45 @@
 """Chunks into rows: an engine over a model's shards, and what it makes of a chunk's requests."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 
 from batchgen.engine.limits import MAX_BATCH, check_prompts
-from batchgen.engine.sequence import Completion, Prompt, is_loop, sample_seeds
+from batchgen.engine.sequence import Completion, Prompt, is_loop, make_breakers, sample_seeds
 from batchgen.errors import UsageError
 from batchgen.input.parameters import own_parameters
 from batchgen.models.model import Model
 from batchgen.options import say
 from batchgen.planning import default_kv_bytes
-from batchgen.text.stopping import StopStrings, bad_word_ids, completed_text, has_stop
+from batchgen.text.guided import compile_guide, pattern_of
+from batchgen.text.guided import find_failure as find_pattern_failure
+from batchgen.text.healing import HealingGuide, beginnings_of
+from batchgen.text.stopping import StopStrings, bad_word_ids, breaker_ids, completed_text, has_stop
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import (
     Begun,
     Chunk,
     EmbeddingRow,
+    Guide,
+    Ids,
     OutputRow,
     Rejected,
     SamplingParams,
     ScoreRow,
     TokenizedRequest,
     encodable,
+    is_in,
 )
 from batchgen.workers.marker import RECORD, Marker, Phase
 
 if TYPE_CHECKING:
     from batchgen.engine.engine import Engine
 
-R = TypeVar("R", ScoreRow, EmbeddingRow)
+R = TypeVar("R", OutputRow, ScoreRow, EmbeddingRow)
 
 NGRAM = 4  # tokens
 # of each token, the likeliest ones in its place, with their log-probabilities
@@ -66,17 +73,28 @@ def map_engine(
 def to_prompts(request: TokenizedRequest, tokenizer: Tokenizer) -> list[Prompt]:
     """The row's prompts, most often one, in the engine's form; none of those whose samples are all done."""
     params, begun = asked_params(request), request.begun
-    for one in begun or ():
-        _check_begun(request, one, tokenizer)
     bad_words = bad_word_ids(params.bad_words, tokenizer)
     firsts = range(0, len(request.prompts) * params.n, params.n)
+    breakers = make_breakers(breaker_ids(params.dry_sequence_breakers, tokenizer) if params.dry_multiplier else ())
     scored = None if params.prompt_logprobs is None else 1  # nothing is before the first token
-    seeds = [sample_seeds(params.seed, request.row, params.n, first, request.seed_key) for first in firsts]
-    return [
-        Prompt(request.row, ids, params, of_prompt, first, bad_words, scored, own)
-        for first, of_prompt, (_, ids) in zip(firsts, seeds, request.prompts, strict=True)
-        if (own := samples_of(begun, first, params.n)) != ()
-    ]
+    prompts = []
+    for first, (_, ids), again in zip(firsts, request.prompts, request.all_again, strict=True):
+        if (own := samples_of(begun, first, params.n)) != ():
+            seeds = sample_seeds(params.seed, request.row, params.n, first, request.seed_key)
+            prompt = Prompt(request.row, ids, params, seeds, first, bad_words, scored, own, breakers=breakers)
+            prompts.append(_with_guide(prompt, again, tokenizer))
+            for one in own or ():
+                _check_begun(prompts[-1], one, tokenizer)
+    return prompts
+
+
+def _with_guide(prompt: Prompt, again: Ids, tokenizer: Tokenizer) -> Prompt:
+    """The prompt, with what makes its guides: for its pattern, and for tokens that are drawn again."""
+    given = tokenizer.decode_bytes(again)
+    guide: Guide | None = compile_guide(prompt.params, tokenizer, given)
+    if again:
+        guide = HealingGuide(beginnings_of(tokenizer), again, guide)
+    return replace(prompt, make_guide=guide.copy if guide else None, guided_by=again, given=given)
 
 
 def asked_params(request: TokenizedRequest) -> SamplingParams:
@@ -90,16 +108,24 @@ def samples_of(begun: Sequence[Begun] | None, first: int, n: int) -> tuple[Begun
     return None if begun is None else tuple(one for one in begun if first <= one.sample < first + n)
 
 
-def _check_begun(request: TokenizedRequest, one: Begun, tokenizer: Tokenizer) -> None:
-    """Raise UsageError for first tokens that a rule of the row has ended: those of an edited output."""
-    params, ids = request.params, [*one.token_ids]
+def _check_begun(prompt: Prompt, one: Begun, tokenizer: Tokenizer) -> None:
+    """Raise UsageError for first tokens that a rule of the row has ended, or bans: those of an edited output."""
+    params, ids = prompt.params, [*one.token_ids]
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.special.end)}
-    is_over = not ends.isdisjoint(ids) or has_stop(ids, params, tokenizer)
+    is_over = has_stop(ids, params, tokenizer, len(prompt.given))
+    if prompt.make_guide is None:
+        is_over |= not ends.isdisjoint(ids)
+    else:
+        guide = prompt.make_guide()
+        is_over |= any(
+            not is_in(token, guide.allowed()) or (token in ends and not guide.is_given(token)) or guide.advance(token)
+            for token in ids
+        )
     if params.stop_loops:
         is_over |= any(is_loop(ids[:n]) for n in range(max(params.min_tokens, 1), len(ids) + 1))
     if is_over:
         what = f"its first {len(ids)} tokens, taken from an older output, end it already, so they were changed there"
-        raise UsageError(f"row {request.row}, sample {one.sample}: {what}")
+        raise UsageError(f"row {prompt.row}, sample {one.sample}: {what}")
 
 
 # ---- what is measured of a completion
@@ -129,41 +155,40 @@ def words_of_odd(logprob: float) -> str:
     return f"{what}; use another model, or {say('precision', 'float32')}"
 
 
-def find_odd(request: TokenizedRequest, completion: Completion) -> float | None:
-    """A log-probability that is no finite number, of a row that wants their mean."""
-    logprobs = completion.logprobs or () if "mean_logprob" in request.measured else ()
-    return next((logprob for logprob in logprobs if not math.isfinite(logprob)), None)
+def find_failure(request: TokenizedRequest, completion: Completion, tokenizer: Tokenizer) -> str | None:
+    """Why a row fails with this completion."""
+    for logprob in completion.logprobs or () if "mean_logprob" in request.measured else ():
+        if not math.isfinite(logprob):
+            return words_of_odd(logprob)
+    if completion.finish_reason != "blocked":
+        return None
+    params, ids = request.params, completion.token_ids
+    given = tokenizer.decode_bytes(request.all_again[completion.sample // params.n])
+    reason = find_pattern_failure(params, tokenizer, ids, given)
+    return reason and f"{pattern_of(params)} is too large to follow after {len(ids)} tokens ({reason}); make it simpler"
+
+
+def find_short(requests: Mapping[int, TokenizedRequest], rows: Iterable[tuple[int, int]]) -> Iterator[tuple[int, str]]:
+    """The rows whose searches found fewer completions than n, and why they fail; rows: (row, sample) of all found."""
+    counts = Counter((row, sample // requests[row].params.n) for row, sample in rows if row in requests)
+    for row, request in requests.items():
+        for prompt in range(len(request.prompts)) if request.params.searches else ():
+            p, n = request.params, counts[row, prompt]
+            if n < p.n:
+                what = f"beam search (num_beams {p.num_beams}) found {n} completions, and n is {p.n}"
+                remedy = f"lower n to {n}" if n else "let more tokens or texts be generated"
+                yield row, f"{what}: nothing else may be generated; {remedy}"
+                break
 
 
 # ---- rows
 
 
-def unfinished_row(item: Rejected) -> OutputRow:
-    """The row of a request that is not generated."""
-    return OutputRow(
-        row=item.row,
-        sample=0,
-        id=item.id,
-        prompt=item.prompt,
-        completion=None,
-        prompt_tokens=item.prompt_tokens,
-        completion_tokens=None,
-        finish_reason=None,
-        status=item.status,
-        error=encodable(item.error),
-        seed=None,
-    )
-
-
-def unread_row(item: Rejected, record: type[R]) -> R:
-    """The same of a request that is not scored, or not embedded."""
+def unfinished_row(item: Rejected, record: type[R]) -> R:
+    """The row of a request that is not generated, scored or embedded."""
+    error, tokens = encodable(item.error), item.prompt_tokens
     return record(
-        row=item.row,
-        id=item.id,
-        prompt=item.prompt,
-        status=item.status,
-        error=encodable(item.error),
-        prompt_tokens=item.prompt_tokens,
+        row=item.row, sample=0, id=item.id, prompt=item.prompt, status=item.status, error=error, prompt_tokens=tokens
     )
 
 
@@ -174,7 +199,8 @@ def completed_row(
     params = request.params
     prompt_index = completion.sample // params.n
     prompt, prompt_token_ids = request.prompts[prompt_index]
-    text, stop_reason = completed_text(completion.token_ids, params, tokenizer)
+    n_given = len(tokenizer.decode_bytes(request.all_again[prompt_index]))
+    text, stop_reason = completed_text(completion.token_ids, params, tokenizer, n_given)
     measured = request.measured
     prompt_logprobs, prompt_tops = completion.prompt_logprobs, completion.prompt_top_logprobs
     return OutputRow(
@@ -186,8 +212,6 @@ def completed_row(
         prompt_tokens=len(prompt_token_ids),
         completion_tokens=len(completion.token_ids),
         finish_reason=completion.finish_reason,
-        status="ok",
-        error=None,
         seed=None if params.greedy else seed,
         completion_token_ids=completion.token_ids,
         logprobs=None if params.logprobs is None else completion.logprobs,
@@ -198,6 +222,7 @@ def completed_row(
         prompt_token_ids=None if prompt_logprobs is None else prompt_token_ids,
         prompt_logprobs=None if prompt_logprobs is None else (None, *prompt_logprobs),
         prompt_top_logprobs=(None, *_with_texts(prompt_tops, tokenizer)) if params.prompt_logprobs else None,
+        beam_score=completion.beam_score,
         mean_logprob=mean_logprob(completion.logprobs or ()) if "mean_logprob" in measured else None,
         repetition=repetition(completion.token_ids) if "repetition" in measured else None,
     )
@@ -235,8 +260,8 @@ def complete_chunk(
 ) -> list[OutputRow]:
     """The chunk's output rows in order: every sample that its requests ask for, and a row for each rejected one."""
     marker = marker or Marker(np.zeros(1, RECORD))
-    rows = {(item.row, 0): unfinished_row(item) for item in chunk.items if isinstance(item, Rejected)}
-    odd_rows: dict[int, OutputRow] = {}
+    rows = {(item.row, 0): unfinished_row(item, OutputRow) for item in chunk.items if isinstance(item, Rejected)}
+    failed_rows: dict[int, OutputRow] = {}
     requests, prompts = begin_chunk(chunk, lambda request: to_prompts(request, tokenizer), engine, marker)
     seeds = {(p.row, sample): seed for p in prompts for sample, seed in enumerate(p.seeds, p.first_sample)}
     stop_strings = StopStrings(tokenizer) if any(prompt.params.stop for prompt in prompts) else None
@@ -244,10 +269,12 @@ def complete_chunk(
         marker.set_in_flight([completion.row])
         key, request = (completion.row, completion.sample), requests[completion.row]
         rows[key] = completed_row(request, completion, tokenizer, seeds[key], params)
-        if (odd := find_odd(request, completion)) is not None:
-            odd_rows[request.row] = unfinished_row(request.failed(words_of_odd(odd)))
+        if reason := find_failure(request, completion, tokenizer):
+            failed_rows[request.row] = unfinished_row(request.failed(reason), OutputRow)
         marker.add(int(completion.sample == request.first_sample), rows[key].prompt_tokens or 0)
     marker.finish(Phase.WRITING)
-    rows = {key: row for key, row in rows.items() if row.row not in odd_rows}  # a row fails as a whole
-    rows |= {(number, 0): row for number, row in odd_rows.items()}
+    for row, words in find_short(requests, rows):
+        failed_rows[row] = unfinished_row(requests[row].failed(words), OutputRow)
+    rows = {key: row for key, row in rows.items() if row.row not in failed_rows}  # a row fails as a whole
+    rows |= {(number, 0): row for number, row in failed_rows.items()}
     return [rows[key] for key in sorted(rows)]
