@@ -123,7 +123,8 @@ def summary_lines(summary: Summary) -> Iterator[str]:
     yield f"{_work(summary)} in {summary.seconds:.1f} s: {speed} ({jobs}; {summary.precision})"
     if summary.space_ends:
         what = "1 prompt ends" if summary.space_ends == 1 else f"{summary.space_ends:,} prompts end"
-        yield f"note: {what} in a space, from which GPT-2 continues badly; --trim removes it"
+        remedy = "--heal joins it to the next word, --trim removes it"
+        yield f"note: {what} in a space, from which GPT-2 continues badly; {remedy}"
     if summary.special_texts:
         what = "1 prompt has" if summary.special_texts == 1 else f"{summary.special_texts:,} prompts have"
         yield f"note: {what} special tokens, such as <|endoftext|>, as text; --special-tokens parse makes them tokens"

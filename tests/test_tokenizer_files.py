@@ -28,6 +28,7 @@ from batchgen.text.special_tokens import SPACES
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Request, SamplingParams
 from tests.support.hf_checkpoint import write_hf_model
+from tests.support.jobs import make_job
 from tests.support.models import BYTES, write_byte_model
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -434,6 +435,32 @@ def test_a_stop_string_in_a_skipped_token_does_not_stop(src: Path) -> None:
     [kept], [row] = (generator.generate(["ab"], replace(params, skip_special_tokens=skip)) for skip in (False, True))
     assert (kept.completion, kept.stop_reason, kept.completion_tokens) == ("<|", "endof", 1)
     assert (row.completion, row.stop_reason, row.completion_tokens) == ("", None, 3)
+
+
+def test_a_job_that_skips_special_tokens_changes_its_texts_alone(src: Path) -> None:
+    """Of a run or of a row; the answers to OpenAI's requests have the same texts."""
+    load(src)
+    model, folder = str(src.parent / "dst"), src.parent
+    rows = [{"prompt": "ab"}, {"prompt": "ab", "skip_special_tokens": False}, {"prompt": "<|endoftext|>", "echo": True}]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    params = SamplingParams(max_tokens=3, logit_bias=((256, 100.0),), ignore_eos=True, logprobs=1)
+    found = []
+    for name, skip in (("kept", False), ("skipped", True)):
+        sampling, out = replace(params, skip_special_tokens=skip), folder / f"{name}.parquet"
+        run_job(make_job(folder / "p.jsonl", out, model, sampling, token_ids=True, jobs=1))
+        assert not replay(out, 3, model=model).differences
+        found.append(pq.read_table(out).drop_columns(["completion", "parameters"]).to_pylist())
+        texts = pq.read_table(out)["completion"].to_pylist()
+        ends = "<|endoftext|>" * 3
+        assert texts == (["", ends, "<|endoftext|>"] if skip else [ends, ends, f"<|endoftext|>{ends}"])
+    assert found[0] == found[1]
+    body = {"model": "m", "prompt": "ab", "logprobs": 1, "skip_special_tokens": True}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (folder / "batch.jsonl").write_text(json.dumps(line) + "\n")
+    run_job(make_job(folder / "batch.jsonl", folder / "answers.jsonl", model, replace(params, logprobs=None), jobs=1))
+    (choice,) = json.loads((folder / "answers.jsonl").read_text())["response"]["body"]["choices"]
+    assert (choice["text"], choice["logprobs"]["tokens"]) == ("", ["<|endoftext|>"] * 3)
+    assert choice["logprobs"]["text_offset"] == [0, 0, 0]
 
 
 def test_a_bad_word_that_is_a_special_token_bans_its_id(src: Path) -> None:

@@ -300,7 +300,7 @@ class Tokenizer:
         # a token that takes spaces has any length
         takes_spaces = any(token.lstrip or token.rstrip for token in self.special.added)
         self.longest_token_bytes = 2**62 if takes_spaces else max(map(len, token_bytes.values()))
-        self._token_bytes = token_bytes
+        self.token_bytes = token_bytes
         unknown = ABSENT if self.special.unknown is None else self.special.unknown
         self._byte_ids = [encoder.get(BYTE_TO_CHARACTER[byte], unknown) for byte in range(256)]
         self._merged = merged
@@ -332,11 +332,11 @@ class Tokenizer:
 
     def has_id(self, token_id: int) -> bool:
         """Whether a token has this id: a vocabulary may have holes."""
-        return token_id in self._token_bytes
+        return token_id in self.token_bytes
 
     def absent_ids(self, n_vocab: int) -> list[int]:
         """The ids below n_vocab that no token has."""
-        return [token_id for token_id in range(n_vocab) if token_id not in self._token_bytes]
+        return [token_id for token_id in range(n_vocab) if token_id not in self.token_bytes]
 
     def _encode_piece(self, piece: str) -> Sequence[int]:
         symbols = array("i", map(self._byte_ids.__getitem__, piece.encode()))
@@ -409,7 +409,7 @@ class Tokenizer:
         """The bytes of the ids, not always whole characters; an id outside the vocabulary counts as U+FFFD."""
         if skip_special:
             ids = (token for token in ids if token not in self.special_ids)
-        return b"".join(map(self._token_bytes.get, ids, repeat("\ufffd".encode())))
+        return b"".join(map(self.token_bytes.get, ids, repeat("\ufffd".encode())))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
@@ -425,15 +425,18 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes a stream of ids; the texts that it returns add up to `decode` of all ids."""
+    """Decodes a stream of ids; the texts that it returns add up to `decode` of all ids, after n_skipped bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
-        self._tokenizer, self._skip_special = tokenizer, skip_special
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False, n_skipped: int = 0) -> None:
+        self._tokenizer, self._skip_special, self._n_skipped = tokenizer, skip_special, n_skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""
-        return self._utf8.decode(self._tokenizer.decode_bytes(ids, skip_special=self._skip_special))
+        data = self._tokenizer.decode_bytes(ids, skip_special=self._skip_special)
+        if self._n_skipped:
+            data, self._n_skipped = data[self._n_skipped :], max(self._n_skipped - len(data), 0)
+        return self._utf8.decode(data)
 
     def flush(self) -> str:
         """The rest, with U+FFFD for an incomplete character; the decoder can then start again."""

@@ -9,7 +9,7 @@ from batchgen.gpt2.params import Array
 from batchgen.job import EmbedOptions
 from batchgen.options import say
 from batchgen.types import Chunk, EmbeddingRow, Rejected, TokenizedRequest
-from batchgen.workers.complete import begin_chunk, unread_row
+from batchgen.workers.complete import begin_chunk, unfinished_row
 from batchgen.workers.marker import Marker, Phase
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def embedded_row(request: TokenizedRequest, vector: Array) -> EmbeddingRow:
     """The row of a text that is read; a failed one if the model gave no numbers."""
     if not np.isfinite(vector).all():
         what = "the model gives a state that is no number, so its weights are damaged or overflow"
-        return unread_row(request.failed(f"{what}; use another model, or {say('precision', 'float32')}"), EmbeddingRow)
+        remedy = f"use another model, or {say('precision', 'float32')}"
+        return unfinished_row(request.failed(f"{what}; {remedy}"), EmbeddingRow)
     return EmbeddingRow(
         row=request.row,
         id=request.id,
@@ -39,7 +40,7 @@ def embedded_row(request: TokenizedRequest, vector: Array) -> EmbeddingRow:
 def embed_chunk(chunk: Chunk, task: EmbedOptions, engine: "Engine", marker: Marker) -> list[EmbeddingRow]:
     """The chunk's rows in order."""
     requests, prompts = begin_chunk(chunk, to_prompts, engine, marker)
-    rows = {item.row: unread_row(item, EmbeddingRow) for item in chunk.items if isinstance(item, Rejected)}
+    rows = {item.row: unfinished_row(item, EmbeddingRow) for item in chunk.items if isinstance(item, Rejected)}
     for prompt, vector in engine.embed(prompts, task.layer, task.pool, marker.on_step):
         marker.set_in_flight([prompt.row])
         rows[prompt.row] = embedded_row(requests[prompt.row], vector)

@@ -11,7 +11,7 @@ from batchgen.job import FirstToken, ScoreOptions
 from batchgen.progress import perplexity
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, Floats, Ids, Kind, Rejected, ScoreRow, TokenizedRequest
-from batchgen.workers.complete import begin_chunk, unread_row, words_of_odd
+from batchgen.workers.complete import begin_chunk, unfinished_row, words_of_odd
 from batchgen.workers.marker import Marker, Phase
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _with_targets(row: ScoreRow, targets: tuple[str, ...], kind: Kind) -> ScoreR
 
 def unscored_row(item: Rejected, kind: Kind) -> ScoreRow:
     """The row of a request that is not scored."""
-    return _with_targets(unread_row(item, ScoreRow), item.targets, kind)
+    return _with_targets(unfinished_row(item, ScoreRow), item.targets, kind)
 
 
 def _count_bytes(request: TokenizedRequest, tokenizer: Tokenizer, first_token: FirstToken) -> int:

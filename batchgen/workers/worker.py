@@ -137,7 +137,7 @@ def make_receipt(chunk: Chunk, rows: Sequence[Row], path: Path, plan: str = "", 
 
 
 def _has_space_end(item: TokenizedRequest | Rejected) -> bool:
-    if isinstance(item, Rejected) or not item.params.max_tokens:
+    if isinstance(item, Rejected) or not item.params.max_tokens or item.params.heal:
         return False
     return any(text.endswith(" ") for text, _ in item.prompts)
 

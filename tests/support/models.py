@@ -42,6 +42,43 @@ def write_byte_vocabulary(directory: Path) -> Path:
     return directory
 
 
+MERGES = (
+    *("t h", "th e", "Ġ t", "Ġt h", "Ġth e", "Ġt i", "Ġti m", "Ġtim e", "Ġ a", "Ġa n", "Ġan d", "Ġ k", "i n", "in g"),
+    *("Ġk ing", "O n", "c e", "On ce", "Ġ s", "Ġs o", "Ġso n", "Ċ Ċ", "Ġ Ġ", "ĠĠ ĠĠ", ": /", ":/ /", ". .", ".. ."),
+    *("Ã ©", "c a", "ca f", "caf Ã©", "l d", "e r", "er s", "1 2", "12 3", "h t", "t p", "ht tp", "http s"),
+)
+
+
+def write_merged_vocabulary(directory: Path) -> Path:
+    """A byte vocabulary with some merges: the tokens after <|endoftext|> are longer."""
+    write_byte_vocabulary(directory)
+    encoder = json.loads((directory / "encoder.json").read_text(encoding="utf-8"))
+    for merge in MERGES:
+        encoder[merge.replace(" ", "")] = len(encoder)
+    (directory / "encoder.json").write_text(json.dumps(encoder), encoding="utf-8")
+    (directory / "vocab.bpe").write_text("\n".join(("#version: 0.2", *MERGES, "")), encoding="utf-8")
+    return directory
+
+
+MERGED = replace(BYTES, n_vocab=BYTES.n_vocab + len(MERGES))
+
+
+def merged_tensors() -> dict[str, Array]:
+    """Weights of a model with this vocabulary, whose logits differ about as those of a trained one."""
+    tensors = sharp_tensors(MERGED)
+    tensors["ln_f/g"] *= 3
+    return tensors
+
+
+def write_merged_model(directory: Path) -> Path:
+    """A model directory with this vocabulary."""
+    vocabulary = write_merged_vocabulary(directory.parent / f"{directory.name}-vocabulary")
+    tensors = merged_tensors()
+    del tensors["lm_head"]
+    write_model(directory, Description(directory.name, MERGED, {}), tensors.items(), tokenizer_dir=vocabulary)
+    return directory
+
+
 def write_byte_model(directory: Path, config: GPT2Config = BYTES, seed: int = 0) -> Path:
     """A model directory with the byte vocabulary: a prompt has as many tokens as bytes."""
     vocabulary = write_byte_vocabulary(directory.parent / f"{directory.name}-vocabulary")
