@@ -14,19 +14,20 @@ from typing import TypeVar
 import joblib
 
 from batchgen import __version__
-from batchgen.engine.limits import MAX_BATCH, check_limits, kv_bytes_per_token, layer_index
+from batchgen.engine.limits import MAX_BATCH, check_limits, kv_bytes_per_token, layer_index, words_of_small
 from batchgen.errors import BatchgenError, UsageError
 from batchgen.gpt2.config import GPT2Config
 from batchgen.input.grouping import share_out
-from batchgen.input.parameters import ASKING, LOGPROBS
+from batchgen.input.parameters import ASKING, LOGPROBS, is_asked
 from batchgen.input.prompts import Facts
-from batchgen.input.validation import check_shots
+from batchgen.input.validation import Check, check_shots
 from batchgen.job import EmbedOptions, InputOptions, Job, ScoreOptions, TaskOptions
 from batchgen.models.model import Model
 from batchgen.options import say, show_shard
 from batchgen.plan import Plan, task_fields
 from batchgen.selection import Selection, select_rows
-from batchgen.types import MAX_LOGPROBS, Chunk, Precision, Rejected, SamplingParams, TokenizedRequest
+from batchgen.text.guided import pattern_of, try_out
+from batchgen.types import MAX_LOGPROBS, Chunk, Precision, Rejected, Request, SamplingParams, TokenizedRequest
 
 MIN_CHUNK_ROWS = 16  # starting a process costs more than generating so few rows
 MAX_CHUNK_ROWS = 512  # a lost worker costs at most this much work; longer chunks gain nothing
@@ -79,7 +80,7 @@ def rows_to_hold(params: SamplingParams, asks: frozenset[str], row_bytes: float,
 
     prompt_logprobs 100, 4,000 bytes a row -> 20; 400 bytes a row -> 207; logprobs 100, max_tokens 40 -> 519
     """
-    asks |= {name for name in ASKING if getattr(params, name) not in (None, False)}
+    asks |= {name for name in ASKING if is_asked(name, params)}
     if asks >= {"logprobs", "echo"}:  # in OpenAI's lines
         asks |= {"prompt_logprobs"}
     tokens = {"logprobs": params.max_tokens, "prompt_logprobs": row_bytes / BYTES_OF_TOKEN}
@@ -131,6 +132,21 @@ def default_kv_bytes(config: GPT2Config, precision: Precision) -> int:
     It holds about 70 sequences of 124M at 150 tokens each, 140 in int8; never less than four sequences of full length.
     """
     return max(KV_BYTES, 4 * (config.n_ctx + 64) * kv_bytes_per_token(config, precision))
+
+
+def within_memory(check: Check, config: GPT2Config, precision: Precision, kv_bytes: int) -> Check:
+    """A check that also rejects a row whose beams have no room in a worker's memory for keys and values."""
+    per_token = kv_bytes_per_token(config, precision)
+
+    def checked(request: Request | Rejected) -> TokenizedRequest | Rejected:
+        item = check(request)
+        if isinstance(item, Rejected) or not item.params.searches:
+            return item
+        longest = max(len(ids) for _, ids in item.prompts)
+        small = words_of_small(longest, item.params, kv_bytes // per_token, per_token)
+        return item.set_aside(small, "rejected") if small else item
+
+    return checked
 
 
 def fitting_jobs(kv_bytes: int, model_bytes: int) -> int:
@@ -215,10 +231,17 @@ def select(job: Job, facts: Facts) -> Selection:
     return found
 
 
-def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[Plan, frozenset[str]]:
-    """The plan of a job, and the names of its fields that nobody asked for."""
+def _check_job(job: Job, facts: Facts, model: Model) -> None:
+    """Raise what every row would be rejected for."""
+    if job.task is None and pattern_of(job.sampling):
+        try_out(job.sampling, model.load_tokenizer())
     if facts.before:
         check_shots(facts.before, model.load_tokenizer(), model.config.n_ctx, job.policy)
+
+
+def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[Plan, frozenset[str]]:
+    """The plan of a job, and the names of its fields that nobody asked for."""
+    _check_job(job, facts, model)
     chunk_rows, batch_size, kv_bytes = _sizes(job, facts, model, setting)
     by_fields = not {"csv", "tsv"}.isdisjoint(facts.formats)  # other inputs do not depend on how fields are written
     plan = Plan(
@@ -234,10 +257,6 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
         rows=facts.rows,
         files=facts.files,
         names=facts.names,
-        prompt_column=job.input.prompt_column,
-        id_column=job.input.id_column,
-        keep=job.input.keep,
-        row_params=job.input.row_params,
         delimiter=job.input.delimiter if by_fields else "auto",
         quotes=job.input.quotes if by_fields else "yes",
         model=model.name,
@@ -258,10 +277,11 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
 
 
 def _rows_and_prompts(input: InputOptions, facts: Facts) -> dict[str, object]:
-    """The fields of a plan that say which rows are done, and what their prompts are made of."""
-    names = ("skip_rows", "limit", "sample", "seed_by", "n_shots", "shots_column", "shots_end")
+    """The fields of a plan that say which rows are done, and what is read of them."""
+    names = ("prompt_column", "id_column", "keep", "row_params", "skip_rows", "limit", "sample", "seed_by")
+    of_shots = ("n_shots", "shots_column", "shots_end")
     return {
-        **{name: getattr(input, name) for name in names},
+        **{name: getattr(input, name) for name in names + of_shots},
         "shard": show_shard(input.shard),
         "template": facts.template,
         "shots": hashlib.sha256(facts.before.encode()).hexdigest()[:16] if facts.before else None,
@@ -272,7 +292,8 @@ def _sizes(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[int,
     """Rows of a chunk, sequences in flight, bytes for keys and values: as asked for, or automatic."""
     work = job.work
     jobs = work.jobs or setting.slots or NOMINAL_JOBS
-    chunk_rows = work.chunk_rows or auto_chunk_rows(setting.rows, jobs, job.sampling.n)
+    width = max(job.sampling.n, job.sampling.num_beams)
+    chunk_rows = work.chunk_rows or auto_chunk_rows(setting.rows, jobs, width)
     row_bytes, n_ctx = facts.bytes / max(facts.rows, 1), model.config.n_ctx
     if not work.chunk_rows:
         most = (
@@ -282,7 +303,7 @@ def _sizes(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[int,
         )
         chunk_rows = min(chunk_rows, most)
     if work.time_limit and not work.chunk_rows:  # several chunks should end within it
-        tokens = job.sampling.n * job.sampling.max_tokens + row_bytes / BYTES_OF_PROMPT
+        tokens = width * job.sampling.max_tokens + row_bytes / BYTES_OF_PROMPT
         chunk_rows = min(chunk_rows, rows_within(work.time_limit / ROUNDS, tokens, model.bytes))
     batch_size = work.batch_size or MAX_BATCH
     kv_bytes = work.kv_bytes or default_kv_bytes(model.config, model.precision)

@@ -19,7 +19,7 @@ from batchgen.output.reused import OlderRows, read_older
 from batchgen.output.rows import Rows
 from batchgen.output.schema import Columns
 from batchgen.plan import Plan
-from batchgen.planning import Setting, check_memory, make_plan, n_chunks, select
+from batchgen.planning import Setting, check_memory, make_plan, n_chunks, select, within_memory
 from batchgen.progress import OnProgress, Summary, reporting
 from batchgen.workers.supply import Deadline
 from batchgen.workers.watch import make_reporter
@@ -50,6 +50,7 @@ def _run(job: Job, on_progress: OnProgress | None, open_model: Callable[[str], M
         asked, older = with_older(job, asked, columns, ledger)
         plan = output.claim(ledger, asked, automatic, job.work.restart)
         check = make_check(model.load_tokenizer(), model.config.n_ctx, *plan.rules())
+        check = within_memory(check, model.config, plan.precision, plan.kv_bytes)
         cut = Cut.for_output(plan.format, plan.chunk_rows, rows.numbers, ledger.committed, plan.drops("prompt"))
         chunks = prompts.chunks(facts, job.sampling, check, cut, older)
         missing = n_chunks(rows.count - ledger.counts["input_rows"], plan.chunk_rows)  # or more, if rows are large

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from batchgen.generator import Generator
-from batchgen.job import DEFAULT_MODEL, Policy
+from batchgen.job import DEFAULT_MODEL, WORK, Policy, WorkOptions
 from batchgen.jobs import options, report
 from batchgen.jobs.flatten import flatten
-from batchgen.options import find_escape
+from batchgen.options import find_escape, flags_of
 from batchgen.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,13 @@ def note_escapes(what: str, text: str) -> None:
         )
 
 
+_KV_MEMORY = flags_of([WorkOptions])["kv_bytes"][0]
+KvMemory = Annotated[
+    str | None,
+    typer.Option(_KV_MEMORY, metavar="SIZE", help="Memory for keys and values, such as 2G.", rich_help_panel=WORK),
+]
+
+
 @flatten("n", "logprobs", "prompt_logprobs")
 def complete(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
@@ -35,6 +42,7 @@ def complete(
     policy: Policy,
     model: options.Model = DEFAULT_MODEL,
     precision: options.Precision = None,
+    kv_memory: KvMemory = None,
 ) -> None:
     """Complete one PROMPT and stream the text to the terminal as it comes.
 
@@ -43,6 +51,7 @@ def complete(
     note_escapes("PROMPT", prompt)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     shown = report.harmless if sys.stdout.isatty() else str
-    for text in Generator(model, precision=precision, batch_size=1).stream(prompt, sampling, policy):
+    kv_bytes = WorkOptions(kv_bytes=kv_memory).kv_bytes  # type: ignore[arg-type]  # a text becomes what it says
+    for text in Generator(model, precision=precision, kv_bytes=kv_bytes, batch_size=1).stream(prompt, sampling, policy):
         typer.echo(shown(text), nl=False)
     typer.echo("")

@@ -26,20 +26,12 @@ from tqdm import tqdm
 
 from batchgen import __version__
 from batchgen.errors import InputError, UsageError
-from batchgen.job import (
-    DEFAULT_MODEL,
-    InputOptions,
-    Job,
-    OutputOptions,
-    Policy,
-    ScoreInput,
-    WorkOptions,
-)
+from batchgen.job import DEFAULT_MODEL, InputOptions, Job, OutputOptions, Policy, ScoreInput, WorkOptions
 from batchgen.models.model import Model
 from batchgen.options import check_keywords, options_of, shown, use_flags
 from batchgen.progress import Progress
 from batchgen.run import run_job
-from batchgen.types import SamplingParams
+from batchgen.types import OF_DRAWS, SamplingParams
 
 Row: TypeAlias = dict[str, Any]
 T = TypeVar("T")
@@ -187,13 +179,10 @@ def row_parameters(asked: Mapping[str, object]) -> Row:
     stops = [stop for stop in given.pop("until") if stop]  # an empty one stops nothing
     row: Row = {"max_tokens": given.pop("max_gen_toks"), "stop": stops, "skip_special_tokens": True}
     samples, temperature = given.pop("do_sample"), given.pop("temperature", 0.0)
-    if given.get("num_beams") == 1:
-        del given["num_beams"]
     known = [field.name for field in fields(SamplingParams) if field.name not in OURS]
     check_keywords(given, (*known, "until", "max_gen_toks", "do_sample"), "generate_until")
     if not samples:
-        drawn = ("top_k", "top_p", "min_p")
-        given = {name: value for name, value in given.items() if name not in drawn}  # as hf: they do nothing
+        given = {name: value for name, value in given.items() if name not in OF_DRAWS}  # as hf: they do nothing
         return row | given | {"temperature": 0.0}
     return row | {"top_k": TOP_K} | given | {"temperature": temperature}
 

@@ -34,8 +34,7 @@ NO_OUTPUT = OutputOptions("")
 _EQUAL = {"generate": "greedy requests are generated", "score": "passages are scored", "embed": "texts are embedded"}
 
 Time = Annotated[
-    bool,
-    typer.Option(help="Measure the work for some seconds to forecast the time.", rich_help_panel=WORK),
+    bool, typer.Option(help="Measure the work for some seconds to forecast the time.", rich_help_panel=WORK)
 ]
 
 

@@ -565,6 +565,11 @@ def test_a_prompt_that_cannot_be_completed_is_one_line(batchgen, prompt, more, l
 def test_the_options_that_an_error_of_complete_names_exist(batchgen):
     assert batchgen("complete", "", "--empty-prompt", "unconditional", "--max-tokens", 3)[0] == 0
     assert batchgen("complete", "x" * 200, "--on-too-long", "truncate-left", "--max-tokens", 3)[0] == 0
+    beams = ("complete", "x", "--num-beams", 64, "--max-tokens", 9)
+    error = batchgen(*beams, "--kv-memory", "1M")[2]
+    remedy = re.search(r"raise (--kv-memory) to (\d+M)", error)
+    assert remedy
+    assert batchgen(*beams, *remedy.groups())[0] == 0
 
 
 # ---- names and texts with control characters

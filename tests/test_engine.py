@@ -46,6 +46,8 @@ def mixed_prompts(seed: int, n: int = 40) -> list[Prompt]:
         {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.3},
         {"min_tokens": 5, "presence_penalty": 0.5, "frequency_penalty": 0.5, "stop_token_ids": (3, 4)},
         {"ignore_eos": True, "logit_bias": ((5, 2.0),), "n": 2, "logprobs": 0},
+        {"temperature": 1.0, "n": 2, "no_repeat_ngram_size": 2, "allowed_token_ids": (1, 2, 3), "min_tokens": 5},
+        {"temperature": 2.0, "dry_multiplier": 2.0, "dry_allowed_length": 1, "allowed_token_ids": tuple(range(9))},
     ]
     prompts = []
     for row in range(n):
@@ -369,6 +371,24 @@ def test_prompts_of_one_row_number_their_samples_consecutively():
     assert sorted(completions) == [(9, sample) for sample in range(6)]
     assert sample_seeds(3, 9, 6) == sample_seeds(3, 9, 2) + sample_seeds(3, 9, 4, first=2)
     assert len({c.token_ids for c in completions.values()}) == 6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_a_completion_ends_when_no_token_may_come_next(precision, temperature):
+    """Its tokens are allowed and repeat nothing, and there is no allowed token that would repeat nothing after them."""
+    for size in (1, 2, 3):
+        options = {"allowed_token_ids": (4, 7), "no_repeat_ngram_size": size, "logprobs": 1, "min_tokens": 30}
+        prompts = [prompt(row, [row + 9, 4], max_tokens=40, temperature=temperature, **options) for row in range(5)]
+        for one in run(prompts, precision=precision).values():
+            context = [one.row + 9, 4, *one.token_ids]
+            ngrams = [tuple(context[at : at + size]) for at in range(len(context) - size + 1)]
+            next_ones = [(*context[len(context) - size + 1 :], token) for token in (4, 7)]
+            assert {*one.token_ids} <= {4, 7}
+            assert one.finish_reason == "blocked"
+            assert len(one.token_ids) == len(one.logprobs) == len(one.top_logprobs)
+            assert len({*ngrams}) == len(ngrams)
+            assert {*next_ones} <= {*ngrams}
 
 
 # ---- samples that an older run has begun

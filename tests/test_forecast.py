@@ -104,6 +104,14 @@ def test_equal_greedy_requests_and_shared_blocks_are_counted_once():
     assert chunk_cost(chunk, Forecast(), share=False).prompt_tokens == 131 + 131 + 1
 
 
+def test_a_search_is_num_beams_sequences_and_reads_its_prompt_once():
+    texts = ["x" * 100, "x" * 100, "x" * 98 + "y"]
+    searches = [request(row, text, max_tokens=9, num_beams=5, n=2) for row, text in enumerate(texts)]
+    cost = chunk_cost(Chunk(0, tuple(searches)), Forecast(), share=True)
+    assert (cost.samples, cost.sum_max_tokens, cost.max_tokens) == (10, 90, 9)
+    assert cost.prompt_tokens == 98 + 2 + 1
+
+
 def test_prompts_with_log_probabilities_are_read_and_share_nothing():
     requests = [request(row, "a" * 100 + f"{row}b", max_tokens=0, prompt_logprobs=0) for row in range(3)]
     cost = chunk_cost(Chunk(0, (*requests, replace(requests[0], row=3))), Forecast(), share=True)

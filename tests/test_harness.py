@@ -195,14 +195,15 @@ GREEDY = {"max_tokens": 256, "stop": [], "temperature": 0.0, "skip_special_token
         ({"until": ["a", ""], "max_new_tokens": 4, "top_p": 0.9}, GREEDY | {"stop": ["a"], "max_tokens": 4}),
         ({"do_sample": True, "temperature": 0.7}, GREEDY | {"temperature": 0.7, "top_k": 50}),
         ({"temperature": 1, "top_p": 0.9, "top_k": 0}, GREEDY | {"temperature": 1.0, "top_p": 0.9, "top_k": 0}),
-        ({"num_beams": 1, "repetition_penalty": 1.1}, GREEDY | {"repetition_penalty": 1.1}),
+        ({"num_beams": 1, "repetition_penalty": 1.1}, GREEDY | {"num_beams": 1, "repetition_penalty": 1.1}),
+        ({"num_beams": 4, "top_k": 50, "early_stopping": True}, GREEDY | {"num_beams": 4, "early_stopping": True}),
     ],
 )
 def test_generation_arguments_mean_what_hf_makes_of_them(asked, row):
     assert row_parameters(asked) == row
 
 
-@pytest.mark.parametrize("name", ["num_beams", "max_length", "stop", "echo"])
+@pytest.mark.parametrize("name", ["num_beam_groups", "max_length", "stop", "echo"])
 def test_a_generation_argument_that_batchgen_does_not_know_is_refused(name):
     with pytest.raises(UsageError, match=f"'{name}' is not an option of generate_until"):
         row_parameters({name: 4})

@@ -57,7 +57,7 @@ def reason(outcome: TokenizedRequest | Rejected) -> str:
 def with_special(tokenizer: Tokenizer, **special: Any) -> Tokenizer:
     """The same tokenizer, with other tokens beside BPE's."""
     made = replace(tokenizer.special, **special)
-    return Tokenizer(tokenizer.encoder, tokenizer._merged, tokenizer._token_bytes, made)
+    return Tokenizer(tokenizer.encoder, tokenizer._merged, tokenizer.token_bytes, made)
 
 
 # ---- the border of prompt and completion

@@ -24,8 +24,8 @@ from batchgen.input import formats, jsonl, sources
 from batchgen.input import parquet as parquet_format
 from batchgen.input.formats import Found, Rows, Scanned
 from batchgen.input.kept import kept_columns
-from batchgen.input.parameters import LOGPROBS
-from batchgen.input.prompts import FORMATS, Cut, asked_logprobs
+from batchgen.input.parameters import WITH_COLUMNS, is_asked
+from batchgen.input.prompts import FORMATS, Cut, asked_columns
 from batchgen.types import Chunk, Rejected, Request, SamplingParams
 from tests.support.inputs import PARAMS, chunks, facts, open_prompts, parquet, read, refusal, scan, unchecked
 from tests.support.stand_ins import Prompts as StandIn
@@ -116,7 +116,7 @@ def test_a_misspelled_parameter_is_a_rejected_row_of_json_and_a_refused_parquet_
     open_prompts(path, row_params=False)
 
 
-@pytest.mark.parametrize("name", LOGPROBS)
+@pytest.mark.parametrize("name", WITH_COLUMNS)
 def test_the_scan_finds_which_log_probabilities_a_row_may_ask_for(rows: Callable[..., Path], name: str) -> None:
     assert scan(rows(prompt=["a", "b"], **{name: [None, 1]})).asks == {name}
     objects = [{name: 1}, None]
@@ -390,15 +390,15 @@ def test_a_row_that_asks_for_logprobs_has_columns_for_them_however_it_is_written
     prompts = open_prompts(tmp_path / "p.jsonl")
     ((item,),) = [chunk.items for chunk in chunks(prompts)]
     assert isinstance(item, Request)
-    asked = {name for name in LOGPROBS if getattr(item.params, name) is not None}
+    asked = {name for name in WITH_COLUMNS if is_asked(name, item.params)}
     assert asked == prompts.scan().asks == ({asks} if asks else set())
 
 
-@pytest.mark.parametrize("name", LOGPROBS)
+@pytest.mark.parametrize("name", WITH_COLUMNS)
 def test_a_row_that_asks_for_logprobs_in_letters_that_no_scan_sees_is_rejected(tmp_path: Path, name: str) -> None:
-    written = name.replace("log", "log' '")
+    written = f"{name[:-4]}' '{name[-4:]}"
     other = "" if name == "logprobs" else ', "logprobs": 1'
-    (tmp_path / "p.jsonl").write_text(f"""{{"prompt": "a"{other}, "sampling_params": "{{'{written}': 1}}"}}""")
+    (tmp_path / "p.jsonl").write_text(f"""{{"prompt": "a"{other}, "sampling_params": "{{'{written}': 2}}"}}""")
     ((item,),) = [chunk.items for chunk in chunks(open_prompts(tmp_path / "p.jsonl"))]
     assert isinstance(item, Rejected)
     assert item.error == f"p.jsonl:1: {name} is written in a way that is found too late; write it in plain letters"
@@ -413,7 +413,7 @@ def test_echo_with_logprobs_asks_for_those_of_the_prompt_in_openais_lines_alone(
         (False, True, {"logprobs", "echo"}, {"logprobs"}),
     ]:
         found = replace(facts(1, "0", 1), asks=frozenset(asks))
-        assert asked_logprobs(StandIn(openai=openai), found, replace(PARAMS, echo=echo)) == asked  # type: ignore[arg-type]
+        assert asked_columns(StandIn(openai=openai), found, replace(PARAMS, echo=echo)) == asked  # type: ignore[arg-type]
 
 
 def test_a_folder_may_ask_for_the_prompt_alone(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from batchgen.engine.limits import kv_bytes_per_token
 from batchgen.errors import BatchgenError, InputError, ModelError
 from batchgen.jobs.cli import app
 from batchgen.models.model import Model
@@ -21,7 +22,7 @@ from batchgen.review.replay import replay
 from batchgen.run import run_job
 from batchgen.types import SamplingParams
 from tests.support.jobs import change, make_job
-from tests.support.models import write_byte_model
+from tests.support.models import BYTES, write_byte_model
 from tests.support.scores import KINDS, write_scores
 
 LINES = [json.dumps({"id": f"r{i}", "prompt": "the prompt "[: 1 + i % 11] * (1 + i % 9)}) for i in range(30)]
@@ -332,6 +333,30 @@ def test_rows_with_parameters_of_their_own_are_generated_again(tmp_path, model):
     assert [json.loads(row["parameters"] or "{}") for row in rows if row["sample"] == 0] == own
     done = replay(tmp_path / "out.parquet", 10)
     assert (done.compared, done.samples, done.differences) == (5, 7, ())
+
+
+@pytest.mark.parametrize("name", ["beam_score", "mean_logprob"])
+def test_a_kept_column_of_an_older_version_is_not_compared_whatever_its_name_is_now(tmp_path, model, name):
+    line = json.dumps({"prompt": "the prompt", "given": 0.5})
+    (tmp_path / "p.jsonl").write_text(line)
+    run_job(make_job(tmp_path / "p.jsonl", tmp_path / "out.parquet", str(model), jobs=1, keep=("given",)))
+    table = pq.read_table(tmp_path / "out.parquet")
+    run = json.loads(table.schema.metadata[b"batchgen"]) | {"keep": [name]}
+    names = [name if column == "given" else column for column in table.column_names]
+    older = table.rename_columns(names).replace_schema_metadata({"batchgen": json.dumps(run)})
+    pq.write_table(older, tmp_path / "older.parquet")
+    done = replay(tmp_path / "older.parquet", 1)
+    assert done.differences == ()
+    assert name not in done.columns
+
+
+def test_a_search_that_fits_in_int8_alone_is_made_again_in_float32(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(module, "default_kv_bytes", lambda *_: 0)
+    line = json.dumps({"prompt": "the prompt", "num_beams": 8, "max_tokens": 20})
+    (tmp_path / "p.jsonl").write_text(line)
+    options = {"precision": "int8", "kv_bytes": 600 * kv_bytes_per_token(BYTES, "int8"), "jobs": 1}
+    run_job(make_job(tmp_path / "p.jsonl", tmp_path / "out.parquet", str(model), **options))
+    assert replay(tmp_path / "out.parquet", 1, precision="float32").compared == 1
 
 
 def test_prompts_that_were_token_ids_are_generated_again(tmp_path, model):

@@ -219,6 +219,27 @@ def test_more_or_longer_samples_are_those_that_were_asked_for_at_first(
     assert summary.completion_tokens < full_tokens
 
 
+@pytest.mark.parametrize(("was", "now", "copied"), [((3, 4), (2, 4), 8), ((2, 4), (3, 4), 0), ((2, 4), (2, 9), 0)])
+def test_beams_are_copied_if_all_that_are_wanted_are_there_and_else_searched_whole(
+    model: Path, tmp_path: Path, was: tuple[int, int], now: tuple[int, int], copied: int
+) -> None:
+    before, after = (SamplingParams(n=n, max_tokens=most, num_beams=3) for n, most in (was, now))
+    summary = reuse(model, tmp_path, rows_of(8), rows_of(8), after, before={"params": before}, token_ids=True)
+    assert numbers(summary) == (copied, 0)
+    other = reuse(model, tmp_path, rows_of(8), rows_of(8), SamplingParams(max_tokens=4), before={"params": before})
+    assert numbers(other) == (0, 0)
+    scores = table(tmp_path / "old.parquet")["beam_score"].to_pylist()
+    assert all(score < 0 for score in scores)
+
+
+def test_beams_whose_scores_were_removed_are_searched_anew(model: Path, tmp_path: Path) -> None:
+    params = SamplingParams(max_tokens=4, num_beams=2)
+    run_job(job(model, rows_of(4), tmp_path / "old.parquet", params))
+    old = table(tmp_path / "old.parquet")
+    pq.write_table(old.drop_columns(["beam_score"]), tmp_path / "old.parquet")
+    assert numbers(compare(model, tmp_path, rows_of(4), params)) == (0, 0)
+
+
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_a_mean_of_log_probabilities_is_continued_though_the_older_output_has_none_of_them(
     model: Path, tmp_path: Path, precision: str

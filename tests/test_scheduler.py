@@ -88,7 +88,7 @@ def test_all_sequences_run_with_memory_for_one(prompts, max_batch):
     started = []
     while scheduler.is_busy:
         scheduler.admit(100)
-        assert len(scheduler.running) + scheduler.n_pending <= max_batch
+        assert len(scheduler.running) <= scheduler.in_flight <= max_batch
         pieces = scheduler.next_pieces(100)
         prefills, ready = [p.prefill for p in pieces], [p.sequences for p in pieces if p.is_last and p.sequences]
         assert sum(p.n_row for p in prefills) <= 100

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pytest
 
 from batchgen.errors import UsageError
-from batchgen.input.parameters import LOGPROBS
+from batchgen.input.parameters import WITH_COLUMNS
 from batchgen.job import InputOptions
 from batchgen.output.schema import Columns, check_keep, choose_columns, rows_to_table
 from batchgen.types import MEASURED, Kind, OutputRow, SamplingParams, ScoreRow
 from tests.support.plans import plan_of
 from tests.support.stand_ins import Facts, Prompts
 
-ASKED = ("token_ids", "logprobs", "prompt_logprobs", "prompt_index", *MEASURED)
+ASKED = ("token_ids", "logprobs", "prompt_logprobs", "num_beams", "prompt_index", *MEASURED)
 ALL = Columns(**dict.fromkeys(ASKED, True))  # type: ignore[arg-type]
 
 ROWS = [
@@ -50,6 +50,7 @@ def test_asked_for_columns_come_last(asked: tuple[bool, ...]) -> None:
         ["completion_token_ids"],
         ["logprobs", "top_logprobs"],
         ["prompt_token_ids", "prompt_logprobs", "prompt_top_logprobs"],
+        ["beam_score"],
         ["prompt_index"],
         *([name] for name in MEASURED),
     ]
@@ -172,7 +173,7 @@ def test_kept_columns_come_last_and_from_their_table() -> None:
 # ---- which columns
 
 
-@pytest.mark.parametrize("name", LOGPROBS)
+@pytest.mark.parametrize("name", WITH_COLUMNS)
 @pytest.mark.parametrize(
     ("run", "row", "row_params", "openai", "has"),
     [
@@ -183,11 +184,11 @@ def test_kept_columns_come_last_and_from_their_table() -> None:
         (False, True, False, True, True),  # OpenAI's lines always have their own parameters
     ],
 )
-def test_log_probabilities_are_a_column_if_the_run_or_a_row_can_ask_for_them(
+def test_log_probabilities_and_scores_are_a_column_if_the_run_or_a_row_can_ask_for_them(
     name: str, run: bool, row: bool, row_params: bool, openai: bool, has: bool
 ) -> None:
     prompts = Prompts(InputOptions((), row_params=row_params), openai=openai)
-    sampling = SamplingParams(**{name: 0}) if run else SamplingParams()  # type: ignore[arg-type]
+    sampling = SamplingParams(**{name: 4}) if run else SamplingParams()  # type: ignore[arg-type]
     facts = Facts(asks=frozenset({name} if row else set()))
     columns = choose_columns(prompts, facts, plan_of(parameters=sampling, row_params=row_params), 0)  # type: ignore[arg-type]
     assert columns == Columns(**{name: has}, prompt_index=openai)

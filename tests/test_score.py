@@ -176,7 +176,7 @@ def test_the_bytes_are_the_texts_whatever_its_tokens_have(tokenizer: Tokenizer, 
     """A tokenizer may put a space before a text, or take spaces into a special token."""
     mark = AddedToken(256, "<|endoftext|>", lstrip=True, rstrip=True)
     special = replace(tokenizer.special, added=(mark,), prefix_space=True, parse=True)
-    odd = Tokenizer(tokenizer.encoder, tokenizer._merged, tokenizer._token_bytes, special)
+    odd = Tokenizer(tokenizer.encoder, tokenizer._merged, tokenizer.token_bytes, special)
     task = ScoreOptions(first_token=first_token)
     check = make_check(odd, 128, Policy(), task)
     for text, first in (("aéb", 0), (" aéb", 1), ("a <|endoftext|> b", 0)):

@@ -10,7 +10,7 @@ from batchgen.gpt2.config import GPT2Config
 from batchgen.gpt2.kv_cache import BLOCK, LANES
 from batchgen.gpt2.weights import round_up
 from batchgen.options import say
-from batchgen.types import Precision
+from batchgen.types import Precision, SamplingParams
 
 MAX_BATCH = 256  # sequences in flight by default; larger products are no faster
 LARGEST_BATCH = 4096
@@ -20,6 +20,31 @@ MIB = 2**20
 def tokens_needed(n_prompt: int, max_tokens: int) -> int:
     """Positions in the arena that suffice for one sequence alone, with and without shared prefixes."""
     return round_up(n_prompt + max_tokens, LANES) + BLOCK
+
+
+def stem_of(n_prompt: int) -> int:
+    """Positions of a prompt in whole blocks, which no beam writes to: all before the last 1 to BLOCK of them."""
+    return (n_prompt - 1) // BLOCK * BLOCK
+
+
+def beam_tokens_needed(n_prompt: int, max_tokens: int, num_beams: int) -> int:
+    """Positions of the blocks after the stem that suffice for the beams, if they share none of them."""
+    return num_beams * round_up(n_prompt - stem_of(n_prompt) + max_tokens, BLOCK)
+
+
+def search_tokens_needed(n_prompt: int, max_tokens: int, num_beams: int) -> int:
+    """Positions in the arena that suffice for one beam search alone, with and without shared prefixes."""
+    return stem_of(n_prompt) + BLOCK + beam_tokens_needed(n_prompt, max_tokens, num_beams)
+
+
+def words_of_small(n_prompt: int, params: SamplingParams, room: int, per_token: int) -> str | None:
+    """Why a beam search does not fit into an arena of `room` positions, with a remedy; None if it does."""
+    needed = search_tokens_needed(n_prompt, params.max_tokens, params.num_beams) if params.searches else 0
+    if needed <= room:
+        return None
+    what = f"num_beams {params.num_beams} needs keys and values of {needed:,} tokens at once"
+    size = -(-needed * per_token // MIB)
+    return f"{what}, and memory holds {room:,}; lower num_beams or max_tokens, or raise {say('kv_bytes')} to {size}M"
 
 
 def kv_bytes_per_token(config: GPT2Config, precision: Precision) -> int:
@@ -55,6 +80,8 @@ def layer_index(layer: int, config: GPT2Config) -> int:
 def _check_begun(prompt: Prompt, config: GPT2Config) -> None:
     """Raise UsageError for samples that a prompt does not have, and for first tokens that leave none to generate."""
     p = prompt.params
+    if p.searches:
+        raise UsageError(f"row {prompt.row}: beam search (num_beams {p.num_beams}) continues no begun samples")
     samples = range(prompt.first_sample, prompt.first_sample + len(prompt.seeds))
     for one in prompt.samples:
         n = len(one.token_ids)
@@ -66,6 +93,14 @@ def _check_begun(prompt: Prompt, config: GPT2Config) -> None:
         for token in one.token_ids:
             if not 0 <= token < config.n_vocab:
                 raise UsageError(f"{where}: token id {token} is outside the vocabulary of {config.n_vocab}")
+
+
+def check_searches(prompts: Seq[Prompt], config: GPT2Config, precision: Precision, room: int) -> None:
+    """Raise UsageError for a beam search that does not fit into an arena of `room` positions."""
+    for prompt in prompts:
+        small = words_of_small(len(prompt.token_ids), prompt.params, room, kv_bytes_per_token(config, precision))
+        if small:
+            raise UsageError(f"row {prompt.row}: {small}")
 
 
 def check_prompts(prompts: Seq[Prompt], config: GPT2Config, last_is_read: bool = False) -> None:
@@ -84,7 +119,7 @@ def check_prompts(prompts: Seq[Prompt], config: GPT2Config, last_is_read: bool =
         if prompt.scored is not None and not 1 <= prompt.scored <= len(ids):
             raise UsageError(f"row {prompt.row}: scored {prompt.scored} is out of range (1 to {len(ids)})")
         bad = [token for word in prompt.bad_words for token in word]
-        named = [*p.stop_token_ids, *(token for token, _ in p.logit_bias), *bad]
+        named = [*p.stop_token_ids, *p.allowed_token_ids, *(token for token, _ in p.logit_bias), *bad]
         for token in (int(ids.min()), int(ids.max()), *named):
             if not 0 <= token < config.n_vocab:
                 raise UsageError(f"row {prompt.row}: token id {token} is outside the vocabulary of {config.n_vocab}")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
+from batchgen.engine.beams import Blocks, Search
+from batchgen.engine.limits import beam_tokens_needed, stem_of
 from batchgen.engine.sequence import Sequence
 from batchgen.gpt2.attention import copy_segment
 from batchgen.gpt2.forward import Prefill
@@ -39,7 +41,7 @@ class Prefix:
 
 @dataclass(slots=True, eq=False)
 class PromptGroup:
-    """The sequences that read the same tokens; those admitted together share the prefill."""
+    """The sequences that read the same tokens; those admitted together share the prefill. A search is alone in one."""
 
     token_ids: Tokens
     sequences: list[Sequence]
@@ -133,11 +135,16 @@ def find_prefixes(
     return [*families, *([group] for group in alone)]
 
 
+def _group_of(sequence: Sequence) -> tuple[Tokens, int, int]:
+    """Equal for sequences of one group."""
+    return sequence.read, *((sequence.prompt.row, sequence.sample) if sequence.params.searches else (-1, -1))
+
+
 def group_sequences(sequences: Iterable[Sequence], share_prefixes: bool) -> tuple[list[list[PromptGroup]], int]:
     """Families of groups that share a first block, and the tokens that they read, those of each prefix once."""
     # of a group, those that generate come first: they need the keys and values that one of them reads
-    in_order = sorted(sequences, key=lambda s: (s.read, not s.params.max_tokens))
-    groups = [PromptGroup(token_ids, list(same)) for token_ids, same in groupby(in_order, key=lambda s: s.read)]
+    in_order = sorted(sequences, key=lambda s: (*_group_of(s), not s.params.max_tokens))
+    groups = [PromptGroup(key[0], list(same)) for key, same in groupby(in_order, key=_group_of)]
     families = find_prefixes(groups) if share_prefixes else [[group] for group in groups]
     prefixes = {prefix for group in groups if group.prefix for prefix in group.prefix.path}
     own = sum(len(group.token_ids) - (group.prefix.end if group.prefix else 0) for group in groups)
@@ -153,9 +160,13 @@ class _PendingPrefill:
     position: int  # of the first of them
     copied: Segment | None = None  # the keys and values before the tokens, to be copied into the segment
     sequences: list[Sequence] = field(default_factory=list)  # none for a prefix; the segment is the first's
+    after: Segment | None = None  # of the tokens that are not in the segment, if it is a stem
 
     def take(self, n: int) -> "Piece":
-        """The first n tokens, for the next pass."""
+        """The first n tokens, or fewer, for the next pass."""
+        if self.after is not None and self.position == self.after.start:
+            self.segment, self.after = self.after, None
+        n = n if self.after is None else min(n, self.after.start - self.position)
         taken, self.token_ids = self.token_ids[:n], self.token_ids[n:]
         self.position += len(taken)
         first_wanted = min((sequence.first_wanted for sequence in self.sequences), default=self.position)
@@ -181,7 +192,7 @@ class Scheduler:
         self.arena, self.max_batch = arena, max_batch
         self.running: list[Sequence] = []
         self.pending: deque[_PendingPrefill] = deque()
-        self.n_pending = 0  # admitted sequences whose prefill is not complete
+        self.in_flight = 0  # admitted sequences that are not finished; a search counts all of its beams from the start
         self.prefix_of: dict[Sequence, Prefix | None] = {}
         self.prefixes: dict[Prefix, None] = {}  # those with a segment, in order of allocation
         self.waiting: deque[tuple[Sequence, PromptGroup]] = deque()
@@ -222,9 +233,7 @@ class Scheduler:
             self.prefixes[prefix] = None
             new[prefix] = _PendingPrefill(prefix.segment, prefix.token_ids, prefix.start)
         else:
-            shared, start = (group.shared.segment, group.shared.end) if group.shared else (None, 0)
-            n_own = len(group.token_ids) - start + sequence.n_left
-            sequence.segment = self.arena.allocate(n_own, start, shared)
+            sequence.segment = self._allocate(sequence, group)
         if sequence.segment is None:
             for prefix in new:
                 self._drop(prefix)
@@ -233,18 +242,41 @@ class Scheduler:
         if not joined:
             start = group.prefix.end if group.prefix else 0
             copied = group.copied.segment if group.copied else None
-            joined = _PendingPrefill(sequence.segment, group.token_ids[start:], start, copied)
+            stem = sequence.search.stem if sequence.search else None
+            after = sequence.segment if stem else None
+            joined = _PendingPrefill(stem or sequence.segment, group.token_ids[start:], start, copied, after=after)
             group.pending = joined
             self.pending.append(joined)
         joined.sequences.append(sequence)
         return True
+
+    def _allocate(self, sequence: Sequence, group: PromptGroup) -> Segment | None:
+        """Memory for what follows the prefixes of whole blocks: the segment that the first token is written after."""
+        shared, start = (group.shared.segment, group.shared.end) if group.shared else (None, 0)
+        n_prompt = len(group.token_ids)
+        if not sequence.params.searches:
+            return self.arena.allocate(n_prompt - start + sequence.n_left, start, shared)
+        whole, stem = stem_of(n_prompt), None
+        if whole > start and (stem := self.arena.allocate(whole - start, start, shared)) is None:
+            return None
+        room = self.arena.allocate(beam_tokens_needed(n_prompt, sequence.n_left, sequence.width), whole)
+        if room is None:
+            if stem is not None:
+                self.arena.release(stem)
+            return None
+        sequence.search = Search(sequence, Blocks(self.arena, room), stem)
+        return sequence.search.blocks.take(whole, stem or shared)
+
+    def _has_slot(self, sequence: Sequence) -> bool:
+        """A search that is wider than a batch runs alone."""
+        return self.in_flight + min(sequence.width, self.max_batch) <= self.max_batch
 
     def admit(self, max_rows: int) -> None:
         """Admit waiting sequences in order until slots or memory run out.
 
         Those that generate nothing, only until the next pass has max_rows rows: what it read gives its memory back.
         """
-        while self.waiting and len(self.running) + self.n_pending < self.max_batch:
+        while self.waiting and self._has_slot(self.waiting[0][0]):
             sequence, group = self.waiting[0]
             can_wait = not sequence.params.max_tokens and not (group.pending and group.pending.token_ids)
             if can_wait and sum(len(pending.token_ids) for pending in self.pending) >= max_rows:
@@ -257,7 +289,7 @@ class Scheduler:
                 if not self._admit(sequence, group):
                     raise MemoryError("the arena is smaller than one sequence, which check_limits rules out")
             self.waiting.popleft()
-            self.n_pending += 1
+            self.in_flight += sequence.width
 
     def next_pieces(self, max_rows: int) -> list[Piece]:
         """Up to max_rows rows of prefill."""
@@ -277,15 +309,27 @@ class Scheduler:
                 assert source.segment is not None
                 copy_segment(self.arena.config, source.segment, sequence.segment)
         self.running += [sequence for sequence in sequences if sequence.params.max_tokens]
-        self.n_pending -= len(sequences)
+
+    def replace(self, beams: list[Sequence], children: list[Sequence]) -> None:
+        """Run other beams of a search; those that share most are adjacent, so that attention reads it once."""
+
+        def path(one: Sequence) -> list[int]:
+            return [part.offset for part in one.segment.path] if one.segment else []
+
+        gone = {*beams}
+        self.running = [sequence for sequence in self.running if sequence not in gone]
+        self.running += sorted(children, key=path)
 
     def finish(self, sequence: Sequence) -> None:
         """Release the sequence's memory, and that of prefixes that no other sequence needs."""
-        if sequence.params.max_tokens:
-            self.running.remove(sequence)
-        if sequence.segment is not None:
+        self.in_flight -= sequence.width
+        if sequence.search is not None:
+            sequence.search.release()
+        elif sequence.segment is not None:
             self.arena.release(sequence.segment)
-            sequence.segment = None
+        sequence.segment = None
+        if sequence.params.max_tokens and sequence.search is None:
+            self.running.remove(sequence)
         prefix = self.prefix_of[sequence]
         for part in prefix.path if prefix else []:
             part.unfinished -= 1

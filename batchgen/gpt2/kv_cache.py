@@ -85,8 +85,12 @@ class KVArena:
         for index, (offset, room) in enumerate(self.free):
             if room >= size:
                 self.free[index : index + 1] = [(offset + size, room - size)] if room > size else []
-                return Segment(self.memory, start, offset, size, offset * self._per_token, parent)
+                return self.at(offset, size, start, parent)
         return None
+
+    def at(self, offset: int, size: int, start: int, parent: Segment | None = None) -> Segment:
+        """A segment in a range that the caller has allocated."""
+        return Segment(self.memory, start, offset, size, offset * self._per_token, parent)
 
     def release(self, segment: Segment) -> None:
         """Free a segment's memory and join it with its free neighbours."""

@@ -71,11 +71,7 @@ def write_groups(
 
 
 def write_parquet(
-    batches: Iterable[pa.RecordBatch],
-    file: BinaryIO,
-    schema: pa.Schema,
-    plan: Plan,
-    left_out: LeftOut | None = None,
+    batches: Iterable[pa.RecordBatch], file: BinaryIO, schema: pa.Schema, plan: Plan, left_out: LeftOut | None = None
 ) -> None:
     """Row groups of bounded size, with the plan in the file's own metadata; reading.read_plan reads it."""
     metadata = {METADATA_KEY: json.dumps(plan.to_json(), sort_keys=True)}

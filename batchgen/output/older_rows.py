@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from batchgen.errors import InputError
-from batchgen.input.parameters import LOGPROBS
+from batchgen.input.parameters import WITH_COLUMNS, is_asked
 from batchgen.output.duplicates import made
 from batchgen.output.older import OlderOutput, remedy
 from batchgen.output.parts import in_order
@@ -36,7 +36,7 @@ BATCH_BYTES = 32 * 2**20
 NO_NUMBER = -1  # of parameters that no row has
 # what may be missing: of rows that are copied none has a value, or all have this one
 FILLS: dict[str, object] = dict.fromkeys(
-    ("logprobs", "top_logprobs", "prompt_token_ids", "prompt_logprobs", "prompt_top_logprobs")
+    ("logprobs", "top_logprobs", "prompt_token_ids", "prompt_logprobs", "prompt_top_logprobs", "beam_score")
 ) | {"prompt_index": 0}
 # what is read besides: what a sample is continued from, and what only a row with several prompts has
 _FURTHER = ("completion_token_ids", "prompt_index")
@@ -55,6 +55,7 @@ class Asked:
     max_tokens: int
     seed: int  # 0 if nothing is drawn
     greedy: bool
+    alike: bool = True  # all samples are the same
 
 
 Numbers: TypeAlias = dict[tuple[object, ...], int]
@@ -64,7 +65,8 @@ def ask(numbers: Numbers, params: SamplingParams, as_ids: bool = False) -> Asked
     """What parameters ask for, numbered; as_ids: the prompt is given as token ids."""
     number = numbers.setdefault((as_ids, *_IDENTITY(params)), len(numbers))
     greedy = params.greedy
-    return Asked(number, params.n, params.max_tokens, 0 if greedy else params.seed, greedy)
+    seed, alike = 0 if greedy else params.seed, greedy and not params.searches
+    return Asked(number, params.n, params.max_tokens, seed, greedy, alike)
 
 
 def list_values(asked: Sequence[Asked], *names: str) -> list[Integers]:
@@ -158,13 +160,14 @@ ReadOwn: TypeAlias = Callable[[str | None], tuple[Asked, Ids]]
 
 def _reader(plan: Plan, names: Container[str], numbers: Numbers) -> ReadOwn:
     """Reads the column `parameters` of an output of this plan, which has columns of these names."""
-    lacking = [name for name in LOGPROBS if name not in names]  # somebody has removed them
+    columns = {name: name for name in WITH_COLUMNS} | {"num_beams": "beam_score"}
+    lacking = [name for name, column in columns.items() if column not in names]  # somebody has removed them
 
     @lru_cache(4096)
     def read_own(text: str | None) -> tuple[Asked, Ids]:
         params, ids = plan.read_own(text)
         asked = ask(numbers, params, bool(ids))
-        has_all = all(getattr(params, name) is None for name in lacking)
+        has_all = not any(is_asked(name, params) for name in lacking)
         return asked if has_all else replace(asked, number=NO_NUMBER), ids
 
     return read_own

@@ -17,8 +17,8 @@ import pyarrow as pa
 from batchgen.files import JsonObject as Row
 from batchgen.output.file import WriteRows
 from batchgen.plan import Plan
+from batchgen.text.healing import beginnings_of
 from batchgen.text.tokenizer import Tokenizer
-from batchgen.types import SamplingParams
 
 CREATED = 0  # a time would make each run's bytes its own
 
@@ -29,19 +29,25 @@ def _error(message: str) -> Json:
     return {"message": message, "type": "invalid_request_error", "param": None, "code": None}
 
 
-def _offsets(ids: Sequence[int], tokenizer: Tokenizer, skip_special: bool) -> Iterator[int]:
-    """The character of the text at which each token begins; for a part of a character, that character."""
+def _offsets(ids: Sequence[int], tokenizer: Tokenizer, skip_special: bool, n_given: int = 0) -> Iterator[int]:
+    """The character of the text at which each token begins; for a part of a character, that character.
+
+    The first n_given bytes of the tokens are not in the text.
+    """
     decoder, characters = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
     for token in ids:
         data = tokenizer.decode_bytes([token], skip_special=skip_special)
+        data, n_given = data[n_given:], max(n_given - len(data), 0)
         characters += len(decoder.decode(data[:1]))  # of bytes before it that are no character, U+FFFD comes only now
         is_whole = data and not decoder.getstate()[0]  # its first byte ends a character, else it is in the next one
         yield characters - 1 if is_whole else characters
         characters += len(decoder.decode(data[1:]))
 
 
-def _prompt_offsets(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> Iterator[int]:
+def _prompt_offsets(ids: Sequence[int], text: str, tokenizer: Tokenizer, n_given: int = 0) -> Iterator[int]:
     """The same of a prompt that was given as a text: its tokens are the end of the text, of which they may be a part.
+
+    After them come n_given bytes that the completion's tokens begin with.
 
     text="a\u2603b" (bytes 61 e2 98 83 62), ids of 98, 83 and 62 -> 1, 1, 2
     """
@@ -49,7 +55,7 @@ def _prompt_offsets(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> Iter
     characters = [number for number, character in enumerate(text) for _ in character.encode()]
     characters.append(len(text))  # [bytes + 1]
     n_begin = len(tokenizer.special.begin)  # tokens that stand before every text
-    places, end = [], len(data)
+    places, end = [], len(data) - n_given
     for token in reversed(ids[n_begin:]):
         word = tokenizer.decode_bytes([token])
         place = data.rfind(word, 0, end)
@@ -61,14 +67,23 @@ def _prompt_offsets(ids: Sequence[int], text: str, tokenizer: Tokenizer) -> Iter
     yield from reversed(places)
 
 
-def _logprobs(sample: Row, tokenizer: Tokenizer, own: Json) -> Json:
+def _n_given(sample: Row, tokenizer: Tokenizer, plan: Plan, own: Json) -> int:
+    """How many bytes of the prompt the completion's tokens begin with."""
+    if not own["heal"] or not own["max_tokens"]:
+        return 0
+    ids = tuple(tokenizer.encode(sample["prompt"], plan.policy().special_tokens))
+    return len(tokenizer.decode_bytes(beginnings_of(tokenizer).back_up(ids)[1]))
+
+
+def _logprobs(sample: Row, tokenizer: Tokenizer, own: Json, n_given: int) -> Json:
     """Of the completion's tokens; with echo, of the prompt's before them, of which the first has none."""
     ids, logprobs, tops = (sample[name] or [] for name in ("completion_token_ids", "logprobs", "top_logprobs"))
-    offsets = [*_offsets(ids, tokenizer, bool(own["skip_special_tokens"]))]
+    offsets = [*_offsets(ids, tokenizer, bool(own["skip_special_tokens"]), n_given)]
     if own["echo"]:
         prompt, prompt_ids = sample["prompt"], sample["prompt_token_ids"]
         is_text = "prompt_token_ids" not in own
-        begins = _prompt_offsets(prompt_ids, prompt, tokenizer) if is_text else _offsets(prompt_ids, tokenizer, False)
+        offsets_of = _prompt_offsets(prompt_ids, prompt, tokenizer, n_given)
+        begins = offsets_of if is_text else _offsets(prompt_ids, tokenizer, False)
         offsets = [*begins, *(len(prompt) + offset for offset in offsets)]
         ids, logprobs = [*prompt_ids, *ids], [*sample["prompt_logprobs"], *logprobs]
         tops = [*(sample["prompt_top_logprobs"] or []), *tops]
@@ -96,15 +111,22 @@ def _prompt_logprobs(sample: Row, tokenizer: Tokenizer) -> list[Json | None]:
     return named
 
 
-def _choice(sample: Row, tokenizer: Tokenizer, params: SamplingParams) -> Json:
-    own: Json = params.as_dict() | json.loads(sample.get("parameters") or "{}")
-    logprobs = None if sample.get("logprobs") is None else _logprobs(sample, tokenizer, own)
+_REASONS = {"length": "length", "blocked": "length"}  # OpenAI has no word for a loop, and one for what is incomplete
+
+
+def _choice(sample: Row, tokenizer: Tokenizer, plan: Plan) -> Json:
+    own: Json = plan.parameters.as_dict() | json.loads(sample.get("parameters") or "{}")
+    logprobs = None
+    if sample.get("logprobs") is not None:
+        logprobs = _logprobs(sample, tokenizer, own, _n_given(sample, tokenizer, plan, own))
     choice: Json = {
         "text": sample["completion"],
         "index": sample["sample"],
         "logprobs": logprobs,
-        "finish_reason": "length" if sample["finish_reason"] == "length" else "stop",  # OpenAI has no word for a loop
+        "finish_reason": _REASONS.get(sample["finish_reason"], "stop"),
     }
+    if sample.get("beam_score") is not None:
+        choice["beam_score"] = sample["beam_score"]
     if sample.get("prompt_logprobs") is not None and not (logprobs and own["echo"]):
         choice["prompt_logprobs"] = _prompt_logprobs(sample, tokenizer)
     return choice
@@ -124,7 +146,7 @@ def _completion(samples: Sequence[Row], digest: str, plan: Plan, tokenizer: Toke
         "object": "text_completion",
         "created": CREATED,
         "model": plan.model,
-        "choices": [_choice(sample, tokenizer, plan.parameters) for sample in samples],
+        "choices": [_choice(sample, tokenizer, plan) for sample in samples],
         "usage": _usage(samples),
     }
 

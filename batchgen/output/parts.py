@@ -112,11 +112,7 @@ def _merged_tables(rows: Sequence[Row], copied: pa.Table, schema: pa.Schema, kee
 
 
 def write_part(
-    rows: Sequence[Row],
-    path: Path,
-    schema: pa.Schema,
-    keep: KeptOf = lambda _: None,
-    copied: pa.Table | None = None,
+    rows: Sequence[Row], path: Path, schema: pa.Schema, keep: KeptOf = lambda _: None, copied: pa.Table | None = None
 ) -> str:
     """Write one chunk's rows to a new file, on disk when this returns its SHA-256; equal rows give equal bytes.
 

@@ -125,7 +125,8 @@ class OlderRows:
         """Of each, the entry with all of its samples that was asked for the same, or -1."""
         index, seed_by = self.index, self.plan.seed_by
         hashes = np.array(list_keys(texts, asked, seed_by, ((row, None) for row in rows.tolist())), np.int64)
-        number, n, max_tokens, seed, greedy = list_values(asked, "number", "n", "max_tokens", "seed", "greedy")
+        names = "number", "n", "max_tokens", "seed", "greedy", "alike"
+        number, n, max_tokens, seed, greedy, alike = list_values(asked, *names)
         at, last = np.searchsorted(index.hashes, hashes), len(index.hashes) - 1
         found = np.full(len(texts), -1, np.int64)
         for entry in (np.minimum(at + skip, last) for skip in range(TRIES)):
@@ -133,7 +134,7 @@ class OlderRows:
             if not good.any():
                 break
             good &= (index.numbers[entry] == number) & (index.seeds[entry] == seed)
-            good &= (index.max_tokens[entry] == max_tokens) & ((greedy == 1) | (index.samples[entry] >= n))
+            good &= (index.max_tokens[entry] == max_tokens) & ((alike == 1) | (index.samples[entry] >= n))
             found = np.where((found < 0) & good, entry, found)
         some = np.flatnonzero(found >= 0)
         if len(some):
@@ -168,8 +169,8 @@ class OlderRows:
         samples = firsts * 0
         if max(counts) > 1:
             samples = np.concatenate([np.arange(n) for n in counts])
-            drawn = np.repeat([not one.greedy for one, _ in asked], counts)
-            firsts = np.repeat(firsts, counts) + samples * drawn  # of greedy ones, all are the same
+            differ = np.repeat([not one.alike for one, _ in asked], counts)
+            firsts = np.repeat(firsts, counts) + samples * differ
         copies.rows = [item.row for item in items]
         copies.ids = [item.id for item in items]
         copies.parameters, copies.counts = [own for _, own in asked], counts
@@ -205,12 +206,15 @@ class OlderRows:
         if isinstance(item, Rejected) or item.others or (entry := self._best(item)) is None:
             return item
         first, n = int(self.index.firsts[entry]), item.params.n
+        had, alike = int(self.index.max_tokens[entry]), item.params.greedy and not item.params.searches
+        if item.params.searches and (had != item.params.max_tokens or self.index.samples[entry] < n):
+            return item  # a search cannot go on from what it has found
         olds, samples, begun = [], [], []
         for sample in range(n):
-            old = first if item.params.greedy else first + sample
-            if not item.params.greedy and sample >= self.index.samples[entry]:
+            old = first if alike else first + sample
+            if not alike and sample >= self.index.samples[entry]:
                 begun.append(Begun(sample))
-            elif (start := self._begin(old, sample, int(self.index.max_tokens[entry]), item.params)) is None:
+            elif (start := self._begin(old, sample, had, item.params)) is None:
                 olds.append(old)
                 samples.append(sample)
             else:

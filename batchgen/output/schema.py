@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from batchgen.errors import UsageError
-from batchgen.input.parameters import LOGPROBS
-from batchgen.input.prompts import Facts, Prompts, asked_logprobs
+from batchgen.input.parameters import WITH_COLUMNS
+from batchgen.input.prompts import Facts, Prompts, asked_columns
 from batchgen.options import say
 from batchgen.plan import Plan
 from batchgen.types import MEASURED, Kind, Row
@@ -31,6 +31,7 @@ class Columns:
     n_embd: int = 0  # of embeddings
     mean_logprob: bool = False  # these two: see types.MEASURED
     repetition: bool = False
+    num_beams: bool = False  # the scores of beam search
 
     def schema(self, kept: pa.Schema | None = None) -> pa.Schema:
         """All columns in order, the kept ones last; only row, sample and status are never null."""
@@ -72,6 +73,8 @@ def _generated(columns: Columns) -> list[pa.Field]:
         fields.append(pa.field("prompt_token_ids", pa.list_(pa.int32())))
         fields.append(pa.field("prompt_logprobs", pa.list_(pa.float32())))
         fields.append(pa.field("prompt_top_logprobs", pa.list_(pa.list_(TOP_LOGPROB))))
+    if columns.num_beams:
+        fields.append(pa.field("beam_score", pa.float64()))
     if columns.prompt_index:
         fields.append(pa.field("prompt_index", pa.int32()))
     fields += [pa.field(name, pa.float64()) for name in MEASURED if getattr(columns, name)]
@@ -152,15 +155,15 @@ def columns_of(plan: Plan) -> Columns:
 
 
 def choose_columns(prompts: Prompts, facts: Facts, plan: Plan, n_embd: int) -> Columns:
-    """The columns that a run may need: log-probabilities if the run, or a row that may, asks for them."""
-    asked = asked_logprobs(prompts, facts, plan.parameters) if plan.task == "generate" else ()
+    """The columns that a run may need: some only if the run, or a row that may, asks for them."""
+    asked = asked_columns(prompts, facts, plan.parameters) if plan.task == "generate" else ()
     wanted = dict.fromkeys(asked, True)
     return replace(columns_of(plan), **wanted, prompt_index=prompts.openai, n_embd=n_embd)  # type: ignore[arg-type]
 
 
 def own_names(columns: Columns) -> frozenset[str]:
     """The names that no kept column may have: those of the columns that such an output has or could have."""
-    asked = dict.fromkeys(("token_ids", *LOGPROBS, "prompt_index", "per_token", *MEASURED), True)
+    asked = dict.fromkeys(("token_ids", *WITH_COLUMNS, "prompt_index", "per_token", *MEASURED), True)
     every = replace(columns, **asked)  # type: ignore[arg-type]
     return frozenset(every.schema().names)
 

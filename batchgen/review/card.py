@@ -46,6 +46,7 @@ _MEANINGS = {
     "prompt_token_ids": "the prompt in GPT-2's tokens",
     "prompt_logprobs": "log-probability of each token of the prompt",
     "prompt_top_logprobs": "the likeliest tokens at each place of the prompt",
+    "beam_score": "of beam search: the completion's log-probability, divided by its length to the power length_penalty",
     "prompt_index": "number of the prompt in its input row",
     "mean_logprob": "mean log-probability of the completion's tokens",
     "repetition": "share of 4-grams of tokens that occurred before",

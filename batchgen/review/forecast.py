@@ -38,7 +38,7 @@ from batchgen.output.reused import read_older
 from batchgen.output.rows import Rows
 from batchgen.output.schema import Columns, choose_columns
 from batchgen.plan import Plan
-from batchgen.planning import WORKER_BYTES, Setting, check_memory, fitting_slots, make_plan, select
+from batchgen.planning import WORKER_BYTES, Setting, check_memory, fitting_slots, make_plan, select, within_memory
 from batchgen.text.tokenizer import Tokenizer
 from batchgen.types import Chunk, Precision, Reason, Rejected, RowParameters, Task, TokenizedRequest
 from batchgen.workers.complete import asked_params, samples_of, to_prompts
@@ -177,6 +177,7 @@ def forecast_job(job: Job, *, measure_time: bool = True, show: int = 0) -> Forec
     sample: list[TokenizedRequest] = []
     tokenizer = model.load_tokenizer()
     check = make_check(tokenizer, model.config.n_ctx, *plan.rules())
+    check = within_memory(check, model.config, plan.precision, plan.kv_bytes)
     cut = Cut.for_output(plan.format, plan.chunk_rows, rows.numbers, drop_prompts=plan.drops("prompt"))
     for chunk in prompts.chunks(facts, job.sampling, check, cut, older):
         count_copied(chunk, forecast)
@@ -281,8 +282,8 @@ def chunk_cost(chunk: Chunk, forecast: Forecast, *, share: bool, task: TaskOptio
     forecast.duplicates += len(prompts) - len({prompt for prompt, _ in distinct})
     forecast.shared_tokens += sum(len(ids) for _, ids in distinct) - read
     scored = sum(len(sequence.scored) for sequence in sequences)
-    lengths = [sequence.n_left for sequence in sequences]
-    return ChunkCost(read, len(sequences), max(lengths, default=0), sum(lengths), scored)
+    lengths = [sequence.n_left for sequence in sequences for _ in range(sequence.width)]
+    return ChunkCost(read, len(lengths), max(lengths, default=0), sum(lengths), scored)
 
 
 def add_memory(forecast: Forecast, job: Job, plan: Plan, model: Model) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchgen import __version__
+from batchgen.engine.limits import kv_bytes_per_token
 from batchgen.errors import BatchgenError, InputError, ModelError, UsageError
 from batchgen.files import Stamp, stamp_of
 from batchgen.gpt2.machine_code import prepare_kernels
@@ -24,9 +25,8 @@ from batchgen.output.parts import in_order
 from batchgen.output.reading import output_files, read_batches, read_input_rows, read_left_out, read_plan
 from batchgen.output.schema import columns_of, own_names
 from batchgen.plan import Plan
-from batchgen.planning import check_memory
+from batchgen.planning import check_memory, default_kv_bytes
 from batchgen.types import (
-    MEASURED,
     Chunk,
     EmbeddingRow,
     OutputRow,
@@ -36,6 +36,7 @@ from batchgen.types import (
     SamplingParams,
     ScoreRow,
     Task,
+    TokenizedRequest,
 )
 from batchgen.workers.complete import map_engine
 from batchgen.workers.tasks import rows_of_chunk
@@ -82,7 +83,7 @@ def replay(
     if seed is None:
         seed = int.from_bytes(os.urandom(4))
     chosen = np.sort(np.random.default_rng(seed).choice(ok, min(n_rows, len(ok)), replace=False)).tolist()
-    own = own_names(columns_of(plan)) - {name for name in MEASURED if name not in plan.measured}  # older: kept
+    own = own_names(columns_of(plan)) - {*plan.keep}  # an older version could keep a column that has such a name now
     kept = read_input_rows(path, chosen, own)
     if list_stamps(path) != stamps:
         raise InputError(f"{path}: the file was changed while it was being read; verify it when nothing writes it")
@@ -231,11 +232,18 @@ def generate_again(requests: Iterable[Request], plan: Plan, model: Model) -> dic
     tokenizer = model.load_tokenizer()
     check = make_check(tokenizer, model.config.n_ctx, *plan.rules())
     prepare_kernels()
-    engine = map_engine(model, tokenizer)
     chunk = Chunk(0, tuple(map(check, requests)))
+    searches = any(isinstance(item, TokenizedRequest) and item.params.searches for item in chunk.items)
+    engine = map_engine(model, tokenizer, kv_bytes=bytes_for_searches(plan, model) if searches else None)
     rows = rows_of_chunk(chunk, plan.options(), plan.parameters, engine, tokenizer)
     model.check_unchanged()
     return {(row.row, row.sample): row for row in rows}
+
+
+def bytes_for_searches(plan: Plan, model: Model) -> int:
+    """Memory for as many keys and values as the run could hold, in the precision of the model."""
+    had, has = (kv_bytes_per_token(model.config, precision) for precision in (plan.precision, model.precision))
+    return max(-(-plan.kv_bytes // had) * has, default_kv_bytes(model.config, model.precision))
 
 
 def _make_again(path: Path, plan: Plan, rows: list[StoredRow], model: Model) -> dict[tuple[int, int], Row]:
