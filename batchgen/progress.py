@@ -424,10 +424,10 @@ class Reporter:
         elif error:
             self.status.write(state_of(error), self.counts, exit_code_of(error), words_of(error))
 
-    def report(self) -> None:
+    def report(self, *, is_last: bool = False) -> None:
         """Look once. An exception in on_progress is logged, and it is not called again: the run goes on."""
         now = self.look(self.seconds)
-        if last := self._last:
+        if (last := self._last) and not is_last:  # in the end exact counts win: a step counts more than rows get
             # A worker that has begun its next chunk no longer counts the one that is about to be committed.
             counted = ("rows", "prompt_tokens", "completion_tokens")
             now = replace(now, **{name: max(getattr(now, name), getattr(last, name)) for name in counted})
@@ -461,7 +461,7 @@ def reporting(reporter: Reporter) -> Iterator[Reporter]:
         finally:
             over.set()
             watcher.join()
-            reporter.report()
+            reporter.report(is_last=True)
         reporter.finish(None)
     except BaseException as error:
         reporter.finish(error)

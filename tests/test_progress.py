@@ -183,6 +183,17 @@ def test_reports_never_go_back_and_a_broken_listener_is_called_once(status, capl
     assert "progress is no longer shown" in caplog.text
 
 
+def test_the_end_has_the_counts_of_the_rows_whatever_was_seen_before(status):
+    """A step also counts tokens that no row has: stop tokens, those of beams that are left, of a row that fails."""
+    looks = iter([Progress(40, 90, 0, 1850, 0.0), Progress(90, 90, 0, 1800, 0.0)])
+    reporter = Reporter(lambda _: next(looks), COUNTS, Counter(), status)
+    with reporting(reporter):
+        reporter.report()
+        reporter.summarise("o.parquet", 90, Counter(), 1, "")
+        reporter.is_published = lambda: True
+    assert (read(status)["rows_done"], read(status)["completion_tokens"]) == (90, 1800)
+
+
 @pytest.mark.parametrize(
     ("error", "state", "code"),
     [

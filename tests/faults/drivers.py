@@ -178,7 +178,7 @@ def run_stub_chunk(setup: WorkerSetup, chunk: Chunk, attempt: str) -> Receipt:
 
 
 def _make_rows(chunk: Chunk, *_: object) -> list[OutputRow]:
-    return [unfinished_row(item) if isinstance(item, Rejected) else _make_row(item) for item in chunk.items]
+    return [unfinished_row(item, OutputRow) if isinstance(item, Rejected) else _make_row(item) for item in chunk.items]
 
 
 def _make_row(item: Any) -> OutputRow:
