@@ -87,11 +87,11 @@ def read_held_out(text: Path, model: Path, n_ctx: int) -> Windows:
     sys.path.append(str(model))
     train = importlib.import_module("train")
     with (lzma.open if text.suffix == ".xz" else open)(text, "rt", encoding="utf-8") as stream:
-        _, documents = train.split_documents([stream.read()], seed=1)
+        _, held_out = train.split_documents({"text": stream.read()}, seed=1)
     tokenizer = Model.load(model).load_tokenizer()
     end = tokenizer.encoder[END_OF_TEXT]
     ids = [end]
-    for document in documents:
+    for document in held_out["text"]:
         ids += [*tokenizer.encode(document), end]
     return cut_windows(ids, n_ctx)
 

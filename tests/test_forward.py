@@ -27,7 +27,7 @@ SHAPES = [
     GPT2Config(n_vocab=999, n_ctx=1024, n_embd=1600, n_head=25, n_layer=1),
     GPT2Config(n_vocab=11, n_ctx=7, n_embd=4, n_head=1, n_layer=1),
     GPT2Config(n_vocab=300, n_ctx=70, n_embd=30, n_head=3, n_layer=2),
-    GPT2Config(n_vocab=2560, n_ctx=512, n_embd=160, n_head=5, n_layer=6),
+    GPT2Config(n_vocab=4096, n_ctx=512, n_embd=256, n_head=4, n_layer=6),
     TINY,
 ]
 D_HEADS = [1, 8, 20, 24, 40, 64, 80, 100]

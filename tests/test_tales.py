@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from batchgen.gpt2.weights import pack
 from batchgen.job import DEFAULT_MODEL
 from batchgen.models.model import Model
 from batchgen.models.registry import find_model
@@ -33,7 +32,7 @@ def test_the_default_model_is_the_embedded_one():
 
 def test_the_embedded_model_is_undamaged_and_small():
     verify_shards(TALES)
-    assert sum(path.stat().st_size for path in TALES.iterdir()) < 12_000_000
+    assert sum(path.stat().st_size for path in TALES.iterdir()) < 32_000_000
 
 
 def test_the_vocabulary_fits_the_model():
@@ -44,7 +43,7 @@ def test_the_vocabulary_fits_the_model():
 
 
 def test_the_embedded_model_predicts_an_unseen_tale():
-    """An unseen tale costs far less than the ln(2560) = 7.8 nats per token of a uniform guess."""
+    """An unseen tale costs far less than the ln(4096) = 8.3 nats per token of a uniform guess."""
     tokenizer, config = Tokenizer.load(TALES), load_manifest(TALES).config
     ids = [tokenizer.special.start, *tokenizer.encode(STORY)]
     logits = gpt2(ids[:-1], **load_params(TALES), n_head=config.n_head).astype(np.float64)
@@ -56,14 +55,12 @@ def test_the_embedded_model_predicts_an_unseen_tale():
 def test_int8_changes_what_the_embedded_model_expects_by_little(tmp_path):
     """KL divergence of the next token from float32; docs/precision.md has it for more text."""
     model = Model.load(shutil.copytree(TALES, tmp_path / "tales"), precision="int8")
-    tokenizer, config, plain = model.load_tokenizer(), model.config, pack(model.load_params(), "int8")
+    tokenizer, config = model.load_tokenizer(), model.config
     window = np.array([[tokenizer.special.start, *tokenizer.encode(STORY)]])
     exact = list(batchgen_log_probs(model.with_precision("float32").load_weights(), config, window))
     assert compare(exact, exact, window).divergence == 0
-    int8, rounded = (
-        compare(exact, batchgen_log_probs(w, config, window), window) for w in (model.load_weights(), plain)
-    )
-    assert 0 < int8.divergence < rounded.divergence < 0.003
+    int8 = compare(exact, batchgen_log_probs(model.load_weights(), config, window), window)
+    assert 0 < int8.divergence < 0.001
 
 
 def test_the_readme_states_the_measured_loss():

@@ -1,11 +1,12 @@
 """Train the embedded `tales` model from plain text: BPE, GPT-2, loss curve, export.
 
-    python data/models/tales/train.py TEXT --out data/models/tales --minutes 60
+    python data/models/tales/train.py TEXT --out data/models/tales --work work --minutes 90
 
 TEXT is a plain-text file (.txt, .txt.xz, .txt.gz) or a folder of them, with blank
-lines between paragraphs.  Needs torch, tokenizers and this project; only this script
-uses PyTorch.  The network is GPT-2's, layer for layer, at a size that one CPU core
-trains in about an hour.
+lines between paragraphs.  Needs torch, tokenizers, a C++ compiler (kernels.cpp) and this
+project; only this script uses PyTorch.  The network is GPT-2's, layer for layer, at a size
+that one CPU core trains in an hour and a half.  A run that was cut off goes on if the same
+command, with the same --work, is given again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+
+from kernels import Add, Attention, CrossEntropy, Gelu, LayerNorm
 
 END_OF_TEXT = "<|endoftext|>"
 OPENERS: dict[str, Callable[..., object]] = {".txt": open, ".xz": lzma.open, ".gz": gzip.open}
@@ -49,27 +52,27 @@ PROMPTS = ("Once upon a time", "The king said to his youngest daughter,",
 
 @dataclass(frozen=True)
 class Shape:
-    """The network's size; 2,347,520 parameters as it stands."""
+    """The network's size; 5,918,720 parameters as it stands."""
 
-    n_vocab: int = 2560
+    n_vocab: int = 4096
     n_ctx: int = 512
-    n_embd: int = 160
-    n_head: int = 5
+    n_embd: int = 256
+    n_head: int = 4
     n_layer: int = 6
 
 
 # ---------------------------------------------------------------- text
 
 
-def read_texts(path: Path) -> list[str]:
-    """The text files at `path` (one file, or a folder's, in name order)."""
+def read_texts(path: Path) -> dict[str, str]:
+    """The text files at `path` (one file, or a folder's, in name order), by name."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in OPENERS)
     if not files:
         raise SystemExit(f"no .txt, .txt.xz or .txt.gz file in {path}")
-    texts = []
+    texts = {}
     for file in files:
         with OPENERS[file.suffix](file, "rt", encoding="utf-8-sig") as stream:
-            texts.append(stream.read())
+            texts[str(file.relative_to(path.parent))] = stream.read()
     return texts
 
 
@@ -96,13 +99,22 @@ def documents(text: str, rng: random.Random) -> Iterator[str]:
         yield "\n\n".join(parts)
 
 
-def split_documents(texts: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """Shuffled documents, as (training, validation); 2 % are held out."""
-    rng = random.Random(seed)
-    everything = [document for text in texts for document in documents(text, rng)]
-    rng.shuffle(everything)
-    held_out = max(1, len(everything) // 50)
-    return everything[held_out:], everything[:held_out]
+def split_documents(texts: dict[str, str], seed: int) -> tuple[list[str], dict[str, list[str]]]:
+    """Shuffled training documents, and the 2 % of each file that are held out, by the file's name.
+
+    Every file is split as if it were alone, so another file does not change what is held out.
+    """
+    kept: list[str] = []
+    held_out: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        rng = random.Random(seed)
+        everything = list(documents(text, rng))
+        rng.shuffle(everything)
+        count = max(1, len(everything) // 50)
+        held_out[name], rest = everything[:count], everything[count:]
+        kept += rest
+    random.Random(seed).shuffle(kept)
+    return kept, held_out
 
 
 # ---------------------------------------------------------------- tokens
@@ -144,6 +156,16 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 # ---------------------------------------------------------------- network
 
 
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer's product in bfloat16; its weights stay float32."""
+    return F.linear(x, layer.weight.bfloat16(), layer.bias.bfloat16())
+
+
+def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A layer norm, from float32 to bfloat16."""
+    return LayerNorm.apply(x, layer.weight, layer.bias)
+
+
 class Block(nn.Module):
     """A GPT-2 layer: attention, then a multilayer perceptron, each behind a layer norm."""
 
@@ -155,32 +177,14 @@ class Block(nn.Module):
         self.c_attn, self.c_proj = nn.Linear(n, 3 * n), nn.Linear(n, n)
         self.c_fc, self.c_out = nn.Linear(n, 4 * n), nn.Linear(4 * n, n)
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Causal multi-head attention.
-
-        Plain products in slices of 128 queries: on a CPU, with backward, they take about
-        half the time of PyTorch's scaled_dot_product_attention.
-        """
-        batch, length, width = x.shape
-        split = self.c_attn(x).view(batch, length, 3, self.n_head, width // self.n_head)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
-        query = query / math.sqrt(width // self.n_head)
-        slices = []
-        for start in range(0, length, 128):
-            end = min(start + 128, length)
-            scores = query[:, :, start:end] @ key[:, :, :end].mT
-            future = torch.ones(end - start, end, dtype=torch.bool).triu(start + 1)
-            scores = scores + torch.zeros_like(future, dtype=scores.dtype).masked_fill(future, -math.inf)
-            with torch.autocast("cpu", enabled=False):
-                slices.append(scores.softmax(-1) @ value[:, :, :end])
-        mixed = torch.cat(slices, dim=2).transpose(1, 2)
-        return self.c_proj(mixed.reshape(batch, length, width))
-
     def forward(self, x: Tensor) -> Tensor:
         """Add what the two halves compute to the residual stream."""
-        x = x + F.dropout(self.attend(self.ln_1(x)), self.dropout, self.training)
-        hidden = F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")
-        return x + F.dropout(self.c_out(hidden), self.dropout, self.training)
+        dropout = self.dropout if self.training else 0.0
+        batch, length, width = x.shape
+        qkv = linear(self.c_attn, norm(self.ln_1, x)).view(batch, length, 3, self.n_head, width // self.n_head)
+        x = Add.apply(x, linear(self.c_proj, Attention.apply(qkv)), dropout)
+        hidden = Gelu.apply(linear(self.c_fc, norm(self.ln_2, x)))
+        return Add.apply(x, linear(self.c_out, hidden), dropout)
 
 
 class GPT2(nn.Module):
@@ -211,14 +215,13 @@ class GPT2(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.ln_f(x), self.wte.weight)
+        return F.linear(norm(self.ln_f, x), self.wte.weight.bfloat16())
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean cross-entropy in nats a token over windows of n_ctx + 1 tokens."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(windows[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+    logits = model(windows[:, :-1])
+    return CrossEntropy.apply(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 # ---------------------------------------------------------------- optimisers
@@ -280,7 +283,7 @@ def optimisers(model: GPT2, lr: float, muon_lr: float) -> list[torch.optim.Optim
     embeddings = [model.wte.weight, model.wpe.weight]
     groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    return [adam, Muon(matrices, muon_lr, decay=0.02)]
+    return [adam, Muon(matrices, muon_lr, decay=0.1)]
 
 
 # ---------------------------------------------------------------- training
@@ -306,8 +309,8 @@ class Progress:
         return min(1.0, (self.step + 1) / 100, (1.0 - self.done) / 0.7)
 
     def length(self, n_ctx: int) -> int:
-        """Half windows in the first 45 % of the run, which saves time in attention."""
-        return n_ctx // 2 if self.done < 0.45 else n_ctx
+        """Half windows in the first half of the run, which saves time in attention."""
+        return n_ctx // 2 if self.done < 0.5 else n_ctx
 
 
 def windows(stream: Tensor, starts: Tensor, length: int) -> Tensor:
@@ -335,7 +338,7 @@ def sample(model: GPT2, tokenizer: Tokenizer, prompt: str, count: int, heat: flo
     ids = [end, *tokenizer.encode(prompt).ids]
     model.eval()
     for _ in range(count):
-        logits = model(torch.tensor([ids[-model.shape.n_ctx :]]))[0, -1]
+        logits = model(torch.tensor([ids[-model.shape.n_ctx :]]))[0, -1].float()
         ids.append(int(torch.multinomial((logits / heat).softmax(-1), 1)))
         if ids[-1] == end:
             break
@@ -344,15 +347,13 @@ def sample(model: GPT2, tokenizer: Tokenizer, prompt: str, count: int, heat: flo
 
 
 def step(model: GPT2, optims: list[torch.optim.Optimizer], stream: Tensor, batch: int, at: Progress) -> float:
-    """One step over `batch` tokens, in pieces of at most 4,096; returns its loss."""
+    """One step over `batch` tokens; returns its loss."""
     length, rate = at.length(model.shape.n_ctx), at.rate()
     starts = torch.randint(len(stream) - length, (batch // length,))
-    pieces = starts.split(4096 // length)
-    total = 0.0
-    for piece in pieces:
-        loss = loss_of(model, windows(stream, piece, length)) / len(pieces)
-        loss.backward()
-        total += loss.item()
+    loss = loss_of(model, windows(stream, starts, length))
+    if not loss.isfinite():
+        raise SystemExit(f"step {at.step}: the loss is {loss.item()}")
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optim in optims:
         for group in optim.param_groups:
@@ -360,14 +361,43 @@ def step(model: GPT2, optims: list[torch.optim.Optimizer], stream: Tensor, batch
         optim.step()
         optim.zero_grad()
     at.step, at.tokens = at.step + 1, at.tokens + starts.numel() * length
-    return total
+    return loss.item()
 
 
-def save_weights(path: Path, model: GPT2) -> None:
-    """Write the weights as OpenAI names them, in one move."""
-    beside = path.with_name("new.npz")
-    np.savez(beside, **tensors_of(model))
-    beside.replace(path)
+@dataclass
+class Run:
+    """What a run needs to go on: the network, its optimisers, where it stands, its best weights."""
+
+    model: GPT2
+    optims: list[torch.optim.Optimizer]
+    at: Progress
+    rows: list[tuple[int, int, float, float, float]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_loss: float = math.inf
+
+    def save(self, path: Path) -> None:
+        """Write everything, in one move."""
+        state = {"shape": vars(self.model.shape), "model": self.model.state_dict(), "at": vars(self.at),
+                 "optims": [optim.state_dict() for optim in self.optims], "random": torch.get_rng_state(),
+                 "rows": self.rows, "recent": self.recent, "best": self.best, "best_loss": self.best_loss}
+        beside = path.with_name("new.pt")
+        torch.save(state, beside)
+        beside.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote."""
+        state = torch.load(path)
+        if state["shape"] != vars(self.model.shape):
+            raise SystemExit(f"{path} is from another network: {state['shape']}")
+        self.model.load_state_dict(state["model"])
+        for optim, saved in zip(self.optims, state["optims"], strict=True):
+            optim.load_state_dict(saved)
+        at = state["at"]
+        self.at.step, self.at.tokens, self.at.elapsed = at["step"], at["tokens"], at["elapsed"]
+        self.rows, self.recent = [tuple(row) for row in state["rows"]], state["recent"]
+        self.best, self.best_loss = state["best"], state["best_loss"]
+        torch.set_rng_state(state["random"])
 
 
 def write_curve(path: Path, rows: list[tuple[int, int, float, float, float]]) -> None:
@@ -379,31 +409,37 @@ def write_curve(path: Path, rows: list[tuple[int, int, float, float, float]]) ->
             writer.writerow([at, tokens, f"{minutes:.2f}", f"{train_loss:.4f}", f"{val_loss:.4f}"])
 
 
-def train(model: GPT2, tokenizer: Tokenizer, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> Progress:
-    """Run the schedule, with about 100 points on the loss curve and a few samples on the way."""
-    stream, held_out = data
-    optims = optimisers(model, args.lr, args.muon_lr)
-    at = Progress(args.steps, args.minutes * 60)
-    rows: list[tuple[int, int, float, float, float]] = []
-    recent: list[float] = []
-    point = 0
-    started = time.monotonic()
+def train(run: Run, tokenizer: Tokenizer, data: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
+    """Run the schedule, with 50 points on the loss curve and a few samples on the way.
+
+    The network ends with the weights of the point that had the least held-out loss.
+    """
+    (stream, held_out), model, at = data, run.model, run.at
+    saved = args.work / "run.pt" if args.work else None
+    if saved and saved.exists():
+        run.load(saved)
+        print(f"going on from step {at.step}, minute {at.elapsed / 60:.2f}", flush=True)
+    started = time.monotonic() - at.elapsed
+    last_save = at.elapsed
     while at.done < 1.0:
-        recent.append(step(model, optims, stream, args.batch, at))
+        point = int(at.done * 50)
+        run.recent.append(step(model, run.optims, stream, args.batch, at))
         at.elapsed = time.monotonic() - started
-        if at.done * 100 < point + 1:
-            continue
-        point = int(at.done * 100)
-        val_loss = evaluate(model, held_out, 0 if at.done == 1.0 else 40)
-        rows.append((at.step, at.tokens, at.elapsed / 60, sum(recent) / len(recent), val_loss))
-        print("step %d tokens %d minutes %.2f train %.4f val %.4f" % rows[-1], flush=True)
-        recent.clear()
-        write_curve(args.out / "loss.csv", rows)
-        if args.work and point % 4 == 0:
-            save_weights(args.work / "latest.npz", model)
-        if point % 12 == 0:
-            print(sample(model, tokenizer, PROMPTS[0], 120), flush=True)
-    return at
+        if int(at.done * 50) > point:
+            val_loss = evaluate(model, held_out, 64)
+            run.rows.append((at.step, at.tokens, at.elapsed / 60, sum(run.recent) / len(run.recent), val_loss))
+            print("step %d tokens %d minutes %.2f train %.4f val %.4f" % run.rows[-1], flush=True)
+            run.recent.clear()
+            write_curve(args.out / "loss.csv", run.rows)
+            if val_loss < run.best_loss:
+                run.best_loss = val_loss
+                run.best = {name: t.clone() for name, t in model.state_dict().items()}
+            if (point + 1) % 6 == 0:
+                print(sample(model, tokenizer, PROMPTS[0], 120), flush=True)
+        if saved and (at.elapsed - last_save > 180 or at.done == 1.0):
+            run.save(saved)
+            last_save = at.elapsed
+    model.load_state_dict(run.best)
 
 
 # ---------------------------------------------------------------- export
@@ -438,13 +474,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="a plain-text file or a folder of them")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
-    parser.add_argument("--work", type=Path, help="folder for weights saved on the way and at the end")
-    parser.add_argument("--minutes", type=float, default=60.0, help="length of the run by the clock")
+    parser.add_argument("--work", type=Path, help="folder for the run's state, from which it can go on")
+    parser.add_argument("--minutes", type=float, default=90.0, help="length of the run by the clock")
     parser.add_argument("--steps", type=int, default=0, help="length of the run in steps, instead of minutes")
     parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's peak learning rate")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon's peak learning rate")
-    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
@@ -461,16 +497,22 @@ def main() -> None:
     train_texts, val_texts = split_documents(read_texts(args.text), args.seed)
     tokenizer = train_bpe(train_texts, shape.n_vocab)
     save_bpe(tokenizer, args.out)
-    data = encode(tokenizer, train_texts), encode(tokenizer, val_texts)
+    stream, held_out = encode(tokenizer, train_texts), {name: encode(tokenizer, t) for name, t in val_texts.items()}
     model = GPT2(shape, args.dropout)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, "
-          f"{len(train_texts)} + {len(val_texts)} documents, {len(data[0])} + {len(data[1])} tokens", flush=True)
-    at = train(model, tokenizer, data, args)
-    if args.work:
-        save_weights(args.work / "final.npz", model)
+    run = Run(model, optimisers(model, args.lr, args.muon_lr), Progress(args.steps, args.minutes * 60))
+    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(train_texts)} documents, "
+          f"{len(stream)} tokens; held out: { {name: len(t) for name, t in val_texts.items()} }", flush=True)
+    everything = torch.cat(list(held_out.values()))
+    train(run, tokenizer, (stream, everything), args)
+    run.rows[-1] = (*run.rows[-1][:4], evaluate(model, everything))
+    write_curve(args.out / "loss.csv", run.rows)
+    for name, part in held_out.items():
+        loss, size = evaluate(model, part), sum(len(text.encode()) for text in val_texts[name])
+        print(f"{name}: {loss:.4f} nats a token, {loss * len(part) / size / math.log(2):.4f} bits a byte held out "
+              f"({len(val_texts[name])} documents, {len(part)} tokens, {size} bytes)", flush=True)
     for prompt in PROMPTS:
         print("-" * 8, sample(model, tokenizer, prompt, 240), sep="\n", flush=True)
-    source = {"script": "train.py", "text": args.text.name, "seed": str(args.seed), "steps": str(at.step)}
+    source = {"script": "train.py", "text": args.text.name, "seed": str(args.seed), "steps": str(run.at.step)}
     export(tensors_of(model), shape, args.out, source)
 
 
