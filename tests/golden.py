@@ -412,6 +412,35 @@ PARAMETERS = {
         PLAIN,
         "in/rows.jsonl --max-tokens 16 --repetition-penalty 1.3 --presence-penalty 0.7 --frequency-penalty 0.4",
     ),
+    "repeats": job(
+        PLAIN, "in/rows.jsonl --max-tokens 32 --no-repeat-ngram-size 2 --dry-multiplier 0.8 --dry-allowed-length 1"
+    ),
+    "cuts": job(
+        PLAIN,
+        "in/rows.jsonl --max-tokens 16 --temperature 1.2 --seed 3 -n 2 --top-n-sigma 2 --typical-p 0.9"
+        " --xtc-probability 0.5 --xtc-threshold 0.05",
+    ),
+    "allowed-token-ids": job(PLAIN, "in/rows.jsonl --max-tokens 8 --allowed-token-ids 11,13,300,301,302,303,304"),
+    "choices": job(
+        PLAIN,
+        ["in/rows.jsonl", "--logprobs", "2", "--choices", " happy", "--choices", " happy end", "--choices", " sad"],
+    ),
+    "regex": job(PLAIN, ["in/rows.jsonl", "--regex", " (a|the) [a-z]{3,8}(, [a-z]+)*\\.", "--temperature", "1"]),
+    "json-schema": job(
+        PLAIN,
+        [
+            "in/rows.jsonl",
+            "--json-schema",
+            '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}, '
+            '"required": ["name"], "additionalProperties": false}',
+        ],
+    ),
+    "beams": job(PLAIN, "in/rows.jsonl --max-tokens 12 --num-beams 4 -n 2 --length-penalty 0.5 --output-token-ids"),
+    "int8-beams": job(PLAIN, "in/rows.jsonl --max-tokens 12 --num-beams 3 --logprobs 1 --precision int8"),
+    "healed": job(
+        write("rows.jsonl", json_lines([{"id": str(i), "prompt": prompt(i)[: 20 + i]} for i in range(14)])),
+        "in/rows.jsonl --max-tokens 8 --heal --temperature 0.7 -n 2",
+    ),
     "logprobs-token-ids": job(
         write("rows.jsonl", json_lines(plain_rows(10))), "in/rows.jsonl --max-tokens 8 --logprobs 2 --output-token-ids"
     ),
