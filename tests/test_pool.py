@@ -122,8 +122,8 @@ def test_all_such_rows_of_a_chunk_are_found(job, folder, monkeypatch):
     this = job(words)
     assert run_job(this).failed == 4
     assert {row["row"] for row in rows_of(this) if row["status"] == "failed"} == set(words)
-    assert max(deaths(folder).values()) <= 2
-    assert deaths(folder).total() <= 6  # in one trial: fewer than two each
+    assert max(deaths(folder).values()) <= 3  # the third if the chunk was begun again before its turn alone came
+    assert deaths(folder).total() < 2 * len(words)  # in one trial: fewer than two each
 
 
 @pytest.mark.usefixtures("one_trial")
