@@ -38,13 +38,11 @@ COSTS: dict[str, dict[str, Any]] = {
     "dry_multiplier 0.8": {"dry_multiplier": 0.8},
     "dry_multiplier 0.8, dry_allowed_length 0": {"dry_multiplier": 0.8, "dry_allowed_length": 0},
     "typical_p 0.9": {"typical_p": 0.9},
-    "top_n_sigma 1.5": {"top_n_sigma": 1.5},
-    "xtc_probability 0.5": {"xtc_probability": 0.5},
+    "top_n_sigma 1": {"top_n_sigma": 1.0},
+    "xtc_probability 1": {"xtc_probability": 1.0},
     "allowed_token_ids, 2 of them": {"allowed_token_ids": (11, 13)},
     "allowed_token_ids, 40,000 of them": {"allowed_token_ids": tuple(range(40_000))},
 }
-COSTS |= {"top_n_sigma 1": {"top_n_sigma": 1.0}, "typical_p 0.9": {"typical_p": 0.9}}
-COSTS["xtc_probability 1"] = {"xtc_probability": 1.0}
 COSTS["all of these"] = {name: value for one in reversed(COSTS.values()) for name, value in one.items()}
 
 LOOPS: dict[str, dict[str, Any]] = {
