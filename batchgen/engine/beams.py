@@ -1,11 +1,12 @@
 """Beam search: the likeliest continuations of a prompt side by side, as transformers' `_beam_search` finds them.
 
-A beam is a Sequence. In each step the candidates are all next tokens of all beams, by the sum of the log-probabilities
-from the first generated token on: equal sums by beam, the best first, then by log-probability, then by token id. Only
-the best are looked at (`Search.step`). The best num_beams of those that do not end are the next beams; those that end,
-among the best num_beams of all, are kept as completions, the best num_beams by score. What a candidate costs is a
-log-softmax in float32 (draw.py), changed by the penalties, as transformers does; sums and scores are float64, and
-depend on the sequence's own tokens alone.
+A beam is a Sequence. A candidate is a beam and a next token; its total is the sum of the log-probabilities of the
+generated tokens, and candidates are ordered by it. Of equal totals, that of the better beam comes first, then the
+higher log-probability, then the lower token id. The best num_beams candidates that do not end become the next beams.
+A candidate that ends is kept as a completion if it is among the best num_beams of all; of the completions, those with
+the num_beams best scores stay. `Search.step` says how many candidates it looks at. A log-probability is a log-softmax
+in float32 (draw.py), changed by the penalties as in transformers; totals and scores are float64, and depend on the
+sequence's own tokens alone.
 
 The beams' keys and values are blocks of one range of the arena. Beams share the blocks of their common past; a beam
 copies a block if it is to write to it and others read it too (copy-on-write).
