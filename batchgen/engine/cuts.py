@@ -12,7 +12,7 @@ from batchgen.gpt2.portable import as_float32, bits_of
 
 F32, F64, I32, I64 = np.float32, np.float64, np.int32, np.int64
 
-PASSES = 3  # halvings of the range of a bound, after which what is outside of it is removed
+PASSES = 5  # over a range of distances, after which few are left in it
 
 
 @inline
@@ -49,12 +49,34 @@ def cut_below_sigmas(row, largest, n_sigma):
 
 
 @inline
+def _mean_depth(row, weights, largest, inverse_temperature):
+    """The sum of the weights [n], and their mean of the logits' depths."""
+    totals, products = np.zeros(LANES), np.zeros(LANES)
+    for start in range(0, row.size, LANES):
+        logits, part = row[start : start + LANES], weights[start : start + LANES]
+        for lane in range(part.size):
+            depth = _depth(logits[lane], largest, inverse_temperature)
+            totals[lane] += F64(part[lane])
+            products[lane] += F64(part[lane] * depth if part[lane] > F32(0) else F32(0))
+    total = _sum(totals)
+    return total, F32(_sum(products) / total)
+
+
+@inline
 def _mass(distances, weights, bound, sums):
-    """The sum of the weights up to a distance."""
+    """The sum of the weights up to a distance, added in pairs as float32, then as float64."""
     sums[:] = 0.0
-    for start in range(0, weights.size, LANES):
+    pairs = weights.size // (2 * LANES) * (2 * LANES)
+    for start in range(0, pairs, 2 * LANES):
+        near, part = distances[start : start + 2 * LANES], weights[start : start + 2 * LANES]
         for lane in range(LANES):
-            sums[lane] += F64(weights[start + lane] if distances[start + lane] <= bound else F32(0))
+            one = part[lane] if near[lane] <= bound else F32(0)
+            other = part[lane + LANES] if near[lane + LANES] <= bound else F32(0)
+            sums[lane] += F64(one + other)
+    for start in range(pairs, weights.size, LANES):
+        near, part = distances[start : start + LANES], weights[start : start + LANES]
+        for lane in range(part.size):
+            sums[lane] += F64(part[lane] if near[lane] <= bound else F32(0))
     return _sum(sums)
 
 
@@ -70,36 +92,47 @@ def _ends(distances):
 
 
 @inline
-def _pack(distances, weights, low, high):
-    """Move those with a distance above `low`, up to `high`, to the front; returns how many, padded to LANES."""
+def _pack(distances, weights, low, high, out):
+    """Move those with a distance above `low`, up to `high`, to the front of distances and of out; returns how many."""
     n = 0
-    for i in range(weights.size):
-        distance, weight = distances[i], weights[i]
-        distances[n], weights[n] = distance, weight
-        n += I64((distance > low) & (distance <= high))
-    end = -(-n // LANES) * LANES
-    distances[n:end], weights[n:end] = F32(np.inf), F32(0)
-    return end
+    for start in range(0, weights.size, LANES):
+        near, part, found = distances[start : start + LANES], weights[start : start + LANES], I32(0)
+        for lane in range(part.size):
+            found |= I32(near[lane] > low) & I32(near[lane] <= high)
+        if found:  # in few parts
+            for lane in range(part.size):
+                is_in = (near[lane] > low) & (near[lane] <= high)
+                distances[n], out[n] = near[lane], part[lane]
+                n += I64(is_in)
+    return n
 
 
 @inline
-def _find_bound(distances, weights, needed):
-    """The smallest distance up to which the weights are `needed`. Lengths are multiples of LANES; overwrites both."""
-    n, left_out, sums = weights.size, 0.0, np.empty(LANES)
+def _find_bound(distances, weights, needed, total, guess, rest):
+    """The smallest distance up to which the weights, `total`, are `needed`. Overwrites distances and rest, all [n].
+
+    A range is narrowed in PASSES, then all outside of it are left out. The first range is narrowed from a guess by the
+    Illinois algorithm, which takes few passes, the next ones by halving, which takes few at worst.
+    """
+    left_out, sums = 0.0, np.empty(LANES)
+    short, over, side = needed, total - needed, 0  # what the weights up to low and high are less and more than needed
     first, high = _ends(distances)
     while first < high:
-        low, below = F32(-1), 0.0  # of the bound; the weights up to it
-        for _ in range(PASSES):
-            middle = max(first, low) + (high - max(first, low)) * F32(0.5)
-            middle = middle if middle < high else max(first, low)
-            mass = _mass(distances[:n], weights[:n], middle, sums)
-            if left_out + mass >= needed:
-                high = middle
+        low, below = F32(-1), left_out  # of the bound; the weights up to it
+        for k in range(PASSES):
+            least, is_first = max(first, low), left_out == 0.0
+            middle = least + (high - least) * F32(short / (short + over) if is_first else 0.5)
+            middle = guess if is_first and k == 0 else middle
+            middle = middle if least <= middle < high else least
+            mass = left_out + _mass(distances, weights, middle, sums)
+            if mass >= needed:
+                high, over, short, side = middle, mass - needed, short * (0.5 if side > 0 else 1.0), 1
             else:
-                low, below = middle, mass
-        n = _pack(distances[:n], weights[:n], low, high)
-        left_out += below
-        first, high = _ends(distances[:n])
+                low, below, short, over, side = middle, mass, needed - mass, over * (0.5 if side < 0 else 1.0), -1
+        n = _pack(distances, weights, low, high, rest)
+        distances, weights = distances[:n], rest[:n]
+        left_out = below
+        first, high = _ends(distances)
     return high
 
 
@@ -110,46 +143,23 @@ def _depth(logit, largest, inverse_temperature):
     return F32(0) if logit == largest else depth
 
 
-@inline
-def _mean_depth(depths, weights):
-    """The sum of the weights [n], and their mean of the depths; n is a multiple of LANES."""
-    totals, products = np.zeros(LANES), np.zeros(LANES)
-    for start in range(0, weights.size, LANES):
-        for lane in range(LANES):
-            totals[lane] += F64(weights[start + lane])
-        for lane in range(LANES):
-            products[lane] += F64(weights[start + lane] * depths[start + lane])
-    total = _sum(totals)
-    return total, F32(_sum(products) / total)
-
-
-@kernel("f4(f4[::1], f4[::1], f4, f4, f8, f4[:, ::1])")
+@kernel("void(f4[::1], f4[::1], f4, f4, f8, f4[:, ::1])")
 def cut_atypical(row, weights, largest, inverse_temperature, typical_p, buffers):
-    """Keep the tokens whose surprise is nearest to its mean, the entropy, until they make up typical_p.
+    """Set the weights to 0 of all but the tokens whose surprise is nearest to its mean, the entropy: typical_p of all.
 
     Also keeps all that are as near as the last of them. A surprise is the depth below the largest logit plus the same
-    number for all tokens, so depths replace it. Returns the largest weight that is kept. Overwrites buffers [2, n].
+    number for all tokens, so depths replace it. Overwrites buffers [2, n].
     """
     n = row.size
-    end = -(-n // LANES) * LANES
-    distances, rest = buffers[0, :end], buffers[1, :end]
+    distances, rest = buffers[0, :n], buffers[1, :n]
+    total, mean = _mean_depth(row, weights, largest, inverse_temperature)
     for i in range(n):
-        weight, depth = weights[i], _depth(row[i], largest, inverse_temperature)
-        distances[i], rest[i] = depth if weight > F32(0) else F32(0), weight
-    distances[n:], rest[n:] = F32(0), F32(0)
-    total, mean = _mean_depth(distances, rest)
-    for i in range(end):
-        distance = abs(distances[i] - mean)
-        distances[i] = distance if rest[i] > F32(0) else F32(np.inf)
-    bound = _find_bound(distances, rest, typical_p * total)
+        distance = abs(_depth(row[i], largest, inverse_temperature) - mean)
+        distances[i] = distance if weights[i] > F32(0) else F32(np.inf)
+    bound = _find_bound(distances, weights, typical_p * total, total, mean, rest)
     for i in range(n):
-        logit, weight = row[i], weights[i]
-        is_kept = abs(_depth(logit, largest, inverse_temperature) - mean) <= bound
-        weights[i], row[i] = weight if is_kept else F32(0), logit if is_kept else F32(-np.inf)
-    most = I32(0)
-    for i in range(n):
-        most = max(most, bits_of(weights[i]))
-    return as_float32(I32(most))
+        is_kept = abs(_depth(row[i], largest, inverse_temperature) - mean) <= bound
+        weights[i] = weights[i] if is_kept else F32(0)
 
 
 @kernel("void(f4[::1], f8)")

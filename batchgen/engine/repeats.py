@@ -43,6 +43,12 @@ def ban_repeated(logits, tokens, size):
 
 
 @inline
+def _is_head(token, marks):
+    """Whether a breaker begins with it: spares most tokens the search."""
+    return token < 32 * marks.size and marks[token >> 5] >> np.uint32(token & 31) & np.uint32(1) != 0
+
+
+@inline
 def _longest_tail(tokens, at, heads, bounds, tails):
     """The length of the longest tail that follows the token at this place, its head; -1 if there is none."""
     longest = -1
@@ -59,22 +65,23 @@ def _longest_tail(tokens, at, heads, bounds, tails):
 
 
 @inline
-def _since_break(tokens, heads, bounds, tails):
+def _since_break(tokens, marks, heads, bounds, tails):
     """How many tokens follow the breaker that begins last; all tokens if there is none."""
     for at in range(tokens.size - 1, -1, -1):
-        longest = _longest_tail(tokens, at, heads, bounds, tails)
-        if longest >= 0:
-            return tokens.size - 1 - at - longest
+        if _is_head(tokens[at], marks):
+            longest = _longest_tail(tokens, at, heads, bounds, tails)
+            if longest >= 0:
+                return tokens.size - 1 - at - longest
     return tokens.size
 
 
-@kernel("void(f4[::1], i4[::1], i4[::1], i4[::1], i4[::1], f8, f8, i8)")
-def lower_repeated(logits, tokens, heads, bounds, tails, multiplier, base, allowed):
+@kernel("void(f4[::1], i4[::1], u4[::1], i4[::1], i4[::1], i4[::1], f8, f8, i8)")
+def lower_repeated(logits, tokens, marks, heads, bounds, tails, multiplier, base, allowed):
     """DRY, as in llama.cpp: lower each token that would continue a repetition of `allowed` tokens or more.
 
     The penalty is multiplier * base ** (its length - allowed). No logit goes below LOWEST, so no token is banned.
     """
-    n, limit = tokens.size, _since_break(tokens, heads, bounds, tails)
+    n, limit = tokens.size, _since_break(tokens, marks, heads, bounds, tails)
     if limit < allowed:
         return
     matches = _count_matches(tokens)
@@ -89,7 +96,9 @@ def lower_repeated(logits, tokens, heads, bounds, tails, multiplier, base, allow
     for k in range(1, n):
         token = tokens[n - k]
         if longest[token] >= allowed and logits[token] > -np.inf:
-            is_breaker = _longest_tail(tokens[n - k : n - k + 1], 0, heads, bounds, tails) == 0  # by itself
-            penalty = F32(0 if is_breaker else min(multiplier * powers[longest[token] - allowed], HIGHEST))
+            penalty = F32(min(multiplier * powers[longest[token] - allowed], HIGHEST))
+            if _is_head(token, marks):
+                is_breaker = _longest_tail(tokens[n - k : n - k + 1], 0, heads, bounds, tails) == 0  # by itself
+                penalty = F32(0) if is_breaker else penalty
             logits[token] = max(F32(logits[token] - penalty), LOWEST)
         longest[token] = -1  # done

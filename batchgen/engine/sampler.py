@@ -99,11 +99,6 @@ class Candidates(NamedTuple):
     weights: Array  # [n], 0 for a token that was cut out
 
 
-def _limit_to_typical(row: Array, weights: Array, largest: np.float32, p: SamplingParams, pairs: Array) -> float:
-    """typical_p on logits [n] and their weights [n], in place; returns the largest weight that is left."""
-    return float(cut_atypical(row, weights, largest, 1 / p.temperature, p.typical_p, pairs)) if p.typical_p < 1 else 1.0
-
-
 def _limit_to_top_k(row: Array, largest: np.float32, p: SamplingParams, buffers: Buffers) -> Candidates:
     """After top_k, then typical_p, top_p, min_p."""
     ids = find_largest(row, p.top_k, buffers.keys)
@@ -111,18 +106,17 @@ def _limit_to_top_k(row: Array, largest: np.float32, p: SamplingParams, buffers:
     weights = _weights(logits, largest, p.temperature, buffers.weights)
     if p.typical_p < 1.0:
         ids = ids.copy()  # the pairs are in the memory of the keys
-        _limit_to_typical(logits, weights, largest, p, buffers.pairs)
+        cut_atypical(logits, weights, largest, 1 / p.temperature, p.typical_p, buffers.pairs)
         ids, weights = ids[weights > 0.0], weights[weights > 0.0]
     kept = count_kept(weights, _needed(weights, p.top_p), p.min_p * float(weights[0]))
     return Candidates(ids[:kept], weights[:kept])
 
 
-def _limit_to_nucleus(row: Array, everything: Array, highest: float, p: SamplingParams, keys: Ids) -> Candidates:
-    """After top_p, then min_p: the most likely tokens, more of them until one is not kept.
-
-    everything: all weights [n_vocab], the largest of which is `highest`.
-    """
-    needed, least = _needed(everything, p.top_p), p.min_p * highest
+def _limit_to_nucleus(row: Array, everything: Array, p: SamplingParams, keys: Ids) -> Candidates:
+    """After top_p, then min_p: the most likely tokens, more of them until one is not kept; everything: [n_vocab]."""
+    if p.typical_p < 1.0:
+        row[everything == 0.0] = -np.inf
+    needed, least = _needed(everything, p.top_p), p.min_p * float(everything.max())
     k = int(np.count_nonzero(everything >= least)) + 1
     if p.top_p < 1.0:  # no weight is above 1
         k = min(k, max(_NUCLEUS, int(2 * needed)))
@@ -142,9 +136,10 @@ def _limit(row: Array, largest: np.float32, p: SamplingParams, buffers: Buffers)
     if 0 < p.top_k < row.size:
         return _limit_to_top_k(row, largest, p, buffers)
     weights = _weights(row, largest, p.temperature, buffers.weights)
-    highest = _limit_to_typical(row, weights, largest, p, buffers.pairs)
+    if p.typical_p < 1.0:
+        cut_atypical(row, weights, largest, 1 / p.temperature, p.typical_p, buffers.pairs)
     if p.top_p < 1.0 or p.min_p > 0.0:
-        return _limit_to_nucleus(row, weights, highest, p, buffers.keys)
+        return _limit_to_nucleus(row, weights, p, buffers.keys)
     return Candidates(None, weights)
 
 

@@ -24,6 +24,7 @@ LOOP_TOKENS = 24  # and at least this many tokens in all
 class Breakers(NamedTuple):
     """Token sequences that no repetition goes past, in order of their first tokens."""
 
+    marks: Mask  # of the first tokens
     heads: npt.NDArray[np.int32]  # [n] first tokens
     bounds: npt.NDArray[np.int32]  # [n + 1] the others of sequence i are tails[bounds[i] : bounds[i + 1]]
     tails: npt.NDArray[np.int32]
@@ -35,7 +36,8 @@ def make_breakers(sequences: tuple[tuple[int, ...], ...]) -> Breakers:
     ordered = sorted(sequences)
     bounds = np.cumsum([0, *(len(one) - 1 for one in ordered)])
     tails = [token for one in ordered for token in one[1:]]
-    return Breakers(np.array([one[0] for one in ordered], np.int32), bounds.astype(np.int32), np.array(tails, np.int32))
+    heads = [one[0] for one in ordered]
+    return Breakers(make_mask(heads), np.array(heads, np.int32), bounds.astype(np.int32), np.array(tails, np.int32))
 
 
 _mask_of = lru_cache(maxsize=64)(make_mask)
