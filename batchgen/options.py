@@ -354,7 +354,7 @@ def show_duration(seconds: float | None) -> str | None:
 
 def parse_token_ids(text: str) -> tuple[int, ...]:
     """`198,13` -> (198, 13)"""
-    return tuple(_parse_token_id(part) for part in text.split(",") if part)
+    return tuple(map(_parse_token_id, text.split(",") if text.strip() else ()))
 
 
 def show_token_ids(value: tuple[int, ...]) -> str:
@@ -364,7 +364,7 @@ def show_token_ids(value: tuple[int, ...]) -> str:
 
 def parse_biases(text: str) -> tuple[tuple[int, float], ...]:
     """`198=-100,464=2.5` -> ((198, -100.0), (464, 2.5))"""
-    return tuple(dict(map(_parse_bias, filter(None, text.split(",")))).items())
+    return tuple(dict(map(_parse_bias, text.split(",") if text.strip() else ())).items())
 
 
 def show_biases(value: tuple[tuple[int, float], ...]) -> str:

@@ -31,7 +31,7 @@ from batchgen.types import MEASURED, Ids, Kind, Precision, SamplingParams, Task
 if TYPE_CHECKING:
     from batchgen.selection import Selection
 
-_LATER = {"regex"}  # fields that older plans lack: they are empty then, and agree with anything
+_LATER = {"regex", "llguidance"}  # fields that older plans lack: they are empty then, and agree with anything
 _DEFAULTS = SamplingParams().as_dict()
 # parameters that older plans lack, with the values that change nothing
 _NEWER = dict([*_DEFAULTS.items()][[*_DEFAULTS].index("skip_special_tokens") + 1 :])
@@ -68,6 +68,7 @@ class Plan:
     quotes: str = "yes"  # of plans from before this option
     files: tuple[str, ...] = ()  # of several input files, 16 digits of the SHA-256 of each, folders included
     regex: str = ""  # version: its Unicode tables decide tokens
+    llguidance: str = ""  # version, if the run has a pattern: it decides which tokens may come
     precision: Precision = "float32"
     task: Task = "generate"
     text_column: str | None = None  # these four: see ScoreInput
@@ -313,7 +314,7 @@ _IMPLIED: dict[str, tuple[str, ...]] = {
 }
 
 
-_PACKAGES = {"regex": "the package regex"}  # a parameter has the same name
+_PACKAGES = {name: f"the package {name}" for name in ("regex", "llguidance")}  # a parameter is a regex too
 
 
 def _pairs(name: str, old: Plan, new: Plan) -> list[tuple[str, Any, Any]]:

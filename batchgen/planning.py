@@ -26,7 +26,7 @@ from batchgen.models.model import Model
 from batchgen.options import say, show_shard
 from batchgen.plan import Plan, task_fields
 from batchgen.selection import Selection, select_rows
-from batchgen.text.guided import pattern_of, try_out
+from batchgen.text.guided import installed_version, pattern_of, try_out
 from batchgen.types import MAX_LOGPROBS, Chunk, Precision, Rejected, Request, SamplingParams, TokenizedRequest
 
 MIN_CHUNK_ROWS = 16  # starting a process costs more than generating so few rows
@@ -247,6 +247,7 @@ def make_plan(job: Job, facts: Facts, model: Model, setting: Setting) -> tuple[P
     plan = Plan(
         batchgen=__version__,
         regex=version("regex"),
+        llguidance=installed_version() if pattern_of(job.sampling) not in (None, "choices") else "",
         numpy=version("numpy"),
         python=platform.python_version(),
         pyarrow=version("pyarrow"),

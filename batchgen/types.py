@@ -349,6 +349,10 @@ class Guide(Protocol):
     def advance(self, token: int) -> bool:
         """Take the token that came; whether the completion is complete with it, and so ends."""
 
+    def may_end(self) -> bool:
+        """Whether the completion is complete as it stands, though tokens may follow."""
+        return False
+
     def copy(self) -> "Guide":
         """The same state, which goes on by itself."""
 

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from batchgen.input.validation import validate
 from batchgen.job import Policy
 from batchgen.models.model import Model
 from batchgen.options import read_grammar, read_schema
+from batchgen.output.reading import read_plan
 from batchgen.review.replay import replay
 from batchgen.run import run_job
 from batchgen.text import guided
@@ -331,6 +333,17 @@ def test_a_completion_that_can_only_go_on_with_banned_tokens_ends_as_blocked(
     assert row.logprobs is None or len(row.logprobs) == 3
 
 
+@pytest.mark.parametrize("more", [{}, {"temperature": 1.0}, {"num_beams": 3}, {"heal": True}])
+@pytest.mark.parametrize("pattern", [{"choices": ("aa", "aab")}, {"regex": "aab?"}])
+def test_a_complete_completion_after_which_no_token_may_come_is_no_blocked_one(
+    parts: tuple[Model, Tokenizer], pattern: dict[str, Any], more: dict[str, Any]
+) -> None:
+    (token,) = parts[1].encode("a")
+    params = SamplingParams(allowed_token_ids=(token,), **pattern, **more)
+    (row,) = complete(parts, params, ["Once"])
+    assert (row.completion, row.finish_reason) == ("aa", "stop")
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -395,6 +408,7 @@ def test_runs_replays_and_reused_rows_agree(tmp_path: Path, parts: tuple[Model, 
     assert outputs[1] == outputs[2]
     assert {row["status"] for row in outputs[1]} == {"ok"}
     assert not replay(tmp_path / "whole.parquet", 99, model=str(parts[0].directory)).differences
+    assert read_plan(tmp_path / "whole.parquet").llguidance == ""  # which rows have a pattern, no plan knows
 
 
 # ---- what is refused
@@ -577,6 +591,7 @@ def test_a_job_keeps_the_schema_of_a_file_that_is_gone(tmp_path: Path, parts: tu
     assert batchgen(*command, "--max-tokens", 60, "--jobs", 1, folder=tmp_path).returncode == 0
     (tmp_path / "s.json").unlink()
     assert not replay(tmp_path / "o.parquet", 9, model=str(parts[0].directory)).differences
+    assert read_plan(tmp_path / "o.parquet").llguidance == version("llguidance")
     done = batchgen(*command, folder=tmp_path)
     assert (done.returncode, b"--json-schema 's.json' cannot be read as a file" in done.stderr) == (2, True)
     done = batchgen(*command[:-1], '{"type": "text"}', folder=tmp_path)

@@ -101,6 +101,15 @@ def test_what_is_not_known_is_absent() -> None:
 # ---- a run
 
 
+def test_no_counter_goes_down(job: Job, tmp_path: Path) -> None:
+    """The tokens of rows that fail later are in no row at the end."""
+    file = MetricsFile.open(job)
+    for tokens in (5, 40, 30):
+        file.write({"state": "running", "completion_tokens": tokens, "rows_done": tokens})
+    now = read(tmp_path / "m.prom")
+    assert (now["completion_tokens_total"], now["input_rows_done"]) == (40, 30)
+
+
 @pytest.mark.parametrize("status", [True, False])
 def test_metrics_of_a_run_agree_with_its_summary(job: Job, tmp_path: Path, status: bool) -> None:
     done = run_job(change_job(job, status=status))

@@ -263,8 +263,8 @@ def test_sizes_have_units():
         *((parse_size, text) for text in ("lots", "0", "", "-1", "1T", "1.5G")),
         *((parse_duration, text) for text in ["", "0", "-5", "m", "5x", "5 m", "1e3", "nan", "inf", "9999999999"]),
         *((parse_count, text) for text in ("0", "-1", "1.5", "many", "")),
-        *((parse_token_ids, text) for text in ("a", "1;2", "-1", "1" * 10)),
-        *((parse_biases, text) for text in ("5", "5=", "x=1", "1=high")),
+        *((parse_token_ids, text) for text in ("a", "1;2", "1,,2", "1,", "-1", "1" * 10)),
+        *((parse_biases, text) for text in ("5", "5=", "5=1,", "x=1", "1=high")),
     ],
 )
 def test_a_text_that_is_no_value_is_refused(parse, text):

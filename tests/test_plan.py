@@ -255,6 +255,8 @@ def test_equal_plans_do_not_conflict(plan):
         ("precision", "int8", "it had --precision float32, and this has --precision int8"),
         ("keep", ("a",), "it had no --keep, and this has --keep a"),
         ("regex", "2", "it had the package regex '1', and this has the package regex '2'"),
+        ("llguidance", "2", "it had the package llguidance '1', and this has the package llguidance '2'"),
+        ("llguidance", "", None),
     ],
 )
 def test_a_conflict_is_named_in_the_words_of_the_command_line(name, value, words):
@@ -262,7 +264,7 @@ def test_a_conflict_is_named_in_the_words_of_the_command_line(name, value, words
         batchgen="0.1.0", input="a", input_formats=("jsonl",), rows=1,
         prompt_column="prompt", id_column="id", keep=(), row_params=True, model="m", model_hash="h",
         parameters=SamplingParams(), on_too_long="reject", empty_prompt="reject", trim=False, format="parquet",
-        token_ids=False, chunk_rows=1, batch_size=1, kv_bytes=1000, share_prefixes=True, regex="1",
+        token_ids=False, chunk_rows=1, batch_size=1, kv_bytes=1000, share_prefixes=True, regex="1", llguidance="1",
     )  # fmt: skip
     other = replace(plan, **{name: value})
     assert plan.conflict(other) == words

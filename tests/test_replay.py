@@ -164,6 +164,7 @@ def test_one_bit_of_a_log_probability_is_a_difference(output, tmp_path):
     [
         ({"batchgen": "9.9"}, "made with batchgen 9.9, this is"),
         ({"regex": "9.9"}, "made with regex 9.9, this is"),
+        ({"llguidance": "9.9"}, "made with llguidance 9.9, this is"),
         (OLDER, "made by batchgen 0.2.0: then the bits of a row depended on the processor"),
     ],
 )

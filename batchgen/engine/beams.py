@@ -165,7 +165,7 @@ class Search:
         p, width, before = self.root.params, self.width, self.beams
         n_end = len({*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)})
         candidates, blocked = find_candidates(logits, before, eos_ids, max(2, 1 + n_end) * width)
-        self.ended += [Ended(self._score(beam.total), beam, "blocked") for beam in blocked]
+        self.ended += [Ended(self._score(beam.total), beam, beam.reason_without_token()) for beam in blocked]
         children: list[tuple[int, Sequence]] = []
         self.n_tokens += 1
         kept: list[tuple[int, int, Sequence]] = []

@@ -137,14 +137,15 @@ class Engine:
     ) -> list[Completion]:
         """Append its token to each sequence; returns the completions of sequences that end.
 
-        A sequence that got no token ends too: its parameters allow none.
+        A sequence that got no token ends too.
         """
         finished: list[Completion] = []
         for sequence, token in zip(sequences, tokens, strict=True):
             n = len(sequence.token_ids)
-            reason = "blocked" if token == NO_TOKEN else self._take(sequence, token, should_stop)
+            is_blocked = token == NO_TOKEN
+            reason = sequence.reason_without_token() if is_blocked else self._take(sequence, token, should_stop)
             if reason:
-                finished += self._end(scheduler, sequence, reason, token != NO_TOKEN and len(sequence.token_ids) == n)
+                finished += self._end(scheduler, sequence, reason, not is_blocked and len(sequence.token_ids) == n)
         return finished
 
     def _search(

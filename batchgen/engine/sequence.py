@@ -214,6 +214,10 @@ class Sequence:
         """Whether this token, if it is the next, is no end: it lies within the prompt's text."""
         return self.guide is not None and self.guide.is_given(token)
 
+    def reason_without_token(self) -> FinishReason:
+        """Why it ends if its parameters allow no token."""
+        return "stop" if self.guide is not None and self.guide.may_end() else "blocked"
+
     def next_random(self) -> float:
         """The number in [0, 1) that draws the next token."""
         if self.random is None:

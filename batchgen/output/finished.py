@@ -24,7 +24,7 @@ from batchgen.progress import (
     words_of,
 )
 
-OF_THE_MACHINE = frozenset({"batchgen", "regex"})  # a complete output stays so on another
+OF_THE_MACHINE = frozenset({"batchgen", "regex", "llguidance"})  # a complete output stays so on another
 
 
 def find_finished(

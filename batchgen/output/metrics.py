@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 from batchgen import __version__
 from batchgen.errors import OutputError, UsageError
@@ -47,6 +48,7 @@ _NUMBERS = {
     "updated_timestamp_seconds": ("When this file was written.", "now"),
     "last_success_timestamp_seconds": ("When a run last ended with exit code 0 or 3.", "succeeded"),
 }
+_COUNTERS = {key for name, (_, key) in _NUMBERS.items() if name.endswith("_total")}
 
 
 # ---- the text format
@@ -119,6 +121,7 @@ class MetricsFile:
     path: Path
     labels: Mapping[str, str]
     succeeded: float | None = None
+    _counted: dict[str, int] = field(default_factory=dict)  # the highest value of each counter, which never goes down
     _has_failed: bool = field(default=False)
 
     @classmethod
@@ -134,6 +137,9 @@ class MetricsFile:
         now = round(time.time(), 3)
         if status.get("state") == "finished" and status.get("exit_code") in SUCCESS_CODES:
             self.succeeded = now
+        for key in _COUNTERS & status.keys():  # tokens of rows that then failed are in no row at the end
+            self._counted[key] = max(self._counted.get(key, 0), cast(int, status[key]))
+        status = {**status, **self._counted}
         try:
             with replacing(self.path, durable=False) as file:
                 os.fchmod(file.fileno(), 0o644)

@@ -54,11 +54,11 @@ def why_not(opened: OlderOutput, plan: Plan, names: Iterable[str]) -> str | None
         return f"it was made by batchgen {opened.writer}, and this is {plan.batchgen}"
     if old.task != "generate":
         return f"it was made by the command {old.task}"
-    for name in ("model_hash", "precision", "batchgen", "regex", "special_tokens"):
+    for name in ("model_hash", "precision", "batchgen", "regex", "llguidance", "special_tokens"):
         had, has = getattr(old, name), getattr(plan, name)
         if had != has and name == "model_hash":
             return f"it was made with the model {old.model} ({had[:8]}), and this is {plan.model} ({has[:8]})"
-        if had != has:
+        if had != has and "" not in (had, has):  # llguidance is that of the run's own pattern, if it has one
             return f"it was made with {name} {had}, and this is {has}"
     if not old.portable:
         return "its bits depended on the processor"

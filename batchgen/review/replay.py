@@ -26,6 +26,7 @@ from batchgen.output.reading import output_files, read_batches, read_input_rows,
 from batchgen.output.schema import columns_of, own_names
 from batchgen.plan import Plan
 from batchgen.planning import check_memory, default_kv_bytes
+from batchgen.text.guided import installed_version
 from batchgen.types import (
     Chunk,
     EmbeddingRow,
@@ -171,6 +172,8 @@ def list_notes(plan: Plan, precision: Precision) -> list[str]:
         what = "then the bits of a row depended on the processor, and this version cannot make them again"
         return [f"the file was made by batchgen {plan.batchgen}: {what}; that version can"]
     here = {"batchgen": __version__, "regex": version("regex"), "precision": precision}
+    if plan.llguidance:
+        here["llguidance"] = installed_version()
     return [
         f"the file was made with {name} {getattr(plan, name)}, this is {value}"
         for name, value in here.items()

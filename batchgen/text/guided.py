@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from copy import copy
 from functools import cached_property, lru_cache
+from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -117,6 +118,12 @@ def _load() -> ModuleType:
     return llguidance
 
 
+def installed_version() -> str:
+    """llguidance's, which decides what tokens may come; SetupError without the extra."""
+    _load()
+    return version("llguidance")
+
+
 @lru_cache(maxsize=4)
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(tokenizer)
@@ -173,9 +180,12 @@ class Choices(Guide):
     def allowed(self) -> Mask:
         return self._mask(self._done)
 
+    def may_end(self) -> bool:
+        return self._done in self._texts
+
     def advance(self, token: int) -> bool:
         self._done += self.vocabulary.tokens[token]
-        return self._done in self._texts and next(self._longer(self._done), None) is None
+        return self.may_end() and next(self._longer(self._done), None) is None
 
 
 # ---- patterns
@@ -230,7 +240,7 @@ class Pattern(Guide):
         words = np.zeros(-(-(self.vocabulary.n_vocab + 1) // 32), np.uint32)
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         mask = words[: len(self.vocabulary.usable)] & self.vocabulary.usable
-        is_complete = bool(self._matcher.is_accepting())
+        is_complete = self.may_end()
         self._mask = mask | self.vocabulary.end_mask if is_complete else mask
         return bool(mask.any()), is_complete
 
@@ -246,6 +256,9 @@ class Pattern(Guide):
 
     def allowed(self) -> Mask:
         return self._mask
+
+    def may_end(self) -> bool:
+        return bool(self._matcher.is_accepting())
 
     def advance(self, token: int) -> bool:
         self._matcher.consume_token(token)

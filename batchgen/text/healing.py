@@ -91,6 +91,9 @@ class HealingGuide(Guide):
         text = self._beginnings.text_of((token,))
         return bool(text) and self._beginnings.text_of(self._left).startswith(text)
 
+    def may_end(self) -> bool:
+        return self._inner is not None and self._inner.may_end()
+
     def advance(self, token: int) -> bool:
         if self._left:
             self._left = self._left[1:] if token == self._left[0] else ()

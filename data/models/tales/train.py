@@ -6,7 +6,8 @@ TEXT is a plain-text file (.txt, .txt.xz, .txt.gz) or a folder of them, with bla
 lines between paragraphs.  Needs torch, tokenizers, a C++ compiler (kernels.cpp) and this
 project; only this script uses PyTorch.  The network is GPT-2's, layer for layer, at a size
 that one CPU core trains in an hour and a half.  A run that was cut off goes on if the same
-command, with the same --work, is given again.
+command, with the same --work, is given again.  `--start MODEL` begins with that model's
+weights and vocabulary instead of random weights and a new vocabulary.
 """
 
 from __future__ import annotations
@@ -143,6 +144,17 @@ def save_bpe(tokenizer: Tokenizer, out: Path) -> None:
     (out / "vocab.bpe").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
+def load_bpe(folder: Path) -> Tokenizer:
+    """The vocabulary that `save_bpe` wrote."""
+    vocab = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    del vocab[END_OF_TEXT]
+    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    tokenizer = Tokenizer(models.BPE(vocab, [(a, b) for a, b in map(str.split, lines)]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
     """One stream of tokens, with end-of-text before each document and at the end."""
     end = tokenizer.get_vocab_size()
@@ -276,14 +288,14 @@ class Muon(torch.optim.Optimizer):
             parameter.mul_(1 - group["lr"] * group["decay"]).sub_(change, alpha=group["lr"])
 
 
-def optimisers(model: GPT2, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
+def optimisers(model: GPT2, lr: float, muon_lr: float, decay: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings, norms and biases."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     embeddings = [model.wte.weight, model.wpe.weight]
     groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    return [adam, Muon(matrices, muon_lr, decay=0.1)]
+    return [adam, Muon(matrices, muon_lr, decay)]
 
 
 # ---------------------------------------------------------------- training
@@ -295,6 +307,7 @@ class Progress:
 
     steps: int
     seconds: float
+    whole: bool = False
     step: int = 0
     tokens: int = 0
     elapsed: float = 0.0
@@ -309,8 +322,8 @@ class Progress:
         return min(1.0, (self.step + 1) / 100, (1.0 - self.done) / 0.7)
 
     def length(self, n_ctx: int) -> int:
-        """Half windows in the first half of the run, which saves time in attention."""
-        return n_ctx // 2 if self.done < 0.5 else n_ctx
+        """Half windows in the first half of a run from random weights, which saves time in attention."""
+        return n_ctx if self.whole or self.done >= 0.5 else n_ctx // 2
 
 
 def windows(stream: Tensor, starts: Tensor, length: int) -> Tensor:
@@ -445,7 +458,7 @@ def train(run: Run, tokenizer: Tokenizer, data: tuple[Tensor, Tensor], args: arg
 # ---------------------------------------------------------------- export
 
 
-def tensors_of(model: GPT2) -> dict[str, np.ndarray]:
+def named_weights(model: GPT2) -> dict[str, Tensor]:
     """The weights, named and laid out ([in, out]) as in OpenAI's TensorFlow checkpoints."""
     layers = {"ln_1": "ln_1", "attn/c_attn": "c_attn", "attn/c_proj": "c_proj",
               "ln_2": "ln_2", "mlp/c_fc": "c_fc", "mlp/c_proj": "c_out"}
@@ -457,15 +470,25 @@ def tensors_of(model: GPT2) -> dict[str, np.ndarray]:
             found[f"h{i}/{name}/{'g' if norm else 'w'}"] = layer.weight if norm else layer.weight.T
             found[f"h{i}/{name}/b"] = layer.bias
     found |= {"ln_f/g": model.ln_f.weight, "ln_f/b": model.ln_f.bias}
-    return {name: np.ascontiguousarray(t.detach().numpy(), dtype=np.float32) for name, t in found.items()}
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def export(tensors: dict[str, np.ndarray], shape: Shape, out: Path, source: dict[str, str]) -> None:
+def load_weights(model: GPT2, folder: Path) -> None:
+    """Begin with the weights of a model that `export` wrote."""
+    from batchgen.models.shards import load_tensors
+
+    stored = load_tensors(folder)
+    for name, weight in named_weights(model).items():
+        weight.copy_(torch.from_numpy(np.array(stored[name])))
+
+
+def export(model: GPT2, out: Path, source: dict[str, str]) -> None:
     """Write the shards and the manifest that batchgen reads; `out` keeps its other files."""
     from batchgen.models.shards import Description, write_model
     from batchgen.gpt2.config import GPT2Config
 
-    config = GPT2Config(**vars(shape))
+    tensors = {name: np.ascontiguousarray(weight.numpy()) for name, weight in named_weights(model).items()}
+    config = GPT2Config(**vars(model.shape))
     write_model(out, Description("tales", config, source), tensors.items(), tokenizer_dir=out, replace=True)
 
 
@@ -474,13 +497,15 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="a plain-text file or a folder of them")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--start", type=Path, help="folder of a model of this shape to begin with")
     parser.add_argument("--work", type=Path, help="folder for the run's state, from which it can go on")
     parser.add_argument("--minutes", type=float, default=90.0, help="length of the run by the clock")
     parser.add_argument("--steps", type=int, default=0, help="length of the run in steps, instead of minutes")
     parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's peak learning rate")
     parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon's peak learning rate")
-    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--decay", type=float, default=0.02, help="Muon's weight decay")
+    parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
@@ -495,11 +520,14 @@ def main() -> None:
     for folder in filter(None, (args.out, args.work)):
         folder.mkdir(parents=True, exist_ok=True)
     train_texts, val_texts = split_documents(read_texts(args.text), args.seed)
-    tokenizer = train_bpe(train_texts, shape.n_vocab)
+    tokenizer = load_bpe(args.start) if args.start else train_bpe(train_texts, shape.n_vocab)
     save_bpe(tokenizer, args.out)
     stream, held_out = encode(tokenizer, train_texts), {name: encode(tokenizer, t) for name, t in val_texts.items()}
     model = GPT2(shape, args.dropout)
-    run = Run(model, optimisers(model, args.lr, args.muon_lr), Progress(args.steps, args.minutes * 60))
+    if args.start:
+        load_weights(model, args.start)
+    at = Progress(args.steps, args.minutes * 60, whole=bool(args.start))
+    run = Run(model, optimisers(model, args.lr, args.muon_lr, args.decay), at)
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(train_texts)} documents, "
           f"{len(stream)} tokens; held out: { {name: len(t) for name, t in val_texts.items()} }", flush=True)
     everything = torch.cat(list(held_out.values()))
@@ -513,7 +541,7 @@ def main() -> None:
     for prompt in PROMPTS:
         print("-" * 8, sample(model, tokenizer, prompt, 240), sep="\n", flush=True)
     source = {"script": "train.py", "text": args.text.name, "seed": str(args.seed), "steps": str(run.at.step)}
-    export(tensors_of(model), shape, args.out, source)
+    export(model, args.out, source)
 
 
 if __name__ == "__main__":
