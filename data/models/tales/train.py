@@ -541,6 +541,8 @@ def main() -> None:
     for prompt in PROMPTS:
         print("-" * 8, sample(model, tokenizer, prompt, 240), sep="\n", flush=True)
     source = {"script": "train.py", "text": args.text.name, "seed": str(args.seed), "steps": str(run.at.step)}
+    if args.start:
+        source["start"] = args.start.name
     export(model, args.out, source)
 
 
