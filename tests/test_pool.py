@@ -393,3 +393,17 @@ def test_no_chunk_waits_for_a_worker_before_one_is_done(job, monkeypatch):
     monkeypatch.setattr(Deadline, "limit", count)
     assert run_job(job({}, time_limit=1000.0)).ok == 60
     assert (at_commit[0], taken) == (2, [0, 1, 2, 3])
+
+
+def test_idle_workers_are_killed_at_the_end_of_their_process(job, monkeypatch):
+    """Asked to end, as loky asks them, each takes half a second."""
+    at_exit: list = []
+    monkeypatch.setattr(threading, "_register_atexit", at_exit.append)
+    pool._end_idle_at_exit.cache_clear()
+    run_job(job({}))
+    [workers] = [list(executor._processes) for _, executor in pool._idle[os.getpid()]]
+    [end] = at_exit
+    end()
+    assert workers
+    assert not any(map(pool._is_alive, workers))
+    pool._end_idle_at_exit.cache_clear()  # the next run registers it
