@@ -26,13 +26,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LONGEST = [
     "test_cluster",
     "test_faults",
+    "test_documented",
     "test_pool",
     "test_run",
-    "test_convert",
-    "test_documented",
     "test_store",
-    "test_cli",
+    "test_same_bits",
+    "test_convert",
     "test_golden",
+    "test_benchmarks",
+    "test_cli",
     "test_finished",
     "test_engine",
 ]

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 _BLOCK = re.compile(r"((?:^<!-- .*? -->\n+)*)^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_HERE = re.compile(r"(batchgen [^;|<>$*&]*?)(?: \| (.*))?", re.DOTALL)  # a command, and what its output goes to
 _COMMENT = re.compile(r"<!-- (setup|output of|output|not run)(?:: (.*?))? -->", re.DOTALL)
 _VARYING = (  # what differs from run to run and from machine to machine
     (r"^batchgen: (compiling the kernels|rounding the weights) .*\n", ""),  # at the first use
@@ -115,7 +116,8 @@ def _run_block(shell: "Shell", above: Block | None, block: Block) -> Iterator[tu
 class Shell:
     """A folder in which commands run one after the other; variables that are exported stay.
 
-    A command `batchgen` runs in this process unless it needs a shell, for a pipe or a variable: there are many.
+    A command `batchgen` runs in this process, before those that its output is piped to, unless it needs a shell, for a
+    file or a variable: there are many.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -143,13 +145,23 @@ class Shell:
 
     def run(self, command: str, stdin: str = "") -> str:
         """What the command prints, its paths as a reader would have them."""
-        parts = command.split("; ")
-        if all(part.startswith("batchgen ") and not re.search(r"[|<>$*&]", part) for part in parts):
-            return self._as_shown("".join(map(self._run_here, parts)))
+        parts = [_HERE.fullmatch(part) for part in re.split("; (?=batchgen )", self._without_script(command))]
+        if all(parts):
+            return self._as_shown("".join(self._run_here(*part.groups()) for part in parts if part))
         if command == "echo $?":
             return f"{self._last}\n"
         if command.startswith("export "):
             self._exported += f"{command}\n"
+        return self._as_shown(self._run_in_shell(command, stdin))
+
+    def _without_script(self, command: str) -> str:
+        """For `sh FILE ARGUMENTS`, what FILE runs if that is one line `batchgen "$@" OPTIONS`."""
+        words = command.split(" ", 2)
+        text = (self.folder / words[1]).read_text(encoding="utf-8") if words[0] == "sh" and len(words) == 3 else ""
+        script = re.fullmatch(r'batchgen "\$@"( .*)\n', text)
+        return f"batchgen {words[2]}{script[1]}" if script else command
+
+    def _run_in_shell(self, command: str, stdin: str) -> str:
         done = subprocess.run(
             ["bash", "-c", f"{self._exported}{command}"],
             cwd=self.folder,
@@ -162,12 +174,15 @@ class Shell:
             check=False,
         )
         self._last = done.returncode
-        return self._as_shown(done.stdout)
+        return done.stdout
 
-    def _run_here(self, command: str) -> str:
-        done = batchgen(*shlex.split(command)[1:], folder=self.folder, environment=self._env, together=True)
+    def _run_here(self, command: str, piped_to: str | None) -> str:
+        words = shlex.split(command)[1:]
+        done = batchgen(*words, folder=self.folder, environment=self._env, together=piped_to is None)
         self._last = done.returncode
-        return done.stdout.decode()
+        if piped_to is None:
+            return done.stdout.decode()
+        return done.stderr.decode() + self._run_in_shell(piped_to, done.stdout.decode())
 
     def _as_shown(self, text: str) -> str:
         text = text.replace(str(self.folder), "/home/me").replace(str(ROOT), "/home/me/batchgen")

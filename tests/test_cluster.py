@@ -40,7 +40,7 @@ from batchgen.workers.workers import open_workers
 from tests.support.clusters import ROOT, Cluster, DaskCluster, MissingError, RayCluster, free_port, kill, wait_for
 from tests.support.command import batchgen
 from tests.support.jobs import change_job, make_job
-from tests.support.models import write_byte_model
+from tests.support.models import BYTES, write_byte_model
 from tests.support.plans import plan_for
 
 pytestmark = [
@@ -48,7 +48,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc"),
 ]
 
-SLOW = GPT2Config(n_vocab=257, n_ctx=128, n_embd=320, n_head=8, n_layer=8)
+SLOW = replace(BYTES, n_embd=320, n_head=8, n_layer=6)
 PARAMS = SamplingParams(max_tokens=80, temperature=0.7)
 ROWS, CHUNK_ROWS = 64, 4
 CHUNKS = ROWS // CHUNK_ROWS
@@ -79,9 +79,18 @@ on_dask = pytest.mark.parametrize("cluster", ["dask"], indirect=True)
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> tuple[Path, Path, bytes]:
-    """A model slow enough to be interrupted, prompts for it, and what one machine writes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    model = write_byte_model(folder / "slow", SLOW)
+    """A model, prompts for it, and what one machine writes."""
+    return prepare(tmp_path_factory.mktemp("undisturbed"), BYTES)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> tuple[Path, Path, bytes]:
+    """The same with a model slow enough to be interrupted."""
+    return prepare(tmp_path_factory.mktemp("slow"), SLOW)
+
+
+def prepare(folder: Path, config: GPT2Config) -> tuple[Path, Path, bytes]:
+    model = write_byte_model(folder / "model", config)
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{"abcdefghij"[row % 10] * (1 + row % 40)}"}}\n' for row in range(ROWS)))
     run_job(plain_job((model, prompts), folder / "out.parquet"))
@@ -247,7 +256,7 @@ def test_a_cluster_runs_from_the_nodes_cache(cluster, prepared, tmp_path):
 # ---- processes that die
 
 
-def test_the_output_is_the_same_if_an_engines_worker_is_killed(cluster, prepared, tmp_path):
+def test_the_output_is_the_same_if_an_engines_worker_is_killed(cluster, slow, tmp_path):
     out = tmp_path / "out.parquet"
     killed = []
 
@@ -257,22 +266,22 @@ def test_the_output_is_the_same_if_an_engines_worker_is_killed(cluster, prepared
         kill(killed[0])
 
     with Disturbed(out, 3, kill_one):
-        summary = run_job(job_on(cluster, prepared, out))
+        summary = run_job(job_on(cluster, slow, out))
     assert killed
     assert summary.ok == ROWS
-    assert out.read_bytes() == prepared[2]
+    assert out.read_bytes() == slow[2]
     assert wait_for(lambda: not cluster.nodes() and not cluster.generating())
 
 
 @on_dask
-def test_the_output_is_the_same_if_a_node_process_or_its_worker_is_killed(cluster, prepared, tmp_path):
+def test_the_output_is_the_same_if_a_node_process_or_its_worker_is_killed(cluster, slow, tmp_path):
     out = tmp_path / "out.parquet"
     with Disturbed(out, 2, lambda: [kill(pid) for pid in cluster.nodes()[:1]]) as one:  # noqa: SIM117
         with Disturbed(out, 6, lambda: [kill(pid) for pid in cluster.generating()[:1]]) as other:
-            assert run_job(job_on(cluster, prepared, out)).ok == ROWS
+            assert run_job(job_on(cluster, slow, out)).ok == ROWS
     assert one.done
     assert other.done
-    assert out.read_bytes() == prepared[2]
+    assert out.read_bytes() == slow[2]
 
 
 @on_dask
@@ -297,23 +306,23 @@ def test_workers_may_join_while_the_run_waits_and_have_several_threads(prepared,
     assert out.read_bytes() == prepared[2]
 
 
-def test_a_killed_run_leaves_no_process_and_the_next_one_finishes(cluster, prepared, tmp_path):
-    run = Run(cluster, prepared, tmp_path / "out.parquet")
+def test_a_killed_run_leaves_no_process_and_the_next_one_finishes(cluster, slow, tmp_path):
+    run = Run(cluster, slow, tmp_path / "out.parquet")
     run.wait_for_parts(3)
     assert cluster.generating()
     os.kill(run.process.pid, signal.SIGKILL)
     run.finish()
     assert wait_for(lambda: not cluster.nodes() and not cluster.generating(), 20)  # sooner than a lease gets stale
-    run_job(plain_job(prepared, run.out))
-    assert run.out.read_bytes() == prepared[2]
+    run_job(plain_job(slow, run.out))
+    assert run.out.read_bytes() == slow[2]
 
 
 STOPS = {"dask": (signal.SIGTERM, 143, "terminated"), "ray": (signal.SIGINT, 130, "inter")}
 
 
-def test_a_stopped_run_prints_one_line_and_leaves_no_process(cluster, prepared, tmp_path):
+def test_a_stopped_run_prints_one_line_and_leaves_no_process(cluster, slow, tmp_path):
     number, code, word = STOPS[cluster.backend]
-    run = Run(cluster, prepared, tmp_path / "out.parquet")
+    run = Run(cluster, slow, tmp_path / "out.parquet")
     run.wait_for_parts(3)
     (os.killpg if number == signal.SIGINT else os.kill)(run.process.pid, number)  # Ctrl-C goes to all of them
     ended, said = run.finish()
@@ -723,7 +732,7 @@ def test_a_scheduler_that_falls_silent_is_lost(setup):
 # ---- the last of each cluster
 
 
-def test_a_lost_scheduler_ends_the_run_and_the_next_one_finishes(cluster, prepared, tmp_path, monkeypatch):
+def test_a_lost_scheduler_ends_the_run_and_the_next_one_finishes(cluster, slow, tmp_path, monkeypatch):
     """It kills the cluster of all tests above."""
     monkeypatch.setattr(connection, "SILENCE_SECONDS", 5.0)
     out, kind = tmp_path / "out.parquet", cluster.backend
@@ -731,10 +740,10 @@ def test_a_lost_scheduler_ends_the_run_and_the_next_one_finishes(cluster, prepar
     victims = lambda: [cluster.scheduler.pid] if kind == "dask" else cluster.head_processes()  # noqa: E731
     with Disturbed(out, 3, lambda: [kill(pid) for pid in victims()]) as disturbed:  # noqa: SIM117
         with pytest.raises(StoppedError, match=f"{kind} at .*{cluster.port} is lost.* run the same command") as end:
-            run_job(job_on(cluster, prepared, out))
+            run_job(job_on(cluster, slow, out))
     assert disturbed.done
     assert end.value.exit_code == 75
     assert 3 <= parts(out) < CHUNKS
     assert wait_for(lambda: not cluster.nodes() and not cluster.generating())
-    assert run_job(plain_job(prepared, out)).resumed >= 3 * CHUNK_ROWS
-    assert out.read_bytes() == prepared[2]
+    assert run_job(plain_job(slow, out)).resumed >= 3 * CHUNK_ROWS
+    assert out.read_bytes() == slow[2]

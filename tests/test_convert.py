@@ -38,12 +38,14 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def _write_checkpoint(directory: Path, hparams: dict[str, int], seed: int) -> Path:
-    directory.mkdir()
-    _python(
-        str(REPOSITORY / "tests" / "support" / "write_tf_checkpoint.py"), str(directory), json.dumps(hparams), str(seed)
-    )
-    return directory
+def _write_checkpoints(hparams: dict[str, int], seed: int, *directories: Path) -> None:
+    """The second one as saved in training. TensorFlow takes seconds to start, so that one process writes both."""
+    for directory in directories:
+        directory.mkdir()
+    code = "import json, pathlib, sys; from tests.support.write_tf_checkpoint import main\n"
+    code += "for directory, training in zip(sys.argv[3:], ('', '--training')):\n"
+    code += "    main(pathlib.Path(directory), json.loads(sys.argv[1]), int(sys.argv[2]), training)"
+    _python("-c", code, json.dumps(hparams), str(seed), *map(str, directories))
 
 
 def _assert_holds(model: Path, tensors: dict[str, Any]) -> None:
@@ -53,7 +55,9 @@ def _assert_holds(model: Path, tensors: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def written_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _write_checkpoint(tmp_path_factory.mktemp("tf") / "tiny", TINY, seed=1)
+    folder = tmp_path_factory.mktemp("tf")
+    _write_checkpoints(TINY, 1, folder / "tiny", folder / "training")
+    return folder / "tiny"
 
 
 @pytest.fixture
@@ -91,13 +95,9 @@ def test_a_converted_checkpoint_holds_its_weights_bit_for_bit(src: Path, tmp_pat
 
 
 @needs_tensorflow
-def test_a_checkpoint_saved_in_training_converts_to_the_same_model(tmp_path: Path) -> None:
+def test_a_checkpoint_saved_in_training_converts_to_the_same_model(written_checkpoint: Path, tmp_path: Path) -> None:
     """With Adam's slots and counters, an int64 step and strings, as tf.train.Saver saves all variables."""
-    src = tmp_path / "src"
-    src.mkdir()
-    script = str(REPOSITORY / "tests" / "support" / "write_tf_checkpoint.py")
-    _python(script, str(src), json.dumps(TINY), "1", "--training")
-    convert_tf_checkpoint(src, tmp_path / "tiny", name="tiny")
+    convert_tf_checkpoint(written_checkpoint.with_name("training"), tmp_path / "tiny", name="tiny")
     _assert_holds(tmp_path / "tiny", random_tensors(CONFIG, seed=1))
 
 
@@ -203,7 +203,7 @@ def test_hparams_of_another_model_are_refused(change: dict[str, int], message: s
 def test_a_checkpoint_of_124ms_true_shape_converts_bit_for_bit_in_silence_and_little_memory(tmp_path: Path) -> None:
     src, dst = tmp_path / "src", tmp_path / "124M"
     try:
-        _write_checkpoint(src, GPT2_124M, seed=2)
+        _write_checkpoints(GPT2_124M, 2, src)
         assert (src / DATA).stat().st_size == 497_759_232  # as OpenAI's
         assert (src / INDEX).stat().st_size == 5_215
         code = (

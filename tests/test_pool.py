@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,18 +46,37 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def job(folder, monkeypatch):
     """Make a job of 60 rows, some of which may be poison: {row: its first word}. The workers stay for other tests."""
-    model = write_byte_model(folder / "bytes")
     monkeypatch.setattr(pool, "run_chunk", poison.run_chunk)
+    return partial(poisoned_job, folder)
 
-    def make(words: dict[int, str], **changes) -> Job:
-        path = folder / "prompts.jsonl"
-        prompts = [words.get(row, "row") + f" {row}" for row in range(60)]
-        path.write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
-        values = {"jobs": 2, "chunk_rows": 15, "row_timeout": 2.0} | changes
-        return make_job(path, folder / "out" / "out.parquet", str(model), PARAMS, status=False, **values)
 
-    (folder / "out").mkdir()
-    return make
+def poisoned_job(folder: Path, words: dict[int, str], **changes) -> Job:
+    model = folder / "bytes" if (folder / "bytes").exists() else write_byte_model(folder / "bytes")
+    path = folder / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"{words.get(row, 'row')} {row}", "k": [row]}) + "\n" for row in range(60)]
+    path.write_text("".join(lines))
+    (folder / "out").mkdir(exist_ok=True)
+    values = {"jobs": 2, "chunk_rows": 15, "row_timeout": 2.0} | changes
+    return make_job(path, folder / "out" / "out.parquet", str(model), PARAMS, status=False, **values)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Job:
+    """A job with three failed rows, and a kept column; its files stay as they are."""
+    words = {17: "kill-first", 40: "raise-first", 41: "raise-last"}
+    this = poisoned_job(tmp_path_factory.mktemp("finished"), words, jobs=1, keep=("k",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "run_chunk", poison.run_chunk)
+        patch.setattr(blame, "SAME_STEP", 1)
+        assert run_job(this).failed == 3
+    return this
+
+
+@pytest.fixture
+def failed(finished, tmp_path) -> Job:
+    """This job with a copy of its output. There is no poison from here on."""
+    shutil.copy(finished.output.path, tmp_path)
+    return change(finished, out=tmp_path / "out.parquet")
 
 
 @pytest.fixture
@@ -78,13 +99,14 @@ def rows_of(job: Job) -> list[dict]:
 
 def test_a_row_that_ends_every_worker_fails(job, folder, monkeypatch):
     monkeypatch.setattr(pool, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(blame, "SAME_STEP", 2)  # the test of the log has the real number
     ends = {
-        "kill-first": (r"its worker died \(SIGKILL\(-9\)\)", 6),
-        "raise-first": ("its worker raised ValueError: no good: raise-first", 6),
-        "hang-first": (r"its worker took no step for 0\.5 s \(--row-timeout\)", 6),
-        "memory-first": (r"its worker died \(out of memory\)", 6),
-        "kill-last": (r"its worker died \(SIGKILL\(-9\)\)", 6),
-        "kill-middle": (r"its worker died \(SIGKILL\(-9\)\)", 7),
+        "kill-first": (r"its worker died \(SIGKILL\(-9\)\)", 3),
+        "raise-first": ("its worker raised ValueError: no good: raise-first", 3),
+        "hang-first": (r"its worker took no step for 0\.5 s \(--row-timeout\)", 3),
+        "memory-first": (r"its worker died \(out of memory\)", 3),
+        "kill-last": (r"its worker died \(SIGKILL\(-9\)\)", 3),
+        "kill-middle": (r"its worker died \(SIGKILL\(-9\)\)", 4),
     }
     words = {10 * n + 7: word for n, word in enumerate(ends)}
     this = job(words, chunk_rows=10, row_timeout=0.5, jobs=1)
@@ -259,32 +281,23 @@ def cure(monkeypatch) -> None:
     monkeypatch.setattr(pool, "run_chunk", pool_run_chunk)
 
 
-@pytest.mark.usefixtures("one_trial")
-def test_retry_failed_tries_only_the_failed_rows_and_changes_no_other(job, folder, monkeypatch):
-    this = job({17: "kill-first", 40: "raise-first", 41: "raise-last"}, jobs=1)
-    run_job(this)
-    before = rows_of(this)
-    cure(monkeypatch)
-    seen = []
-    summary = run_job(change(this, retry_failed=True), on_progress=seen.append)
-    after = rows_of(this)
+def test_retry_failed_tries_only_the_failed_rows_and_changes_no_other(failed):
+    before, seen = rows_of(failed), []
+    summary = run_job(change(failed, retry_failed=True), on_progress=seen.append)
+    after = rows_of(failed)
     assert [row["row"] for row in after if row != before[row["row"]]] == [17, 40, 41]
     assert {row["status"] for row in after} == {"ok"}
     assert (summary.ok, summary.failed, summary.exit_code, summary.resumed) == (60, 0, 0, 57)
     assert (seen[-1].rows, seen[-1].rows_in_all) == (3, 3)
-    assert os.listdir(this.output.path.parent) == ["out.parquet"]
+    assert os.listdir(failed.output.path.parent) == ["out.parquet"]
 
 
-@pytest.mark.usefixtures("one_trial")
-def test_a_failed_row_is_copied_from_an_older_output_in_which_it_is_ok(job, monkeypatch):
-    this = job({17: "kill-first", 40: "raise-first"}, jobs=1)
-    run_job(this)
-    cure(monkeypatch)
-    older = change(this, out=this.output.path.with_name("older.parquet"))
+def test_a_failed_row_is_copied_from_an_older_output_in_which_it_is_ok(failed):
+    older = change(failed, out=failed.output.path.with_name("older.parquet"))
     run_job(older)
-    summary = run_job(change(this, retry_failed=True, reuse=(str(older.output.path),)))
-    assert (summary.reused, summary.reuses) == (2, False)  # the line about reuse counts all rows of a run
-    assert rows_of(this) == rows_of(older)
+    summary = run_job(change(failed, retry_failed=True, reuse=(str(older.output.path),)))
+    assert (summary.reused, summary.reuses) == (3, False)  # the line about reuse counts all rows of a run
+    assert rows_of(failed) == rows_of(older)
 
 
 @pytest.mark.usefixtures("one_trial")
@@ -301,44 +314,28 @@ def test_a_row_that_fails_again_can_be_retried_again(job, monkeypatch):
     assert this.output.path.read_bytes() == bytes_before
 
 
-@pytest.mark.usefixtures("one_trial")
-def test_kept_columns_stay_with_rows_that_fail_and_are_retried(job, monkeypatch):
-    this = job({17: "kill-first", 40: "raise-first"}, jobs=1)
-    lines = [json.loads(line) for line in this.input.files[0].read_text().splitlines()]
-    this.input.files[0].write_text("".join(json.dumps(line | {"k": [n]}) + "\n" for n, line in enumerate(lines)))
-    this = change(this, keep=("k",))
-    assert run_job(this).failed == 2
-    assert [row["k"] for row in rows_of(this)] == [[n] for n in range(60)]
-    cure(monkeypatch)
-    assert run_job(change(this, retry_failed=True)).failed == 0
-    assert [row["k"] for row in rows_of(this)] == [[n] for n in range(60)]
+def test_kept_columns_stay_with_rows_that_fail_and_are_retried(failed):
+    assert [row["k"] for row in rows_of(failed)] == [[n] for n in range(60)]
+    assert run_job(change(failed, retry_failed=True)).failed == 0
+    assert [row["k"] for row in rows_of(failed)] == [[n] for n in range(60)]
 
 
-@pytest.mark.usefixtures("one_trial")
-def test_retry_failed_makes_what_an_undisturbed_run_makes(job, monkeypatch):
-    this = job({17: "kill-first"}, jobs=1)
-    run_job(this)
-    cure(monkeypatch)
-    run_job(change(this, retry_failed=True))
-    retried = pq.read_table(this.output.path)
-    run_job(this)
-    assert retried.equals(pq.read_table(this.output.path), check_metadata=True)
+def test_retry_failed_makes_what_an_undisturbed_run_makes(failed):
+    run_job(change(failed, retry_failed=True))
+    retried = pq.read_table(failed.output.path)
+    run_job(failed)
+    assert retried.equals(pq.read_table(failed.output.path), check_metadata=True)
 
 
-@pytest.mark.usefixtures("one_trial")
-def test_an_interrupted_retry_does_not_block_another_run(job, monkeypatch):
-    this = job({17: "raise-first"}, jobs=1)
-    run_job(this)
-    cure(monkeypatch)
+def test_an_interrupted_retry_does_not_block_another_run(failed, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("batchgen.output.retried.RetriedFile.publish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run_job(change(this, retry_failed=True))
-    assert work_directory(this.output.path).exists()
-    assert (run_job(this).ok, os.listdir(this.output.path.parent)) == (60, ["out.parquet"])
+            run_job(change(failed, retry_failed=True))
+    assert work_directory(failed.output.path).exists()
+    assert (run_job(failed).ok, os.listdir(failed.output.path.parent)) == (60, ["out.parquet"])
 
 
-@pytest.mark.usefixtures("one_trial")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -354,29 +351,27 @@ def test_an_interrupted_retry_does_not_block_another_run(job, monkeypatch):
         ({"output": Path("torn.parquet")}, "not a Parquet file, or a damaged one"),
     ],
 )
-def test_only_a_finished_output_of_the_same_options_can_be_retried(job, changes, message):
-    this = job({17: "raise-first"}, jobs=1)
-    run_job(this)
-    out = this.output.path.parent
-    pq.write_table(pq.read_table(this.output.path).replace_schema_metadata(None), out / "foreign.parquet")
+def test_only_a_finished_output_of_the_same_options_can_be_retried(failed, changes, message):
+    out = failed.output.path.parent
+    pq.write_table(pq.read_table(failed.output.path).replace_schema_metadata(None), out / "foreign.parquet")
     pq.write_table(pa.table({"x": [1]}), out / "alien.parquet")
-    pq.write_table(pq.read_table(this.output.path).drop_columns("status"), out / "selected.parquet")
-    (out / "torn.parquet").write_bytes(this.output.path.read_bytes()[:-10])
+    pq.write_table(pq.read_table(failed.output.path).drop_columns("status"), out / "selected.parquet")
+    (out / "torn.parquet").write_bytes(failed.output.path.read_bytes()[:-10])
     if "output" in changes:
         changes = {"output": out / changes["output"]}
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(BatchgenError, match=message):
-        run_job(change(this, retry_failed=True, **changes))
+        run_job(change(failed, retry_failed=True, **changes))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 # ---- the log
 
 
-@pytest.mark.usefixtures("one_trial")
-def test_the_log_names_the_lost_chunk_and_the_failed_row(job, caplog):
+def test_the_log_names_the_lost_chunk_and_the_failed_row(job, folder, caplog):
     with caplog.at_level(logging.WARNING):
         run_job(job({17: "kill-first"}, jobs=1))
+    assert deaths(folder) == {"kill-first": 6}
     assert "chunk 1: its worker died (SIGKILL(-9)); it is done again, after" in caplog.text
     assert "prompts.jsonl:18: its worker died" in caplog.text
 
@@ -398,3 +393,17 @@ def test_no_chunk_waits_for_a_worker_before_one_is_done(job, monkeypatch):
     monkeypatch.setattr(Deadline, "limit", count)
     assert run_job(job({}, time_limit=1000.0)).ok == 60
     assert (at_commit[0], taken) == (2, [0, 1, 2, 3])
+
+
+def test_idle_workers_are_killed_at_the_end_of_their_process(job, monkeypatch):
+    """Asked to end, as loky asks them, each takes half a second."""
+    at_exit: list = []
+    monkeypatch.setattr(threading, "_register_atexit", at_exit.append)
+    pool._end_idle_at_exit.cache_clear()
+    run_job(job({}))
+    [workers] = [list(executor._processes) for _, executor in pool._idle[os.getpid()]]
+    [end] = at_exit
+    end()
+    assert workers
+    assert not any(map(pool._is_alive, workers))
+    pool._end_idle_at_exit.cache_clear()  # the next run registers it

@@ -379,16 +379,16 @@ def test_two_workers_write_what_one_writes(job, undisturbed):
     assert job.output.path.read_bytes() == undisturbed
 
 
+def test_no_more_workers_than_chunks(job):
+    assert run_job(change_job(job, jobs=64, chunk_rows=200)).jobs == 2
+
+
 @pytest.mark.parametrize(
     ("chunk_rows", "options"), [(7, {}), (100, {"batch_size": 5}), (10**9 - 1, {"kv_bytes": 2**20})]
 )
 def test_rows_do_not_depend_on_their_batch(job, undisturbed, chunk_rows, options):
     run_job(change_job(job, chunk_rows=chunk_rows, share_prefixes=chunk_rows != 100, **options))
     assert pq.read_table(job.output.path).equals(pq.read_table(pa.BufferReader(undisturbed)))
-
-
-def test_no_more_workers_than_chunks(job):
-    assert run_job(change_job(job, jobs=64, chunk_rows=200)).jobs == 2
 
 
 def test_rows_that_are_grouped_make_the_output_of_one_chunk(job, tmp_path):

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -16,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TypeAlias
@@ -136,7 +138,20 @@ def take_executor(jobs: int) -> ProcessPoolExecutor:
 
 def keep_executor(jobs: int, executor: ProcessPoolExecutor) -> None:
     """Its run is over: the next one may take it."""
+    _end_idle_at_exit()
     _idle[os.getpid()].append((jobs, executor))
+
+
+@cache
+def _end_idle_at_exit() -> None:
+    """loky has registered its own end before: it asks workers to end and waits for them, which takes half a second."""
+    threading._register_atexit(end_idle)  # type: ignore[attr-defined]
+
+
+def end_idle() -> None:
+    """Kill the workers of this process that are between two runs."""
+    for _, executor in _idle.pop(os.getpid(), ()):
+        end_workers(executor)
 
 
 def is_over(executor: ProcessPoolExecutor) -> bool:

@@ -10,14 +10,12 @@ import pyarrow.parquet as pq
 
 from batchgen.output.ledger import work_directory
 from tests.faults.bench import PREVIOUS, Bench, Skipped, count_parts, find_tool
-from tests.faults.kills import Call, choose, trace_calls
-
-WRITES = ("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2", "mkdir", "mkdirat")
+from tests.faults.kills import WRITES, Call, calls_of_run, choose
 
 
 def fail_each_call(bench: Bench) -> str:
     """EIO or ENOSPC at every write, fsync, rename and mkdir of the parent, one in each run."""
-    calls = trace_calls(bench, bench.new_output(), WRITES)
+    calls = calls_of_run(bench, WRITES)
     ends = {0: 0, 1: 0}  # exit code: runs
     for i, call in enumerate(choose(bench, calls, 2)):
         error = ("EIO", "ENOSPC")[i % 2]

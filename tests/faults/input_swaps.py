@@ -147,8 +147,7 @@ def _swap_once(job: Job, swap: Swap, files: list[tuple[bytes, Rows]]) -> bool:
     out = Path(job.output.path)
     swap.path.write_bytes(swap.own)
     if swap.moment == "at a worker's start":
-        while pool._idle[os.getpid()]:
-            pool.end_workers(pool._idle[os.getpid()].pop()[1])
+        pool.end_idle()
     thread = threading.Thread(target=swap.run)
     thread.start()
     error = _run(job, swap.opened.set)

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from tests.faults.bench import PATIENCE, PREVIOUS, Bench, Run, Skipped, count_pa
 
 ORPHAN_SECONDS = 2.0
 CHANGES = ("rename", "renameat", "renameat2", "fsync", "fdatasync", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat")
+WRITES = ("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2", "mkdir", "mkdirat")
 
 
 @dataclass(slots=True)
@@ -212,6 +213,16 @@ def trace_calls(bench: Bench, out: Path, names: tuple[str, ...]) -> list[Call]:
     return calls
 
 
+@cache
+def _calls_of_run(bench: Bench) -> list[Call]:
+    return trace_calls(bench, bench.new_output(), (*CHANGES, *WRITES))
+
+
+def calls_of_run(bench: Bench, names: tuple[str, ...]) -> list[Call]:
+    """Those of these names in an undisturbed run, which is traced once for all cases."""
+    return [call for call in _calls_of_run(bench) if call.name in names]
+
+
 def choose(bench: Bench, calls: list[Call], few: int) -> list[Call]:
     """All calls, or in the short suite a few, evenly spaced, of which the last is the run's last."""
     return calls if bench.full else calls[:: -(len(calls) // few)][:few]
@@ -219,7 +230,7 @@ def choose(bench: Bench, calls: list[Call], few: int) -> list[Call]:
 
 def kill_parent_at_each_call(bench: Bench) -> str:
     """Kill it at every rename, fsync, unlink, mkdir and rmdir of a run, and of a run that resumes another."""
-    calls = trace_calls(bench, bench.new_output(), CHANGES)
+    calls = calls_of_run(bench, CHANGES)
     times = _kill_at(bench, choose(bench, calls, 2), lambda: bench.new_output(PREVIOUS))
     if bench.full:
         resumed = trace_calls(bench, _interrupt(bench), CHANGES)

@@ -13,7 +13,7 @@ from pathlib import Path
 from batchgen.output.ledger import work_directory
 from tests.faults import drivers
 from tests.faults.bench import PATIENCE, PREVIOUS, ROWS, Bench, Run, count_parts, wait_for
-from tests.faults.kills import CHANGES, choose, trace_calls
+from tests.faults.kills import CHANGES, calls_of_run, choose
 from tests.faults.poison import ROW_TIMEOUT, Poison
 
 STOP_SECONDS = 5.0
@@ -52,7 +52,7 @@ def send_signals(bench: Bench) -> str:
 
 def send_signals_at_the_end(bench: Bench) -> str:
     """SIGTERM at each rename, fsync, unlink, mkdir and rmdir from the one that publishes the output on."""
-    calls = trace_calls(bench, bench.new_output(), CHANGES)
+    calls = calls_of_run(bench, CHANGES)
     renames = [i for i, call in enumerate(calls) if call.name.startswith("rename")]
     first = max(i for i in renames if "/.out.parquet.batchgen-tmp" in calls[i].text)
     codes = Counter[int]()
