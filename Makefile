@@ -31,6 +31,8 @@ endif
 	@$(BIN)/batchgen generate "$(INPUT)" --output "$(OUTPUT)" --model "$(MODEL)" $(RUN_ARGS) || { code=$$?; \
 		test $$code -eq 3 || exit $$code; echo "Some rows are rejected or failed; the output says why." >&2; }
 
+# Hundreds of processes are started: without bytecode on disk, each would compile the project's modules again.
+test: export PYTHONDONTWRITEBYTECODE :=
 .PHONY: test
 test: lint  ## Run lint and all tests.
 	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
