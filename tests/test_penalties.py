@@ -185,11 +185,15 @@ def after_dry(logits, context, breakers, **params):
     st.sampled_from([0.25, 0.8, 5.0]),
     st.sampled_from([1.0, 1.25, 1.75]),
     st.integers(0, 5),
+    st.sampled_from([1, 31, 40]),
 )
-def test_dry_lowers_what_goes_on_with_a_repetition(context, breakers, multiplier, base, allowed):
+def test_dry_lowers_what_goes_on_with_a_repetition(context, breakers, multiplier, base, allowed, scale):
+    """Also of tokens above those of all breakers, and in other words of a mask."""
+    context, breakers = ([scale * x for x in context], [[scale * x for x in one] for one in breakers])
     given = {"dry_multiplier": multiplier, "dry_base": base, "dry_allowed_length": allowed}
-    row, p = after_dry(np.zeros(5), context, breakers, **given)
-    np.testing.assert_allclose(row, lowered_by_definition(np.zeros(5), context, breakers, p), rtol=1e-6)
+    logits = np.zeros(4 * scale + 1)
+    row, p = after_dry(logits, context, breakers, **given)
+    np.testing.assert_allclose(row, lowered_by_definition(logits, context, breakers, p), rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", PEER["dry"])
