@@ -378,11 +378,12 @@ def test_fetch_converts_a_checkpoint_through_tensorflow(
     tmp_path: Path, models: Path, known: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from batchgen.models.convert import convert_tf_checkpoint
-    from tests.test_convert import CONFIG, TINY, _write_checkpoint
+    from tests.test_convert import CONFIG, TINY, _write_checkpoints
 
     monkeypatch.setattr(fetch, "convert_tf_checkpoint", convert_tf_checkpoint)
     monkeypatch.setattr(fetch, "CONFIGS", {"355M": CONFIG})
-    src = _write_checkpoint(tmp_path / "src", TINY, seed=3)
+    src = tmp_path / "src"
+    _write_checkpoints(TINY, 3, src)
     known.clear()
     with FaultServer({f"/355M/{path.name}": path.read_bytes() for path in src.iterdir()}) as server:
         server.faults[f"/355M/{DATA}"] = [drop(after=1000), status(503)]
