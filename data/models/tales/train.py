@@ -473,13 +473,17 @@ def named_weights(model: GPT2) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def load_weights(model: GPT2, folder: Path) -> None:
-    """Begin with the weights of a model that `export` wrote."""
+def mix_in(model: GPT2, folder: Path, share: float) -> None:
+    """Move the weights this share of the way to those of a model that `export` wrote; 1: all of it.
+
+    Weights between those before and after a second training may predict unseen text better than either (Wortsman et
+    al., arXiv:2109.01903).
+    """
     from batchgen.models.shards import load_tensors
 
     stored = load_tensors(folder)
     for name, weight in named_weights(model).items():
-        weight.copy_(torch.from_numpy(np.array(stored[name])))
+        weight.lerp_(torch.from_numpy(np.array(stored[name])), share)
 
 
 def export(model: GPT2, out: Path, source: dict[str, str]) -> None:
@@ -498,6 +502,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("text", type=Path, help="a plain-text file or a folder of them")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--start", type=Path, help="folder of a model of this shape to begin with")
+    parser.add_argument("--mix", type=float, default=0.25, help="how much of its weights the trained ones get")
     parser.add_argument("--work", type=Path, help="folder for the run's state, from which it can go on")
     parser.add_argument("--minutes", type=float, default=90.0, help="length of the run by the clock")
     parser.add_argument("--steps", type=int, default=0, help="length of the run in steps, instead of minutes")
@@ -525,13 +530,15 @@ def main() -> None:
     stream, held_out = encode(tokenizer, train_texts), {name: encode(tokenizer, t) for name, t in val_texts.items()}
     model = GPT2(shape, args.dropout)
     if args.start:
-        load_weights(model, args.start)
+        mix_in(model, args.start, 1.0)
     at = Progress(args.steps, args.minutes * 60, whole=bool(args.start))
     run = Run(model, optimisers(model, args.lr, args.muon_lr, args.decay), at)
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(train_texts)} documents, "
           f"{len(stream)} tokens; held out: { {name: len(t) for name, t in val_texts.items()} }", flush=True)
     everything = torch.cat(list(held_out.values()))
     train(run, tokenizer, (stream, everything), args)
+    if args.start:
+        mix_in(model, args.start, args.mix)
     run.rows[-1] = (*run.rows[-1][:4], evaluate(model, everything))
     write_curve(args.out / "loss.csv", run.rows)
     for name, part in held_out.items():
