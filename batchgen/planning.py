@@ -61,7 +61,8 @@ def auto_chunk_rows(rows: int, jobs: int, n: int = 1) -> int:
         return max(auto_chunk_rows(rows * n, jobs) // n, 1)
     rounds = max(-(-rows // (jobs * MAX_CHUNK_ROWS)), min(ROUNDS, rows // (jobs * FULL_BATCH_ROWS)), 1)
     chunks = max(min(jobs * rounds, rows // MIN_CHUNK_ROWS), 1)
-    return max(-(-rows // chunks), 1)
+    up = max(-(-rows // chunks), 1)
+    return up if n_chunks(rows, up) >= min(jobs, chunks, rows) else rows // chunks
 
 
 def rows_to_read(task: TaskOptions, row_bytes: float, n_ctx: int) -> int:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchgen import planning
@@ -79,6 +79,7 @@ def test_the_examples_in_the_docstring_hold():
 
 
 @given(st.integers(0, 10**7), st.integers(1, 256))
+@example(53_249, 256)  # 208 rows a chunk, rounded up, would leave a worker without one
 def test_every_worker_gets_a_share_of_chunks_of_bounded_size(n, jobs):
     chunk_rows = auto_chunk_rows(n, jobs)
     assert min(MIN_CHUNK_ROWS, max(n, 1)) <= chunk_rows <= MAX_CHUNK_ROWS

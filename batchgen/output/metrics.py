@@ -139,11 +139,10 @@ class MetricsFile:
             self.succeeded = now
         for key in _COUNTERS & status.keys():  # tokens of rows that then failed are in no row at the end
             self._counted[key] = max(self._counted.get(key, 0), cast(int, status[key]))
-        status = {**status, **self._counted}
         try:
             with replacing(self.path, durable=False) as file:
                 os.fchmod(file.fileno(), 0o644)
-                file.write(to_text(self.labels, status, now, self.succeeded).encode())
+                file.write(to_text(self.labels, {**status, **self._counted}, now, self.succeeded).encode())
         except OSError as error:
             if not self._has_failed:
                 logger.warning("%s: the metrics cannot be written: %s", self.path, error.strerror or error)
