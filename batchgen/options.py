@@ -354,7 +354,7 @@ def show_duration(seconds: float | None) -> str | None:
 
 def parse_token_ids(text: str) -> tuple[int, ...]:
     """`198,13` -> (198, 13)"""
-    return tuple(map(_parse_token_id, text.split(",") if text.strip() else ()))
+    return tuple(map(_parse_token_id, _parts(text)))
 
 
 def show_token_ids(value: tuple[int, ...]) -> str:
@@ -364,7 +364,7 @@ def show_token_ids(value: tuple[int, ...]) -> str:
 
 def parse_biases(text: str) -> tuple[tuple[int, float], ...]:
     """`198=-100,464=2.5` -> ((198, -100.0), (464, 2.5))"""
-    return tuple(dict(map(_parse_bias, text.split(",") if text.strip() else ())).items())
+    return tuple(dict(map(_parse_bias, _parts(text))).items())
 
 
 def show_biases(value: tuple[tuple[int, float], ...]) -> str:
@@ -406,6 +406,11 @@ def _read_pattern(name: str, otherwise: str) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8" if "\0" not in name else "a null"
         raise ValueError(f"{shown(name)} cannot be read as a file ({reason}); {otherwise}") from error
+
+
+def _parts(text: str) -> list[str]:
+    """Between commas; none of an empty text."""
+    return text.split(",") if text.strip() else []
 
 
 def _parse_token_id(text: str) -> int:

@@ -31,11 +31,16 @@ from batchgen.types import MEASURED, Ids, Kind, Precision, SamplingParams, Task
 if TYPE_CHECKING:
     from batchgen.selection import Selection
 
-_LATER = {"regex", "llguidance"}  # fields that older plans lack: they are empty then, and agree with anything
+_LATER = {"regex", "llguidance"}  # versions that some plans lack: they are empty then, and agree with anything
 _DEFAULTS = SamplingParams().as_dict()
 # parameters that older plans lack, with the values that change nothing
 _NEWER = dict([*_DEFAULTS.items()][[*_DEFAULTS].index("skip_special_tokens") + 1 :])
 _OLDER = {"blas", "numpy_kernels"}  # fields that older plans have: what decided how a sum was rounded
+
+
+def differs(name: str, a: object, b: object) -> bool:
+    """Whether two plans differ in a field that is `a` in one and `b` in the other."""
+    return a != b and not (name in _LATER and "" in (a, b))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +159,7 @@ class Plan:
         free = set(automatic)
         names = [field.name for field in fields(self) if field.compare and field.name not in free]
         values = {name: (getattr(self, name), getattr(other, name)) for name in names}
-        differing = {name for name, (a, b) in values.items() if a != b and not (name in _LATER and "" in (a, b))}
+        differing = {name for name, (a, b) in values.items() if differs(name, a, b)}
         differing -= {name for cause in differing for name in _IMPLIED.get(cause, ())}
         pairs = [pair for name in names if name in differing - {"input"} for pair in _pairs(name, self, other)]
         parts = [_changed_input(self, other)] if "input" in differing else []
@@ -314,7 +319,7 @@ _IMPLIED: dict[str, tuple[str, ...]] = {
 }
 
 
-_PACKAGES = {name: f"the package {name}" for name in ("regex", "llguidance")}  # a parameter is a regex too
+_PACKAGES = {name: f"the package {name}" for name in ("regex", "llguidance")}  # a parameter is named regex too
 
 
 def _pairs(name: str, old: Plan, new: Plan) -> list[tuple[str, Any, Any]]:

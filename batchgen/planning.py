@@ -62,7 +62,7 @@ def auto_chunk_rows(rows: int, jobs: int, n: int = 1) -> int:
     rounds = max(-(-rows // (jobs * MAX_CHUNK_ROWS)), min(ROUNDS, rows // (jobs * FULL_BATCH_ROWS)), 1)
     chunks = max(min(jobs * rounds, rows // MIN_CHUNK_ROWS), 1)
     up = max(-(-rows // chunks), 1)
-    return up if n_chunks(rows, up) >= min(jobs, chunks, rows) else rows // chunks
+    return up if n_chunks(rows, up) >= min(jobs, chunks, rows) else rows // chunks  # no worker is left without one
 
 
 def rows_to_read(task: TaskOptions, row_bytes: float, n_ctx: int) -> int:

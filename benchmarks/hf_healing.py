@@ -43,7 +43,7 @@ class Case:
 
     prompt: str
     theirs: int  # transformers' token
-    likeliest: int  # by transformers' logits, of those that begin with the prompt's last token
+    likeliest: int  # the most likely token that begins with the last one of the prompt, by transformers' logits
 
 
 def write_model(directory: Path) -> Path:

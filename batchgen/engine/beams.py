@@ -166,7 +166,7 @@ class Search:
         n_end = len({*p.stop_token_ids, *(() if p.ignore_eos else eos_ids)})
         candidates, blocked = find_candidates(logits, before, eos_ids, max(2, 1 + n_end) * width)
         self.ended += [Ended(self._score(beam.total), beam, beam.reason_without_token()) for beam in blocked]
-        children: list[tuple[int, Sequence]] = []
+        children: list[Sequence] = []
         self.n_tokens += 1
         kept: list[tuple[int, int, Sequence]] = []
         for rank, one in enumerate(candidates):
@@ -175,7 +175,7 @@ class Search:
             child = before[one.beam].fork(one.total)
             reason = take(child, one.token)
             if reason is None and len(children) < width:
-                children.append((one.beam, child))
+                children.append(child)
             elif reason and rank < width:
                 self.ended.append(Ended(self._score(one.total), child, reason))
             else:
@@ -184,7 +184,7 @@ class Search:
         self.ended = sorted(self.ended, key=lambda end: -end.score)[:width]
         if p.logprobs is not None:
             _add_logprobs(logits, kept)
-        self.beams = [] if self._is_over([child for _, child in children]) else [child for _, child in children]
+        self.beams = [] if self._is_over(children) else children
         self.blocks.move(before, self.beams)
 
     def _score(self, total: float, n_tokens: int = 0) -> float:

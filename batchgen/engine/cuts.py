@@ -115,7 +115,8 @@ def _find_bound(distances, weights, needed, total, guess, rest):
     Illinois algorithm, which takes few passes, the next ones by halving, which takes few at worst.
     """
     left_out, sums = 0.0, np.empty(LANES)
-    short, over, side = needed, total - needed, 0  # what the weights up to low and high are less and more than needed
+    # how far the weights up to low fall short of needed, and those up to high exceed it; which of the two moved last
+    short, over, side = needed, total - needed, 0
     first, high = _ends(distances)
     while first < high:
         low, below = F32(-1), left_out  # of the bound; the weights up to it
@@ -150,14 +151,13 @@ def cut_atypical(row, weights, largest, inverse_temperature, typical_p, buffers)
     Also keeps all that are as near as the last of them. A surprise is the depth below the largest logit plus the same
     number for all tokens, so depths replace it. Overwrites buffers [2, n].
     """
-    n = row.size
-    distances, rest = buffers[0, :n], buffers[1, :n]
+    distances, rest = buffers[0, : row.size], buffers[1, : row.size]
     total, mean = _mean_depth(row, weights, largest, inverse_temperature)
-    for i in range(n):
+    for i in range(row.size):
         distance = abs(_depth(row[i], largest, inverse_temperature) - mean)
         distances[i] = distance if weights[i] > F32(0) else F32(np.inf)
     bound = _find_bound(distances, weights, typical_p * total, total, mean, rest)
-    for i in range(n):
+    for i in range(row.size):
         is_kept = abs(_depth(row[i], largest, inverse_temperature) - mean) <= bound
         weights[i] = weights[i] if is_kept else F32(0)
 

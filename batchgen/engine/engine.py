@@ -142,16 +142,15 @@ class Engine:
         finished: list[Completion] = []
         for sequence, token in zip(sequences, tokens, strict=True):
             n = len(sequence.token_ids)
-            is_blocked = token == NO_TOKEN
-            reason = sequence.reason_without_token() if is_blocked else self._take(sequence, token, should_stop)
+            reason = sequence.reason_without_token() if token == NO_TOKEN else self._take(sequence, token, should_stop)
             if reason:
-                finished += self._end(scheduler, sequence, reason, not is_blocked and len(sequence.token_ids) == n)
+                finished += self._end(scheduler, sequence, reason, token != NO_TOKEN and len(sequence.token_ids) == n)
         return finished
 
     def _search(
         self, scheduler: Scheduler, logits: Array, sampled: list[Sequence], should_stop: ShouldStop | None
     ) -> list[Completion]:
-        """Continue the searches among the sequences of a step; returns the completions of those that end."""
+        """Advance every beam search of a step by one token; returns the completions of the searches that end."""
         rows = {sequence: row for row, sequence in enumerate(sampled) if sequence.search is not None}
         finished: list[Completion] = []
         for search in dict.fromkeys(sequence.search for sequence in rows):

@@ -33,7 +33,7 @@ from batchgen.output.older_rows import (
     make_key,
     read_rows,
 )
-from batchgen.plan import Plan
+from batchgen.plan import Plan, differs
 from batchgen.types import Begun, Rejected, Request, Reused, SamplingParams, TokenizedRequest
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def why_not(opened: OlderOutput, plan: Plan, names: Iterable[str]) -> str | None
         had, has = getattr(old, name), getattr(plan, name)
         if had != has and name == "model_hash":
             return f"it was made with the model {old.model} ({had[:8]}), and this is {plan.model} ({has[:8]})"
-        if had != has and "" not in (had, has):  # llguidance is that of the run's own pattern, if it has one
+        if differs(name, had, has):
             return f"it was made with {name} {had}, and this is {has}"
     if not old.portable:
         return "its bits depended on the processor"

@@ -172,8 +172,7 @@ def list_notes(plan: Plan, precision: Precision) -> list[str]:
         what = "then the bits of a row depended on the processor, and this version cannot make them again"
         return [f"the file was made by batchgen {plan.batchgen}: {what}; that version can"]
     here = {"batchgen": __version__, "regex": version("regex"), "precision": precision}
-    if plan.llguidance:
-        here["llguidance"] = installed_version()
+    here["llguidance"] = installed_version() if plan.llguidance else ""
     return [
         f"the file was made with {name} {getattr(plan, name)}, this is {value}"
         for name, value in here.items()

@@ -120,8 +120,7 @@ def _load() -> ModuleType:
 
 def installed_version() -> str:
     """llguidance's, which decides what tokens may come; SetupError without the extra."""
-    _load()
-    return version("llguidance")
+    return version(_load().__name__)
 
 
 @lru_cache(maxsize=4)

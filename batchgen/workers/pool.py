@@ -144,7 +144,7 @@ def keep_executor(jobs: int, executor: ProcessPoolExecutor) -> None:
 
 @cache
 def _end_idle_at_exit() -> None:
-    """loky has registered its own end before: it asks workers to end and waits for them, which takes half a second."""
+    """Runs before loky's handler, which is registered earlier, asks workers to end, and waits half a second for it."""
     with suppress(AttributeError, RuntimeError):  # another Python; an interpreter that already ends
         threading._register_atexit(end_idle)  # type: ignore[attr-defined]
 

@@ -303,7 +303,7 @@ def optimisers(model: GPT2, lr: float, muon_lr: float, decay: float) -> list[tor
 
 @dataclass
 class Progress:
-    """Where a run stands; `done` goes from 0 to 1 by steps or by the clock."""
+    """Where a run stands; `done` goes from 0 to 1 by steps or by the clock. whole: no window is cut in half."""
 
     steps: int
     seconds: float
